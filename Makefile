@@ -1,0 +1,44 @@
+# make demo   planted cells -> shards -> sweep -> law -> report; the report's path is the last line printed
+# make cells  the same from your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
+# make test   all tests        make check  ruff and types        make bench  speed, as ratios
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO ?= out/demo
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo cells test check bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "needs Python 3.11 as '$(PYTHON)'; say where: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: setup
+	@$(BIN)/python jobs/sweep.py jobs/demo.toml --out '$(abspath $(DEMO))'
+
+cells: setup
+	@test -n '$(H5AD)' -a -n '$(OUT)' || { echo "usage: make cells H5AD=FILE.h5ad OUT=DIR" >&2; exit 2; }
+	@$(BIN)/scaling-ray census import '$(H5AD)' --out '$(abspath $(OUT))/census'
+	@$(BIN)/python jobs/sweep.py jobs/cells.toml --census '$(abspath $(OUT))/census' --out '$(abspath $(OUT))'
+
+test: setup
+	@$(BIN)/python -m pytest
+
+check: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: setup
+	@$(BIN)/python -m benchmarks.train_speed
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,51 @@
+"""The package's exception tree. Every verb turns these, and only these, into one line and an exit code."""
+
+from __future__ import annotations
+
+
+class ScalingRayError(Exception):
+    """Root of everything this package raises on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class BadInput(ScalingRayError, ValueError):
+    """Something the user gave is wrong: names the field, the value found and the way out, on one line."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        self.field, self.value, self.remedy = field, value, remedy
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        super().__init__(" ".join(f"{field}: {shown}: {remedy}".split()))
+
+    def __reduce__(self) -> tuple[type[BadInput], tuple[str, object, str]]:
+        # Exceptions travel between processes pickled, and by default would be rebuilt from the message alone.
+        return type(self), (self.field, self.value, self.remedy)
+
+
+class DamagedFiles(ScalingRayError):
+    """A shard directory does not hold what its manifest promises; ``problems`` names each file."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+    def __reduce__(self) -> tuple[type[DamagedFiles], tuple[list[str]]]:
+        return type(self), (self.problems,)
+
+
+class RunsFailed(ScalingRayError):
+    """Some cells of a sweep have no result; the others do."""
+
+
+class LeaseHeld(ScalingRayError):
+    """Another driver works on this directory."""
+
+    exit_code = 5
+
+
+class Diverged(ScalingRayError):
+    """A run's loss became NaN, infinite, or worse than the gene-mean baseline after warm-up."""

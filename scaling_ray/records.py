@@ -1,0 +1,129 @@
+"""What crosses a boundary as a file: typed, versioned, to and from JSON. Sums travel, ratios are taken at the end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from scaling_ray.errors import BadInput
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """A sum of squared errors and the number of masked genes it runs over; added over batches and ranks."""
+
+    squared_error: float = 0.0
+    masked_genes: float = 0.0
+
+    def __add__(self, other: MetricSums) -> MetricSums:
+        return MetricSums(self.squared_error + other.squared_error, self.masked_genes + other.masked_genes)
+
+    @property
+    def mse(self) -> float:
+        """Mean squared error per masked gene (NaN of nothing)."""
+        return self.squared_error / self.masked_genes if self.masked_genes else math.nan
+
+
+class Record(BaseModel):
+    """A frozen record with a version; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> str:
+        """JSON text, indented, ending in a newline."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record in ``path``; BadInput if it is absent or not such a record."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadInput(path.name, str(path.parent), f"cannot be read ({error.strerror})") from error
+        except (ValidationError, UnicodeDecodeError) as error:
+            first = str(error).splitlines()[0]
+            raise BadInput(str(path), first, f"is not a {cls.__name__} of this version; make it anew") from error
+
+
+class FileEntry(Record):
+    """One file of a shard directory."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class SplitEntry(Record):
+    """One split: its cells, their share of all, the groups (donors, datasets) that make it up, its files."""
+
+    cells: int
+    fraction: float
+    groups: list[str]
+    content_sha256: str
+    files: list[FileEntry]
+
+
+class ShardManifest(Record):
+    """What a shard directory holds. ``data_hash`` covers contents and rules only, nothing of the machine or code."""
+
+    version: Literal[1] = 1
+    name: str
+    data_hash: str
+    genes: int
+    block_genes: int
+    split_by: str
+    data: dict[str, Any]
+    census: dict[str, Any]
+    planted: bool
+    dropped: dict[str, int]
+    splits: dict[str, SplitEntry]
+    tables: list[FileEntry]
+    codes: dict[str, list[str]]
+    made_with: dict[str, str]
+
+
+class RunResult(Record):
+    """What one finished run commits, once. ``val_mse`` and ``test_mse`` are those of the chosen checkpoint;
+    a run that chooses a learning rate has no test error.
+    """
+
+    version: Literal[1] = 1
+    run_id: str
+    attempt: str
+    attempts: int
+    data_hash: str
+    lr: float
+    cells_resolved: int
+    cells_seen: int
+    masked_genes_seen: int
+    optimizer_steps: int
+    flops: float
+    val_mse: float
+    final_val_mse: float
+    best_curve_mse: float
+    best_cells_seen: int
+    test_mse: float | None
+    test_squared_error: float | None
+    test_masked_genes: int | None
+    stop_reason: Literal["budget", "early_stop"]
+    undertrained: bool
+    wall_seconds: float
+    train_seconds: float
+    workers: int
+    engine: str
+    host: str
+
+
+class RunFailure(Record):
+    """Why a run has no result: its class, the message, and the attempt."""
+
+    version: Literal[1] = 1
+    run_id: str
+    failure: Literal["bug", "diverged", "out_of_memory", "lost", "bad_input"]
+    message: str
+    attempts: int

@@ -1,0 +1,380 @@
+"""The language of a sweep: a TOML file in, frozen models out; the grid and the identity of each of its cells.
+
+Every default stands here, once. Unknown keys and wrong types are errors that name field, value and way out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from scaling_ray.errors import BadInput
+from scaling_ray.model.sizes import LADDER, Shape, parameters
+
+NUMERICS_VERSION = 1
+"""Raised by any change that moves a digit of a run; part of every run's identity."""
+
+Recipe = Literal["corrected", "published"]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+_PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+class Frozen(BaseModel):
+    """A closed, immutable table of a spec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Fractions(Frozen):
+    """Shares of the cells per split."""
+
+    train: Share = 0.8
+    val: Share = 0.1
+    test: Share = 0.1
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Fractions:
+        if abs(self.train + self.val + self.test - 1) > 1e-9:
+            raise BadInput("data.fractions", [self.train, self.val, self.test], "must add up to 1; change one of them")
+        return self
+
+
+class DataSpec(Frozen):
+    """What goes into the shards: which cells, how they are split, which genes."""
+
+    value_filter: str | None = "is_primary_data == True"
+    split_by: Literal["donor_id", "dataset_id", "cell"] = "donor_id"
+    fractions: Fractions = Fractions()
+    salt: str = "scaling_ray"
+    genes: PositiveInt = 512
+    gene_rule: Literal["seurat_v3", "by_mean", "first_n"] = "seurat_v3"
+
+
+class GridSpec(Frozen):
+    """The axes. ``cells`` are unique training cells; "all" is every one of the training split."""
+
+    sizes: Annotated[list[str], Field(min_length=1)]
+    genes: Annotated[list[PositiveInt], Field(min_length=1)]
+    cells: Annotated[list[PositiveInt | Literal["all"]], Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> GridSpec:
+        for name in ("sizes", "genes", "cells", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise BadInput(f"grid.{name}", values, "holds a value twice; remove it")
+        return self
+
+
+class LearningRateSpec(Frozen):
+    """Learning rates: one, an axis of the grid, or a choice made per size on validation with seeds outside the fit.
+
+    With ``rule = "choose"`` every size runs each of its rates on ``choose_seed`` and ``choose_cells`` for
+    ``choose_fraction`` of its budget (the schedule fitted to that shorter run); the lowest validation loss wins.
+    """
+
+    rule: Literal["fixed", "grid", "choose"] = "fixed"
+    rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    per_size: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]] = {}
+    choose_seed: int = 101
+    choose_cells: PositiveInt | Literal["all"] = "all"
+    choose_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _enough_rates(self) -> LearningRateSpec:
+        per_size = {f"lr.per_size.{size}": rates for size, rates in self.per_size.items()}
+        for field, rates in {"lr.rates": self.rates, **per_size}.items():
+            if len(set(rates)) != len(rates):
+                raise BadInput(field, rates, "holds a rate twice; remove it")
+            if self.rule == "fixed" and len(rates) != 1:
+                raise BadInput(field, rates, "holds several rates; with rule = 'fixed' give one, or name another rule")
+            if self.rule == "choose" and len(rates) < 2:
+                raise BadInput(field, rates, "holds one rate; with rule = 'choose' give at least 2")
+        return self
+
+    def of(self, size: str) -> list[float]:
+        """The rates to try for ``size``, rising."""
+        return sorted(self.per_size.get(size, self.rates))
+
+
+class TrainSpec(Frozen):
+    """How a run trains. One cell presentation counts once in ``max_cells_seen``; an update takes ``cells_per_step``."""
+
+    recipe: Recipe = "corrected"
+    objective: Literal["mse"] = "mse"
+    mask_fraction: Share = 0.15
+    max_cells_seen: PositiveInt | dict[str, PositiveInt] = 100_000
+    cells_per_step: PositiveInt = 32
+    micro_batch: PositiveInt = 32
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    adam_beta2: Share = 0.99
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    evaluations: PositiveInt = 20
+    curve_cells: PositiveInt = 512
+    smoothing_evaluations: PositiveInt = 3
+    patience_evaluations: Annotated[int, Field(ge=0, strict=True)] = 5
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
+    threads: PositiveInt = 1
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _micro_batch_fits(cls, value: int, info: Any) -> int:
+        whole = info.data.get("cells_per_step")
+        if whole is not None and value > whole:
+            raise ValueError(f"is larger than cells_per_step = {whole}; make it at most that")
+        return value
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole budget; only a resolved spec has them."""
+        if isinstance(self.max_cells_seen, dict):
+            raise BadInput("train.max_cells_seen", self.max_cells_seen, "is a table by size; resolve it for one size first")
+        return self.max_cells_seen // self.cells_per_step
+
+    def resolved(self, size: str, fraction: float = 1.0) -> TrainSpec:
+        """The same with ``max_cells_seen`` as one number: that of ``size``, times ``fraction``, in whole updates."""
+        budget = self.max_cells_seen
+        if isinstance(budget, dict):
+            if size not in budget and "default" not in budget:
+                raise BadInput("train.max_cells_seen", sorted(budget), f"add a line for {size}, or `default = N`")
+            budget = budget.get(size, budget.get("default", 0))
+        steps = max(1, round(budget * fraction / self.cells_per_step))
+        return self.model_copy(update={"max_cells_seen": steps * self.cells_per_step})
+
+
+class ResourceSpec(Frozen):
+    """What a run may use. Never part of a run's identity."""
+
+    cpus: PositiveInt = 2
+    workers: dict[str, PositiveInt] = {}
+    engine: Literal["ddp", "deepspeed"] = "ddp"
+    zero_stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 1
+    max_failures: Annotated[int, Field(ge=0, strict=True)] = 2
+    gflops_per_cpu: Annotated[float, Field(gt=0)] = 30.0
+
+
+class RunSpec(Frozen):
+    """One cell of the grid, whole: everything a training process needs besides the shards.
+
+    ``role`` is "law" for a point of the grid and "rate" for a learning-rate trial. ``lr`` is None until the choice
+    among ``lr_candidates`` (run ids) has been made.
+    """
+
+    run_id: str
+    role: Literal["law", "rate"]
+    size: str
+    width: int
+    layers: int
+    heads: int
+    feedforward: int
+    genes: int
+    cells: int | None
+    seed: int
+    lr: float | None
+    lr_candidates: list[str]
+    train: TrainSpec
+    workers: int
+    engine: Literal["plain", "ddp", "deepspeed"]
+    zero_stage: int
+
+    @property
+    def shape(self) -> Shape:
+        """The model's shape."""
+        return Shape(self.width, self.layers, self.heads, self.feedforward)
+
+    @property
+    def params(self) -> int:
+        """All parameters, the gene embedding included."""
+        return parameters(self.shape, self.genes)
+
+
+class SweepSpec(Frozen):
+    """A whole sweep."""
+
+    name: Annotated[str, Field(pattern=f"^{_PLAIN_NAME}$")]
+    data: DataSpec = DataSpec()
+    grid: GridSpec
+    sizes: dict[str, dict[str, Any]] = {}
+    train: TrainSpec = TrainSpec()
+    lr: LearningRateSpec
+    resources: ResourceSpec = ResourceSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepSpec:
+        budgets = self.train.max_cells_seen if isinstance(self.train.max_cells_seen, dict) else {}
+        named = {
+            "sizes": self.sizes,
+            "grid.sizes": self.grid.sizes,
+            "lr.per_size": self.lr.per_size,
+            "resources.workers": self.resources.workers,
+            "train.max_cells_seen": set(budgets) - {"default"},
+        }
+        for field, names in named.items():
+            for name in sorted(names):
+                self.shape(name, field)
+        for name in self.grid.sizes:
+            self.train.resolved(name)
+        if max(self.grid.genes) > self.data.genes:
+            raise BadInput(
+                "grid.genes",
+                max(self.grid.genes),
+                f"is more than data.genes = {self.data.genes}; raise that, or lower this",
+            )
+        if self.lr.rule == "choose" and self.lr.choose_seed in self.grid.seeds:
+            raise BadInput(
+                "lr.choose_seed", self.lr.choose_seed, "is also in grid.seeds; a choice needs a seed of its own"
+            )
+        for name, workers in self.resources.workers.items():
+            if self.train.cells_per_step % workers:
+                raise BadInput(
+                    f"resources.workers.{name}",
+                    workers,
+                    f"must divide train.cells_per_step = {self.train.cells_per_step}",
+                )
+        return self
+
+    def shape(self, size: str, field: str = "grid.sizes") -> Shape:
+        """The shape of a named size: the spec's own first, then the ladder's. ``field`` is where the name stands."""
+        if size in self.sizes:
+            if not re.fullmatch(_PLAIN_NAME, size):
+                raise BadInput(
+                    "sizes", size, "becomes part of file names; use letters, digits, dot, dash and underscore"
+                )
+            wanted = {"width", "layers", "heads", "feedforward"}
+            given = self.sizes[size]
+            if set(given) != wanted:
+                odd = sorted(wanted.symmetric_difference(given))
+                raise BadInput(f"sizes.{size}", odd, "give exactly width, layers, heads and feedforward")
+            try:
+                return Shape(**given)
+            except BadInput as error:
+                raise BadInput(error.field.replace("sizes", f"sizes.{size}", 1), error.value, error.remedy) from error
+        if size not in LADDER:
+            raise BadInput(field, size, f"is no known size; use {', '.join(LADDER)}, or add a table [sizes.{size}]")
+        return LADDER[size]
+
+    def runs(self) -> list[RunSpec]:
+        """Every run of the sweep, learning-rate trials first, in a fixed order."""
+        rate_runs: dict[tuple[str, int], list[RunSpec]] = {}
+        if self.lr.rule == "choose":
+            for size, genes in product(self.grid.sizes, self.grid.genes):
+                rate_runs[size, genes] = [
+                    self._run("rate", size, genes, self.lr.choose_cells, self.lr.choose_seed, rate, [])
+                    for rate in self.lr.of(size)
+                ]
+        law_runs = []
+        for size, genes, cells, seed in product(self.grid.sizes, self.grid.genes, self.grid.cells, self.grid.seeds):
+            if self.lr.rule == "choose":
+                candidates = [run.run_id for run in rate_runs[size, genes]]
+                law_runs.append(self._run("law", size, genes, cells, seed, None, candidates))
+            else:
+                law_runs += [self._run("law", size, genes, cells, seed, rate, []) for rate in self.lr.of(size)]
+        return [run for runs in rate_runs.values() for run in runs] + law_runs
+
+    def _run(
+        self,
+        role: Literal["law", "rate"],
+        size: str,
+        genes: int,
+        cells: int | Literal["all"],
+        seed: int,
+        lr: float | None,
+        candidates: list[str],
+    ) -> RunSpec:
+        shape = self.shape(size)
+        train = self.train.resolved(size, self.lr.choose_fraction if role == "rate" else 1.0)
+        workers = self.resources.workers.get(size, 1)
+        unique_cells = None if cells == "all" else cells
+        identity = {
+            "numerics": NUMERICS_VERSION,
+            "data": self.data.model_dump(mode="json"),
+            "role": role,
+            "shape": [shape.width, shape.layers, shape.heads, shape.feedforward],
+            "genes": genes,
+            "cells": unique_cells,
+            "seed": seed,
+            "lr": lr if lr is not None else candidates,
+            "train": train.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        }
+        digest = content_hash(identity)[:8]
+        rate = f"lr{lr:g}" if lr is not None else "lrbest"
+        return RunSpec(
+            run_id=f"{role}-{size}-v{genes}-d{cells}-s{seed}-{rate}-{digest}",
+            role=role,
+            size=size,
+            width=shape.width,
+            layers=shape.layers,
+            heads=shape.heads,
+            feedforward=shape.feedforward,
+            genes=genes,
+            cells=unique_cells,
+            seed=seed,
+            lr=lr,
+            lr_candidates=candidates,
+            train=train,
+            workers=workers,
+            engine=self.resources.engine if workers > 1 else "plain",
+            zero_stage=self.resources.zero_stage if workers > 1 and self.resources.engine == "deepspeed" else 0,
+        )
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of ``value`` as canonical JSON (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def parse_spec(text: str, source: str = "spec") -> SweepSpec:
+    """A spec from TOML text; BadInput with one line for anything that is not one."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(source, str(error), "is not TOML; mend that place") from error
+    try:
+        return SweepSpec.model_validate(table)
+    except ValidationError as error:
+        raise _first_problem(error, source) from error
+
+
+def load_spec(path: str | Path) -> SweepSpec:
+    """A spec from a TOML file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput("spec", str(path), "cannot be read as a text file; name a TOML file") from error
+    return parse_spec(text, str(path))
+
+
+def _first_problem(error: ValidationError, source: str) -> BadInput:
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, BadInput):
+        return cause
+    where = _place(problem["loc"]) or source
+    if problem["type"] == "extra_forbidden":
+        return BadInput(where, problem["input"], "is no known key; remove it or correct its spelling")
+    if problem["type"] == "missing":
+        return BadInput(where, None, "is missing; add it")
+    # A field of several types yields one problem per type: the way out names them all.
+    messages = [one["msg"].removeprefix("Value error, ") for one in problems if _place(one["loc"]) == where]
+    return BadInput(where, problem["input"], ", or ".join(message[0].lower() + message[1:] for message in messages))
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """A dotted field, without the type tags that pydantic adds for fields of several types."""
+    tag = re.compile(r"(constrained-|literal\[|dict\[).*")
+    return ".".join(str(part) for part in location if not tag.fullmatch(str(part)))

@@ -1,0 +1,130 @@
+"""Files that are either whole or absent: atomic writes, create-if-absent, directory publishing, the driver's lease."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from scaling_ray.errors import BadInput, LeaseHeld
+
+PARTIAL_PREFIX = ".partial-"
+"""Names that start so are unfinished: readers never look at them. A directory's next builder removes its own."""
+
+
+def _flush_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_temporary(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{PARTIAL_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return temporary
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write ``data`` so that a reader sees the old file or the new one, never a part, also after a kill -9."""
+    temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data)
+    os.replace(temporary, path)
+    _flush_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically; NaN and infinity are refused (they are not JSON)."""
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def create_if_absent(path: Path, data: bytes | str) -> bool:
+    """Commit ``data`` under ``path`` once: True for the writer that came first, False for every later one."""
+    temporary = _write_temporary(path, data.encode() if isinstance(data, str) else data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    _flush_directory(path.parent)
+    return True
+
+
+def partial_directory(final: Path) -> Path:
+    """An empty unfinished sibling of ``final`` to build in; leftovers of earlier attempts are removed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    own = re.compile(re.escape(f"{PARTIAL_PREFIX}{final.name}-") + r"(retired-)?[0-9a-f]{8}")
+    for leftover in final.parent.iterdir():
+        if own.fullmatch(leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = final.parent / f"{PARTIAL_PREFIX}{final.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    return temporary
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Move a finished directory into place in one rename; an existing ``final`` is replaced as a whole."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+    if final.exists():
+        retired = final.parent / f"{PARTIAL_PREFIX}{final.name}-retired-{uuid.uuid4().hex[:8]}"
+        os.replace(final, retired)
+        os.replace(temporary, final)
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.replace(temporary, final)
+    _flush_directory(final.parent)
+
+
+def output_directory(path: str | Path, field: str = "--out") -> Path:
+    """A directory this process can write to, created if needed; BadInput if it cannot be one."""
+    if "://" in str(path):
+        raise BadInput(field, str(path), "is no local directory; results go to a disk that every node mounts")
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(field, str(path), f"cannot be a directory ({error.strerror}); name another place") from error
+    if not os.access(directory, os.W_OK):
+        raise BadInput(field, str(path), "is not writable; name another place")
+    return directory
+
+
+class Lease:
+    """One driver at a time: an flock on ``directory/.lease`` that the kernel frees when the holder dies."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / ".lease"
+        self._handle: int | None = None
+
+    def __enter__(self) -> Lease:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._handle)
+            raise LeaseHeld(f"{self._path.parent}: another driver works here; wait for it, or stop it") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._handle is not None:
+            # Closing alone would leave the lock to a child that was forked and has not yet started its program.
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+            os.close(self._handle)
+            self._handle = None
