@@ -1,0 +1,317 @@
+"""Makes a local Census out of .h5ad files with raw counts: each file a data set, genes joined on feature_id.
+
+Raw counts are looked for in ``X``, ``raw.X`` and every layer, and checked, value by value; which place was used is
+reported, and where more than one holds different counts the choice is left to the user.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from scaling_ray.census.layout import OBS_STRING_COLUMNS, X_TILE_CELLS, CensusWriter, Dataset, existing
+from scaling_ray.errors import BadInput
+
+_CHUNK_VALUES = 2**24
+"""Values of one chunk of a dense matrix at most: 64 MB of float32."""
+
+_SYNONYMS: dict[str, tuple[str, ...]] = {
+    "assay": ("assay", "technology", "platform", "library_preparation_protocol", "method"),
+    "cell_type": ("cell_type", "celltype", "cell_types", "cell_type_original", "cell_label", "annotation"),
+    "development_stage": ("development_stage", "age", "stage"),
+    "disease": ("disease", "diagnosis", "condition", "disease_status", "disease_state"),
+    "donor_id": ("donor_id", "donor", "patient", "patient_id", "individual", "subject", "subject_id"),
+    "self_reported_ethnicity": ("self_reported_ethnicity", "ethnicity"),
+    "sex": ("sex", "gender"),
+    "suspension_type": ("suspension_type",),
+    "tissue": ("tissue", "organ", "organ_part"),
+    "tissue_type": ("tissue_type",),
+    "tissue_general": ("tissue_general",),
+}
+_PRIMARY = ("is_primary_data", "is_primary")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One checked file: where its counts are and what its columns mean."""
+
+    path: Path
+    place: str
+    cells: int
+    feature_id: np.ndarray
+    feature_name: np.ndarray
+    obs: pd.DataFrame
+    mapped: dict[str, str]
+    missing: tuple[str, ...]
+
+
+def import_h5ad(
+    files: Sequence[Path],
+    out: Path,
+    *,
+    layer: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Writes a local Census at ``out`` from one or more .h5ad files.
+
+    Args:
+        files: each becomes one data set, named after the file.
+        out: directory to appear; ``Census.open(out)`` reads it. A complete import of the same files is left as is.
+        layer: ``X``, ``raw.X`` or the name of a layer, where more than one place holds raw counts.
+        progress: called with one line of text now and then, among them what was used for what.
+
+    Raises:
+        BadInput: not an .h5ad, no raw counts (with the reason for each place), differing candidates, gene ids
+            that repeat, or ``out`` holding something else.
+    """
+    out, files = Path(out), [Path(f) for f in files]
+    say = progress or (lambda line: None)
+    if not files:
+        raise BadInput("files", [], "name at least one .h5ad file")
+    names = [f.stem for f in files]
+    if len(set(names)) < len(names):
+        raise BadInput("files", names, "two files of one name; a file's name becomes its dataset_id")
+    about = {"kind": "imported", "files": {f.name: _sha256(f) for f in files}, "layer": layer}
+    record = existing(out)
+    if record is not None:
+        if {name: record["about"].get(name) for name in about} == about:
+            say(f"{out}: already there")
+            return out
+        raise BadInput("out", str(out), "holds another Census; remove it or name a new directory")
+
+    sources = [_inspect(f, layer, say) for f in files]
+    # one file keeps its order of genes; several are joined in the order of the ids, whatever the order of the files
+    genes = pd.Index(sources[0].feature_id)
+    for source in sources[1:]:
+        genes = genes.union(source.feature_id)
+    name_of = {i: n for s in reversed(sources) for i, n in zip(s.feature_id, s.feature_name, strict=True)}
+    presence = np.zeros((len(sources), len(genes)), bool)
+    columns = [genes.get_indexer(s.feature_id) for s in sources]
+    for row, column in enumerate(columns):
+        presence[row, column] = True
+    n_cells = sum(s.cells for s in sources)
+    with CensusWriter(
+        out,
+        var=pd.DataFrame({"feature_id": genes, "feature_name": [name_of[g] for g in genes], "feature_length": 0}),
+        datasets=[Dataset(n, n, "imported", "imported", s.path.name) for n, s in zip(names, sources, strict=True)],
+        presence=presence,
+        n_cells=n_cells,
+        categories={c: sorted({str(v) for s in sources for v in s.obs[c].unique()}) for c in OBS_STRING_COLUMNS},
+        build_tag="imported",
+    ) as writer:
+        done = 0
+        for source, column in zip(sources, columns, strict=True):
+            for start, counts in _chunks(source.path, source.place):
+                wrong = _not_counts(counts)
+                if wrong:
+                    raise BadInput(
+                        f"{source.path.name}:{source.place}", wrong, f"in cells from {start} on; raw counts are needed"
+                    )
+                stop = start + counts.shape[0]
+                counts.eliminate_zeros()
+                wide = sp.csr_matrix(
+                    (counts.data, column[counts.indices], counts.indptr), shape=(counts.shape[0], len(genes))
+                )
+                wide.sort_indices()
+                writer.append(source.obs.iloc[start:stop], wide)
+                done += counts.shape[0]
+                say(f"imported {done:,} of {n_cells:,} cells")
+        return writer.publish(
+            about=about
+            | {
+                "counts_from": {s.path.name: s.place for s in sources},
+                "columns": {s.path.name: s.mapped for s in sources},
+                "set_to_unknown": {s.path.name: list(s.missing) for s in sources},
+            }
+        )
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise BadInput("file", str(path), "does not exist")
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _inspect(path: Path, layer: str | None, say: Callable[[str], None]) -> _Source:
+    if not _is_h5ad(path):
+        raise BadInput("file", str(path), "is no whole .h5ad file; write one with anndata's write_h5ad")
+    backed = anndata.read_h5ad(path, backed="r")
+    try:
+        place = _find_counts(path, backed, layer)
+        var = backed.raw.var if place == "raw.X" else backed.var
+        obs, mapped, missing = _map_obs(backed.obs, path.stem)
+    finally:
+        backed.file.close()
+    feature_id, feature_name, ids_from = _feature_ids(var)
+    values, repeats = np.unique(feature_id, return_counts=True)
+    if (repeats > 1).any():
+        raise BadInput(
+            f"{path.name}: feature_id", values[repeats > 1][0], "occurs more than once; make gene ids unique"
+        )
+    say(f"{path.name}: raw counts from {place}; gene ids from {ids_from}")
+    say(f"{path.name}: {', '.join(f'{c} from {m}' for c, m in mapped.items()) or 'no obs column recognised'}")
+    if missing:
+        say(f"{path.name}: set to unknown: {', '.join(missing)}")
+    if "donor_id" in missing:
+        say(f"{path.name}: no donor_id: a split by donor will take the whole file as one donor")
+    return _Source(path, place, len(obs), feature_id, feature_name, obs, mapped, missing)
+
+
+def _is_h5ad(path: Path) -> bool:
+    if not h5py.is_hdf5(path):
+        return False
+    try:
+        with h5py.File(path, "r") as file:
+            return {"obs", "var"} <= set(file)
+    except OSError:  # begins like HDF5 but was cut short
+        return False
+
+
+def _find_counts(path: Path, backed: anndata.AnnData, layer: str | None) -> str:
+    """Name of the place whose first cells are raw counts; every value is checked later, while copying."""
+    places = ["X"] if backed.X is not None else []
+    places += ["raw.X"] if backed.raw is not None else []
+    places += sorted(backed.layers.keys())
+    if layer is not None and layer not in places:
+        raise BadInput("layer", layer, f"is not in {path.name}; it has {', '.join(places)}")
+    reasons: dict[str, str] = {}
+    good: list[str] = []
+    for place in [layer] if layer is not None else places:
+        wrong = _first_fault(path, place)
+        if wrong:
+            reasons[place] = wrong
+        else:
+            good.append(place)
+    if not good:
+        why = "; ".join(f"{place}: {reason}" for place, reason in reasons.items()) or "the file has no matrix"
+        raise BadInput(path.name, "no raw counts", f"{why}. Store raw counts in X, raw.X or a layer")
+    differing = [p for p in good[1:] if not _same(path, good[0], p)]
+    if differing:
+        raise BadInput(
+            "layer", [good[0], *differing], f"hold different raw counts in {path.name}; say which one with --layer"
+        )
+    return good[0]
+
+
+def _first_fault(path: Path, place: str) -> str:
+    """Why a place holds no raw counts, or the empty text. Reads until the first fault."""
+    total = 0.0
+    for _, block in _chunks(path, place):
+        wrong = _not_counts(block)
+        if wrong:
+            return wrong
+        total += float(block.data.sum())
+    return "" if total else "holds no count at all"
+
+
+def _not_counts(block: sp.csr_matrix) -> str:
+    values = block.data
+    if not len(values):
+        return ""
+    if not np.isfinite(values).all():
+        return "holds values that are not finite"
+    if (values < 0).any():
+        return f"holds negative values ({values[values < 0][0]:g})"
+    fractional = values != np.rint(values)
+    if fractional.any():
+        return f"holds fractional values ({values[fractional][0]:g})"
+    if values.max() > 2**24:
+        return f"holds values beyond 2^24 ({values.max():g}), which float32 does not keep exactly"
+    return ""
+
+
+def _same(path: Path, first: str, second: str) -> bool:
+    for (_, a), (_, b) in zip(_chunks(path, first), _chunks(path, second), strict=True):
+        if a.shape != b.shape or (a != b).nnz:
+            return False
+    return True
+
+
+def _chunks(path: Path, place: str) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """(first cell, rows as csr) of one matrix of the file, in order."""
+    with ExitStack() as stack:
+        file = stack.enter_context(h5py.File(path, "r"))
+        key = {"X": "X", "raw.X": "raw/X"}.get(place, f"layers/{place}")
+        node = file[key]
+        if isinstance(node, h5py.Dataset):
+            rows = max(1, _CHUNK_VALUES // max(node.shape[1], 1))
+            for start in range(0, node.shape[0], rows):
+                yield start, sp.csr_matrix(node[start : start + rows])
+            return
+        matrix = anndata.io.sparse_dataset(node)
+        if node.attrs["encoding-type"] == "csc_matrix":
+            # columns first: cells cannot be read in ranges, so the matrix is turned in memory once
+            matrix = matrix.to_memory().tocsr()
+        for start in range(0, matrix.shape[0], X_TILE_CELLS):
+            yield start, sp.csr_matrix(matrix[start : start + X_TILE_CELLS])
+
+
+def _feature_ids(var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, str]:
+    """Stable gene ids and readable names: an Ensembl column or index where there is one, else the index."""
+    index = var.index.to_numpy().astype(str)
+    folded = {str(c).lower(): c for c in var.columns}
+    ids, ids_from = index, "the var index"
+    if not _looks_ensembl(index):
+        for name in ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl", "ensembl_gene_id"):
+            if name in folded and _looks_ensembl(var[folded[name]].astype(str).to_numpy()):
+                ids, ids_from = var[folded[name]].astype(str).to_numpy(), f"var column {folded[name]}"
+                break
+    names = index
+    for name in ("feature_name", "gene_name", "gene_symbol", "gene_symbols", "symbol"):
+        if name in folded:
+            names = var[folded[name]].astype(str).to_numpy()
+            break
+    return ids.astype(object), names.astype(object), ids_from
+
+
+def _looks_ensembl(values: np.ndarray) -> bool:
+    return len(values) > 0 and sum(str(v).startswith("ENS") for v in values) > 0.9 * len(values)
+
+
+def _map_obs(given: pd.DataFrame, dataset_id: str) -> tuple[pd.DataFrame, dict[str, str], tuple[str, ...]]:
+    """Obs columns of the Census from those of a file; which were recognised, and which are unknown."""
+    folded: dict[str, str] = {}
+    for column in given.columns:
+        folded.setdefault(str(column).lower().replace(" ", "_").replace("-", "_").replace(".", "_"), str(column))
+    obs = pd.DataFrame(index=range(len(given)))
+    mapped: dict[str, str] = {}
+    missing: list[str] = []
+    for column in OBS_STRING_COLUMNS:
+        if column == "dataset_id":
+            obs[column] = dataset_id
+            continue
+        found = next((folded[s] for s in _SYNONYMS.get(column, (column,)) if s in folded), None)
+        if found is None and column == "tissue_general":
+            found = mapped.get("tissue")
+        if found is None:
+            obs[column] = "unknown"
+            if not column.endswith("_ontology_term_id"):
+                missing.append(column)
+            continue
+        values = given[found].astype(object).to_numpy()
+        obs[column] = np.where(pd.isna(values) | (values == ""), "unknown", values.astype(str)).astype(object)
+        mapped[column] = found
+    primary = next((folded[s] for s in _PRIMARY if s in folded), None)
+    obs["is_primary_data"] = True if primary is None else _as_bool(given[primary], primary)
+    if primary is not None:
+        mapped["is_primary_data"] = primary
+    obs["observation_joinid"] = given.index.to_numpy().astype(str)
+    return obs, mapped, tuple(missing)
+
+
+def _as_bool(column: pd.Series, name: str) -> np.ndarray:
+    text = column.astype(str).str.lower()
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if not text.isin(known).all():
+        raise BadInput(name, text[~text.isin(known)].iloc[0], "must be true or false for every cell")
+    return text.map(known).to_numpy(bool)

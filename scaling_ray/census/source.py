@@ -1,0 +1,263 @@
+"""Reads cells out of a Census: planted, imported or live, all through ``cellxgene_census.open_soma``.
+
+Where a Census lies is one string, good enough to open it again in another process: a local path, a ``file://``
+or ``s3://`` URI, or a release name such as ``2025-11-08`` or ``stable``. On S3 the public Census buckets are
+read anonymously from the region in their name; any other bucket with the usual AWS credentials and region of the
+environment. ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL`` names another S3 service (MinIO, a test server).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import unquote, urlparse
+
+import cellxgene_census
+import numpy as np
+import pandas as pd
+import requests
+import scipy.sparse as sp
+import tiledbsoma as soma
+
+from scaling_ray.census.layout import RECORD_NAME, check_whole
+from scaling_ray.errors import BadInput
+
+_RELEASE = re.compile(r"stable|latest|\d{4}-\d{2}-\d{2}")
+_PUBLIC_BUCKET = re.compile(r"cellxgene-census-public-(?P<region>[a-z]+-[a-z]+-\d)")
+_WAYS = "give a directory, an s3:// URI of a Census, or a release such as 2025-11-08 or stable"
+
+
+class Census:
+    """One organism of one Census, open for reading. A context manager; ``uri`` alone opens it again.
+
+    Attributes:
+        uri: where it lies; plain text, so it travels to other processes.
+        census_version: build date or name out of the Census's own summary.
+        schema_version: version of the Census schema it was written in.
+        n_cells: obs rows (N); joinids run from 0 to N - 1.
+        n_genes: var rows (G).
+        tile_cells: row extent of a tile of X; ranges aligned to it read no tile twice.
+    """
+
+    def __init__(self, root: soma.Collection, uri: str, organism: str) -> None:
+        self._root, self.uri, self.organism = root, uri, organism
+        if not {"census_info", "census_data"} <= set(root):
+            root.close()
+            raise BadInput("census", uri, f"is a SOMA collection but no Census; {_WAYS}")
+        if organism not in root["census_data"]:
+            held = sorted(root["census_data"])
+            root.close()
+            raise BadInput("organism", organism, f"is not in this Census; it holds {held}")
+        experiment = root["census_data"][organism]
+        self._obs, self._rna = experiment.obs, experiment.ms["RNA"]
+        self._x = self._rna.X["raw"]
+        summary = root["census_info"]["summary"].read().concat().to_pandas()
+        labels = dict(zip(summary["label"], summary["value"], strict=True))
+        self.census_version: str = labels["census_build_date"]
+        self.schema_version: str = labels["census_schema_version"]
+        self.n_cells: int = self._obs.count
+        self.n_genes: int = self._rna.var.count
+        dimensions = json.loads(self._x.schema_config_options().dims)
+        self.tile_cells = int(dimensions["soma_dim_0"]["tile"])
+
+    @classmethod
+    def open(
+        cls,
+        uri_or_version: str | Path,
+        organism: str = "homo_sapiens",
+        *,
+        threads: int = 1,
+        buffer_bytes: int = 64 * 2**20,
+        region: str | None = None,
+        anonymous: bool | None = None,
+    ) -> Census:
+        """Opens a Census.
+
+        Args:
+            uri_or_version: local path, ``file://`` or ``s3://`` URI, or a release name.
+            organism: name of the experiment inside ``census_data``.
+            threads: compute threads of TileDB; the default suits a task that was given one CPU.
+            buffer_bytes: read buffer per column; what one read holds in memory is a small multiple of it
+                beside its result.
+            region: AWS region, where it is neither in the bucket's name nor in the environment.
+            anonymous: send unsigned requests; default: only to the public Census buckets.
+
+        Raises:
+            BadInput: nothing there, not a Census, an incomplete local one, or an unknown release.
+        """
+        where = str(uri_or_version)
+        remote = "://" in where or _RELEASE.fullmatch(where) is not None
+        config: dict[str, Any] = {
+            "soma.init_buffer_bytes": buffer_bytes,
+            "py.init_buffer_bytes": buffer_bytes,
+            "sm.compute_concurrency_level": threads,
+            # reads from S3 wait for the network, so a few more in flight cost no CPU
+            "sm.io_concurrency_level": max(4, threads) if remote else threads,
+        }
+        try:
+            if _RELEASE.fullmatch(where) and not Path(where).exists():
+                return cls._open_release(where, organism, config)
+            uri = _local_path(where)
+            if uri is None:
+                if not where.startswith("s3://"):
+                    raise BadInput("census", where, f"is neither; {_WAYS}")
+                uri = where
+                config |= _s3_config(uri, region, anonymous)
+            context = cellxgene_census.get_default_soma_context(tiledb_config=config)
+            return cls(cellxgene_census.open_soma(uri=uri, context=context), uri, organism)
+        except soma.DoesNotExistError as error:
+            raise BadInput("census", where, f"holds no Census; {_WAYS}") from error
+        except soma.SOMAError as error:
+            raise BadInput("census", where, f"cannot be read ({_first_line(error)}); {_WAYS}") from error
+
+    @classmethod
+    def _open_release(cls, version: str, organism: str, config: dict[str, Any]) -> Census:
+        try:
+            context = cellxgene_census.get_default_soma_context(tiledb_config=config)
+            root = cellxgene_census.open_soma(census_version=version, context=context)
+        except requests.RequestException as error:
+            raise BadInput(
+                "census", version, "the directory of releases cannot be reached; check the network, or give a URI"
+            ) from error
+        except ValueError as error:
+            raise BadInput("census", version, "is no known Census release; try stable") from error
+        return cls(root, root.uri, organism)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes every handle."""
+        self._root.close()
+
+    def obs(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
+        """Cell metadata, sorted by ``soma_joinid`` (always included), as plain numpy and object columns.
+
+        Args:
+            columns: names of obs columns; None reads all.
+            value_filter: a condition in SOMA's language, e.g. ``tissue_general == 'lung' and is_primary_data == True``.
+
+        Raises:
+            BadInput: an unknown column, or a condition that SOMA does not understand.
+        """
+        known = list(self._obs.keys())
+        if columns is not None:
+            for name in columns:
+                if name not in known:
+                    raise BadInput("obs column", name, f"is not in this Census; it has {', '.join(known)}")
+            columns = list(dict.fromkeys(["soma_joinid", *columns]))
+        try:
+            table = self._obs.read(column_names=columns, value_filter=value_filter or None).concat()
+        except soma.SOMAError as error:
+            raise BadInput(
+                "value_filter",
+                value_filter,
+                f"is not understood ({_first_line(error)}); write e.g. tissue_general == 'lung' and "
+                "is_primary_data == True, with obs columns of this Census",
+            ) from error
+        frame = _plain(table.to_pandas())
+        return frame if columns is None else frame[list(columns)]  # the condition's own columns come along
+
+    def var(self) -> pd.DataFrame:
+        """Gene metadata (soma_joinid, feature_id, feature_name, ...), sorted by ``soma_joinid``."""
+        return _plain(self._rna.var.read().concat().to_pandas())
+
+    def presence(self) -> tuple[list[str], sp.csr_matrix]:
+        """Which dataset measured which gene.
+
+        Returns:
+            The dataset_id of each row, and a (datasets, G) bool matrix whose columns are var joinids.
+        """
+        datasets = _plain(
+            self._root["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat().to_pandas()
+        )
+        ids = [""] * (int(datasets["soma_joinid"].max()) + 1)
+        for row, name in zip(datasets["soma_joinid"], datasets["dataset_id"], strict=True):
+            ids[row] = str(name)
+        table = self._rna["feature_dataset_presence_matrix"].read().tables().concat()
+        present = table["soma_data"].to_numpy().astype(bool)
+        row, column = table["soma_dim_0"].to_numpy()[present], table["soma_dim_1"].to_numpy()[present]
+        return ids, sp.csr_matrix((np.ones(len(row), bool), (row, column)), shape=(len(ids), self.n_genes))
+
+    def counts(self, start: int, stop: int) -> sp.csr_matrix:
+        """Raw counts of the cells with start <= soma_joinid < stop.
+
+        Returns:
+            (stop - start, G) int32; a cell without counts is an empty row, a gene's column is its var joinid.
+
+        Raises:
+            BadInput: the range leaves the Census, or a value is negative, fractional or beyond int32.
+        """
+        if not 0 <= start < stop <= self.n_cells:
+            raise BadInput("cell range", (start, stop), f"choose 0 <= start < stop <= {self.n_cells}")
+        table = self._x.read((slice(start, stop - 1), slice(None))).tables().concat()
+        values = table["soma_data"].to_numpy()
+        right = (values >= 0) & (values < 2**31) & (values == np.floor(values))  # nan is none of them
+        if not right.all():
+            where = f"cells {start} to {stop}"
+            raise BadInput(
+                "X/raw", float(values[~right][0]), f"is no count ({where}); a Census of raw counts is needed"
+            )
+        counts = values.astype(np.int32)
+        rows = table["soma_dim_0"].to_numpy() - start
+        matrix = sp.csr_matrix(
+            (counts, (rows, table["soma_dim_1"].to_numpy())), shape=(stop - start, self.n_genes), dtype=np.int32
+        )
+        matrix.sort_indices()
+        return matrix
+
+
+def _local_path(where: str) -> str | None:
+    """The absolute path of a local Census, checked for lost files; None for a remote URI."""
+    if "://" in where and not where.startswith("file://"):
+        return None
+    path = Path(unquote(urlparse(where).path) if where.startswith("file://") else where).absolute()
+    if not path.exists():
+        raise BadInput("census", where, f"does not exist; {_WAYS}")
+    record = path / RECORD_NAME
+    if record.is_file():
+        check_whole(path, json.loads(record.read_text()))
+    return str(path)
+
+
+def _s3_config(uri: str, region: str | None, anonymous: bool | None) -> dict[str, str]:
+    public = _PUBLIC_BUCKET.fullmatch(urlparse(uri).netloc)
+    environment = os.environ
+    region = region or (public and public["region"]) or environment.get("AWS_REGION")
+    region = region or environment.get("AWS_DEFAULT_REGION") or "us-west-2"
+    unsigned = bool(public) if anonymous is None else anonymous
+    config = {"vfs.s3.region": region, "vfs.s3.no_sign_request": str(unsigned).lower()}
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        address = urlparse(endpoint)
+        if address.scheme not in ("http", "https") or not address.netloc:
+            raise BadInput("AWS_ENDPOINT_URL", endpoint, "must look like http://host:port")
+        config |= {
+            "vfs.s3.endpoint_override": address.netloc,
+            "vfs.s3.scheme": address.scheme,
+            "vfs.s3.use_virtual_addressing": "false",
+        }
+    return config
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sorted by joinid, dictionary columns as objects that share their strings."""
+    for name in frame.columns:
+        if isinstance(frame[name].dtype, pd.CategoricalDtype):
+            frame[name] = np.asarray(frame[name].astype(object))
+    return frame.sort_values("soma_joinid", ignore_index=True)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:160] if text else type(error).__name__
