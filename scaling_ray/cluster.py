@@ -1,0 +1,82 @@
+"""One way to Ray: the cluster this process was started on, or a private one behind a token of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+
+# Ray reads these once, when it is imported: so every module here takes ``ray`` from this one. A user's settings win.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+if "ray" not in sys.modules and not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & set(os.environ):
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+import ray  # noqa: E402
+import ray.data  # noqa: E402
+
+from scaling_ray.errors import ScalingRayError  # noqa: E402
+
+__all__ = ["own_errors", "ray", "ray_session"]
+
+OBJECT_STORE_BYTES = 1 << 30
+"""Most shared memory a private cluster takes."""
+
+
+@contextlib.contextmanager
+def own_errors() -> Iterator[None]:
+    """Re-raise an error of this package that rose in a Ray task as itself, without Ray's wrapping."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            inner = getattr(cause, "cause", None)
+            if isinstance(cause, ScalingRayError) and not isinstance(cause, ray.exceptions.RayError):
+                raise cause from None
+            cause = inner if isinstance(inner, BaseException) else cause.__cause__
+        raise
+
+
+@contextlib.contextmanager
+def ray_session(cpus: int) -> Iterator[None]:
+    """Connect to the cluster named by RAY_ADDRESS, or run a private one of ``cpus`` CPUs until the block ends.
+
+    A private cluster answers only who shows its token (drawn anew each time), serves no dashboard, and leaves nothing
+    on disk. Ray itself decides on which of the machine's addresses it listens.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name in ("ray", "ray.data", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", logging_level=logging.ERROR, log_to_driver=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    # Unix sockets below this folder must stay under 108 bytes, so it sits at the top of the temporary folder.
+    folder = tempfile.mkdtemp(prefix="sr-", dir="/tmp" if len(tempfile.gettempdir()) > 30 else None)
+    try:
+        memory = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else OBJECT_STORE_BYTES
+        ray.init(
+            num_cpus=min(cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=max(80 << 20, min(OBJECT_STORE_BYTES, memory // 3)),
+            _temp_dir=folder,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
