@@ -1,0 +1,10 @@
+"""Objectives: predictions in, a sum to minimise and the number of masked genes it runs over out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def squared_error_sums(predictions_BK: Tensor, targets_BK: Tensor, weights_BK: Tensor) -> Tensor:
+    """(B,) sums over each cell's masked genes of (prediction - target)^2, in float32."""
+    return ((predictions_BK.float() - targets_BK).square() * weights_BK).sum(1)

@@ -1,0 +1,131 @@
+"""One run in a Ray Train worker group: the loop of ``train.loop`` on several processes, with DDP or DeepSpeed.
+
+Every worker reads the shards itself and takes its slice of the global plan, so nothing is fed to the group and no
+rank waits for rows. Progress is in the run's own files; Ray keeps no checkpoints of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaling_ray.cluster import ray  # isort: skip  (first: it sets what ray reads once)
+from ray.train import LoggingConfig, ScalingConfig, WorkerGroupError, get_context
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.config import FailureConfig, RunConfig
+from ray.train.v2.api.exceptions import RayTrainError
+
+from scaling_ray.errors import ScalingRayError
+from scaling_ray.shards.format import SPLITS, read_manifest
+from scaling_ray.shards.read import read_split
+from scaling_ray.spec import RunSpec
+from scaling_ray.train.engine import build_engine
+from scaling_ray.train.loop import RunData, run_to_result
+
+CONTROLLER_FAILURES = 3
+"""Failed starts of a worker group before the run fails; Ray's own default is to try for ever."""
+
+PREEMPTION_FAILURES = 20
+"""Drained nodes a run outlives within one call; each time it goes on from its last checkpoint."""
+
+CONTROLLER_CPUS = 0
+"""Ray Train's controller asks for no CPU of the cluster; the sweep's driver is no Ray task at all."""
+
+
+def required_cpus(run: RunSpec, driver_cpus: int = CONTROLLER_CPUS) -> int:
+    """CPUs that must be free at once for the group to start; ``driver_cpus`` where the caller itself holds some."""
+    return driver_cpus + run.workers * run.train.threads
+
+
+def preflight(run: RunSpec, cluster_resources: Mapping[str, float], driver_cpus: int = CONTROLLER_CPUS) -> str | None:
+    """Why the run's worker group could never start on a cluster of these resources, or None.
+
+    Ray would wait for ever, and say little. Totals over nodes are all that is looked at: a worker's CPUs must also be
+    found on one node.
+    """
+    cpus, gpus = cluster_resources.get("CPU", 0.0), cluster_resources.get("GPU", 0.0)
+    needed = required_cpus(run, driver_cpus)
+    if cpus < needed:
+        return (
+            f"resources.workers.{run.size} = {run.workers} with train.threads = {run.train.threads} needs {needed} "
+            f"CPUs ({driver_cpus} of them for the driver), the cluster has {cpus:g}; "
+            "use fewer workers or threads, or more CPUs"
+        )
+    if 0 < gpus < run.workers:
+        return (
+            f"resources.workers.{run.size} = {run.workers} needs as many GPUs, the cluster has {gpus:g}; "
+            "use fewer workers, or more GPUs"
+        )
+    return None
+
+
+def train_in_worker_group(
+    run: RunSpec, shards: Path, run_directory: Path, use_gpu: bool, storage_path: Path
+) -> None:
+    """Train ``run`` on ``run.workers`` workers of the connected cluster; ``run_directory`` then holds its result.
+
+    ``shards`` and ``run_directory`` must be the same directories on every node. Ray writes below ``storage_path``
+    only. An error of a worker rises here as itself (BadInput, Diverged, a bug's own class), at once and without
+    another try; a group that cannot be started or died with a process rises as Ray's TrainingFailedError.
+    """
+    if not ray.is_initialized():
+        raise RuntimeError("no connection to Ray; call this within cluster.ray_session")
+    threads = str(run.train.threads)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "run": run.model_dump_json(),
+            "shards": str(shards.resolve()),
+            "run_directory": str(run_directory.resolve()),
+        },
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=run.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": run.train.threads} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=RunConfig(  # type: ignore[arg-type]  # RunConfig of V1 is what the signature still names
+            name=run.run_id,
+            storage_path=str(storage_path.resolve()),
+            failure_config=FailureConfig(
+                max_failures=0,
+                controller_failure_limit=CONTROLLER_FAILURES,
+                max_preemption_failures=PREEMPTION_FAILURES,
+            ),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        raise _first_cause(error.worker_failures) or error from error
+
+
+def _first_cause(failures: Mapping[int, Exception]) -> Exception | None:
+    """The failure that brought the group down; None where a worker died without raising one.
+
+    Where one rank fails, the others see their connections break: those are consequences.
+    """
+    ranked = [failures[rank] for rank in sorted(failures)]
+    for failure in ranked:
+        if isinstance(failure, ScalingRayError | MemoryError | torch.OutOfMemoryError):
+            return failure
+    consequences = (ray.exceptions.RayError, RayTrainError, torch.distributed.DistError)
+    causes = [f for f in ranked if not isinstance(f, consequences) and "closed by peer" not in str(f)]
+    return causes[0] if causes else None
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What runs in a worker."""
+    run = RunSpec.model_validate_json(config["run"])
+    torch.set_num_threads(run.train.threads)
+    context = get_context()
+    shards = Path(config["shards"])
+    manifest = read_manifest(shards)
+    splits = {name: read_split(shards, manifest, name, run.genes) for name in SPLITS}
+    engine = build_engine(run, get_device(), context.get_world_rank(), context.get_world_size())
+    run_to_result(run, RunData(**splits, data_hash=manifest.data_hash), engine, Path(config["run_directory"]))
