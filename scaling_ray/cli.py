@@ -1,0 +1,227 @@
+"""The command line: verbs parse their arguments first and import what is heavy after.
+
+Exit codes: 0 ok or complete, 1 some runs failed or files damaged, 2 bad input, 5 another driver holds the directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scaling_ray import __version__
+from scaling_ray.errors import BadInput, DamagedFiles, ScalingRayError
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+def say(line: str) -> None:
+    """A line of progress on standard error, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def _census_plant(options: argparse.Namespace) -> int:
+    from scaling_ray.census.plant import plant
+
+    print(plant(options.out, n_cells=options.cells, n_genes=options.genes, seed=options.seed, progress=say))
+    return 0
+
+
+def _census_import(options: argparse.Namespace) -> int:
+    from scaling_ray.census.importer import import_h5ad
+
+    print(import_h5ad(options.files, options.out, layer=options.layer, progress=say))
+    return 0
+
+
+def _shards_build(options: argparse.Namespace) -> int:
+    from scaling_ray.spec import load_spec
+
+    spec = load_spec(options.spec)
+    from scaling_ray.shards.convert import build_shards
+
+    manifest = build_shards(spec, options.census, options.out, say)
+    for name, split in manifest.splits.items():
+        say(f"{name}: {split.cells} cells ({split.fraction:.1%})")
+    print(options.out)
+    return 0
+
+
+def _shards_verify(options: argparse.Namespace) -> int:
+    from scaling_ray.shards.format import verify
+
+    problems = verify(options.directory)
+    if problems:
+        raise DamagedFiles(problems)
+    print(f"{options.directory}: whole")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from scaling_ray.spec import load_spec
+    from scaling_ray.sweep.plan import format_plan, make_plan
+
+    plan = make_plan(load_spec(options.spec))
+    print(json.dumps(plan, indent=1) if options.json else format_plan(plan))
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from scaling_ray.spec import load_spec
+
+    load_spec(options.spec)
+    from scaling_ray.sweep.run import run_sweep
+
+    run_sweep(options.spec, options.shards, options.out, say)
+    print(options.out)
+    return 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from scaling_ray.laws import fit_table
+    from scaling_ray.storage import write_json
+    from scaling_ray.tables import read_table
+
+    table = options.table
+    columns = read_table(table / "results.parquet" if table.is_dir() else table)
+    found = fit_table(columns)
+    write_json(options.out, found)
+    headline = found["headline"]
+    print(f"{headline['verdict']}: {'; '.join(headline['reasons']) or headline['form']}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from scaling_ray.report.build import build_report
+
+    print(build_report(options.sweep, options.out))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    import pyarrow.parquet as pq
+
+    path = options.sweep / "results.parquet"
+    if not path.is_file():
+        raise BadInput("SWEEP_DIR", str(options.sweep), "holds no results.parquet; start it with `scaling-ray sweep`")
+    rows = pq.read_table(path).to_pylist()
+    for row in rows:
+        loss = "" if row["test_mse"] is None else f"test_mse {row['test_mse']:.4f}"
+        print(f"{row['status']:8} {row['run_id']:56} {loss}{row['failure'] or ''}")
+    counts = {
+        status: sum(row["status"] == status for row in rows) for status in ("done", "running", "waiting", "failed")
+    }
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    return 0
+
+
+def _track_replay(options: argparse.Namespace) -> int:
+    from scaling_ray.records import ShardManifest
+    from scaling_ray.spec import load_spec
+    from scaling_ray.storage import Lease
+    from scaling_ray.sweep.tracking import Tracker, tracking_uri
+
+    spec = load_spec(options.sweep / "spec.toml")
+    manifest = ShardManifest.read(options.sweep / "shards_manifest.json")
+    with Lease(options.sweep):
+        tracker = Tracker(options.sweep, spec, manifest)
+        tracker.sync(spec.runs())
+        tracker.close(failed=False)
+    print(tracking_uri(options.sweep))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from scaling_ray.doctor import check_machine, format_findings
+
+    findings = check_machine(options.write_to)
+    print(format_findings(findings))
+    return int(any(finding.required and not finding.ok for finding in findings))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs with their arguments."""
+    parser = argparse.ArgumentParser(prog="scaling-ray", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(parent: argparse._SubParsersAction, name: str, handler: Handler, about: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = parent.add_parser(
+            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        made.set_defaults(handler=handler)
+        return made
+
+    def group(name: str, about: str) -> argparse._SubParsersAction:
+        return verbs.add_parser(name, help=about, description=about).add_subparsers(
+            dest=f"{name}_verb", required=True, metavar="VERB"
+        )
+
+    census = group("census", "make a local Census")
+    plant = verb(census, "plant", _census_plant, "draw cells whose best possible loss is known, in the Census layout")
+    plant.add_argument("--out", type=Path, required=True, help="directory of the Census")
+    plant.add_argument("--cells", type=int, default=8_000, help="number of cells")
+    plant.add_argument("--genes", type=int, default=2_000, help="number of genes")
+    plant.add_argument("--seed", type=int, default=0, help="seed of model and cells")
+    importing = verb(census, "import", _census_import, "raw counts from .h5ad files into the Census layout")
+    importing.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE.h5ad", help="files with raw counts, one data set each"
+    )
+    importing.add_argument("--out", type=Path, required=True, help="directory of the Census")
+    importing.add_argument(
+        "--layer", default=None, help="where the counts are: X, raw.X or a layer's name (found if left out)"
+    )
+
+    shards = group("shards", "make and check shards")
+    build = verb(shards, "build", _shards_build, "convert the cells a spec asks for into Parquet shards")
+    build.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec; its [data] table is used")
+    build.add_argument("--census", required=True, help="directory, URI or version (such as 2025-11-08) of a Census")
+    build.add_argument("--out", type=Path, required=True, help="directory of the shards")
+    check = verb(shards, "verify", _shards_verify, "name each missing, damaged or foreign file")
+    check.add_argument("directory", type=Path, metavar="DIR", help="directory of the shards")
+
+    plan = verb(verbs, "plan", _plan, "what a sweep will do and cost: grid, parameters, TFLOP, MiB, hours")
+    plan.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    sweep = verb(verbs, "sweep", _sweep, "run every cell of the grid that has no result yet")
+    sweep.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec")
+    sweep.add_argument("--shards", type=Path, required=True, help="directory of the shards")
+    sweep.add_argument("--out", type=Path, required=True, help="directory of the sweep; the same one again goes on")
+    fit = verb(verbs, "fit", _fit, "fit scaling laws to a sweep or to any table: verdict, intervals, declared choices")
+    fit.add_argument(
+        "table", type=Path, metavar="SWEEP_DIR|TABLE", help="a sweep, or .csv/.parquet with columns params and loss"
+    )
+    fit.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    report = verb(verbs, "report", _report, "write a sweep's report: report.html, report.json, figures")
+    report.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
+    report.add_argument("--out", type=Path, required=True, help="directory of the report")
+    status = verb(verbs, "status", _status, "a line per run of a sweep")
+    status.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
+    track = group("track", "MLflow tracking of a sweep")
+    replay = verb(track, "replay", _track_replay, "log to MLflow what a sweep's files hold and MLflow does not")
+    replay.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
+    doctor = verb(verbs, "doctor", _doctor, "what this machine has and lacks")
+    doctor.add_argument("--write-to", type=Path, default=Path("."), help="a directory that must be writable")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; errors of this package become one line and an exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.handler(options))
+    except ScalingRayError as error:
+        print(f"scaling-ray: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("scaling-ray: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""A sweep under Ray: what is missing is run by Ray Tune, what is done is skipped, and calling again goes on.
+
+Single-process runs are Tune trials that share the resident shards; runs with several workers get a Ray Train group
+each. One driver at a time holds the lease of the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaling_ray.cluster import own_errors, ray, ray_session  # before ray.tune: it sets what ray reads once
+from scaling_ray.errors import BadInput, RunsFailed
+from scaling_ray.records import ShardManifest
+from scaling_ray.shards.format import SPLITS, read_manifest, verify
+from scaling_ray.shards.read import Cells
+from scaling_ray.shards.stream import read_resident
+from scaling_ray.spec import RunSpec, SweepSpec, TrainSpec, load_spec
+from scaling_ray.storage import Lease, output_directory, partial_directory, write_atomic, write_json
+from scaling_ray.sweep.failures import guarded, record_failure
+from scaling_ray.sweep.plan import make_plan, run_cost
+from scaling_ray.sweep.references import floor_path, reference_name, write_closed_form, write_planted_floor
+from scaling_ray.sweep.results import write_results
+from scaling_ray.train.checkpoint import prepare_run, publish_winner, read_result
+from scaling_ray.train.engine import PlainEngine
+from scaling_ray.train.loop import RunData, run_to_result
+
+Progress = Callable[[str], None]
+
+
+def run_sweep(spec_path: Path, shards: Path, out: Path, progress: Progress = lambda line: None) -> list[dict[str, Any]]:
+    """Run what the spec asks for and ``out`` does not hold yet; the rows of the results table.
+
+    BadInput for a spec that the shards cannot serve; LeaseHeld where another driver works on ``out``; RunsFailed at
+    the end where runs have no result (the others do).
+    """
+    spec = load_spec(spec_path)
+    manifest = read_manifest(shards)
+    _check_serves(spec, manifest)
+    sweep = output_directory(out)
+    with Lease(sweep):
+        return _Sweep(spec, manifest, shards, sweep, progress).complete(Path(spec_path).read_bytes())
+
+
+def _check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
+    """BadInput naming the first thing the spec asks for that the shards are not."""
+    rules = spec.data.model_dump(mode="json")
+    for key, wanted in rules.items():
+        there = manifest.data[key]
+        if there != wanted:
+            raise BadInput(f"data.{key}", wanted, f"the shards were made with {there!r}; build shards from this spec")
+    train_cells = manifest.splits["train"].cells
+    for cells in spec.grid.cells:
+        if cells != "all" and cells > train_cells:
+            raise BadInput(
+                "grid.cells", cells, f"is more than the {train_cells} training cells of the shards; lower it"
+            )
+
+
+class _Sweep:
+    """One call's work on a sweep directory, under its lease."""
+
+    def __init__(self, spec: SweepSpec, manifest: ShardManifest, shards: Path, sweep: Path, progress: Progress) -> None:
+        self.spec, self.manifest, self.shards, self.sweep, self.progress = spec, manifest, shards, sweep, progress
+        self.runs = spec.runs()
+        self.train_cells = manifest.splits["train"].cells
+
+    def directory(self, run: RunSpec) -> Path:
+        return self.sweep / "runs" / run.run_id
+
+    def complete(self, spec_text: bytes) -> list[dict[str, Any]]:
+        write_atomic(self.sweep / "spec.toml", spec_text)
+        write_atomic(self.sweep / "shards_manifest.json", self.manifest.to_json())
+        write_json(self.sweep / "plan.json", make_plan(self.spec))
+        (self.sweep / "runs").mkdir(exist_ok=True)
+        for run in self.runs:
+            publish_winner(self.directory(run))
+            self._check_data(run)
+        self.runs = self._with_chosen_rates()
+        waiting = self._waiting(self.runs)
+        if waiting or self._missing_references():
+            self.progress(f"{len(self.runs) - len(waiting)} of {len(self.runs)} runs done, {len(waiting)} to go")
+            self._run_waiting()
+        rows = write_results(self.sweep, self.runs, self.train_cells)
+        self._track_to_the_end(rows)
+        rows = write_results(self.sweep, self.runs, self.train_cells)
+        failed = [row for row in rows if row["status"] != "done"]
+        if failed:
+            first = failed[0]
+            raise RunsFailed(
+                f"{len(failed)} of {len(rows)} runs have no result; first {first['run_id']} ({first['failure']}): "
+                f"see {self.sweep / 'runs' / first['run_id'] / 'failure.json'}"
+            )
+        return rows
+
+    def _check_data(self, run: RunSpec) -> None:
+        result = read_result(self.directory(run))
+        if result is not None and result.data_hash != self.manifest.data_hash:
+            raise BadInput(
+                "--shards",
+                str(self.shards),
+                f"differ from those that {run.run_id} was trained on; sweep into a new --out",
+            )
+
+    def _waiting(self, runs: list[RunSpec]) -> list[RunSpec]:
+        return [run for run in runs if not (self.directory(run) / "result.json").is_file()]
+
+    def _with_chosen_rates(self) -> list[RunSpec]:
+        """The runs, with a rate where it could be chosen: of the candidates, that of lowest validation error."""
+        results = {run.run_id: read_result(self.directory(run)) for run in self.runs if run.role == "rate"}
+        chosen = []
+        for run in self.runs:
+            finished = [results[name] for name in run.lr_candidates]
+            if run.lr_candidates and all(finished):
+                best = min((result for result in finished if result), key=lambda result: result.val_mse)
+                run = run.model_copy(update={"lr": best.lr})
+            chosen.append(run)
+        return chosen
+
+    def _missing_references(self) -> bool:
+        directory = self.sweep / "references"
+        names = {reference_name(run, self.train_cells) for run in self.runs}
+        missing = any(not (directory / f"{name}.json").is_file() for name in names)
+        genes = {run.genes for run in self.runs}
+        return missing or (self.manifest.planted and any(not floor_path(directory, v).is_file() for v in genes))
+
+    def _run_waiting(self) -> None:
+        problems = verify(self.shards)
+        if problems:
+            raise BadInput("--shards", str(self.shards), f"{problems[0]}; build the shards again")
+        follower = self._follower()
+        follower.start()
+        done = False
+        try:
+            with ray_session(self.spec.resources.cpus), own_errors():
+                most_genes = max(run.genes for run in self.runs)
+                self.progress("reading shards into the object store")
+                splits = {name: ray.put(read_resident(self.shards, self.manifest, name, most_genes)) for name in SPLITS}
+                references = self._start_references(splits)
+                for role in ("rate", "law"):
+                    self.runs = self._with_chosen_rates()
+                    self._run_phase([run for run in self._waiting(self.runs) if run.role == role], splits)
+                ray.get(references)
+            done = not self._waiting(self.runs)
+        finally:
+            write_results(self.sweep, self.runs, self.train_cells)
+            follower.finish(failed=not done)
+
+    def _start_references(self, splits: dict[str, Any]) -> list[Any]:
+        directory = self.sweep / "references"
+        directory.mkdir(exist_ok=True)
+        closed_form = ray.remote(num_cpus=1)(_closed_form_task)
+        floor = ray.remote(num_cpus=1)(_floor_task)
+        one_per_name = {reference_name(run, self.train_cells): run for run in self.runs}
+        tasks = [
+            closed_form.remote(str(directory), run.model_dump_json(), *(splits[name] for name in SPLITS))
+            for name, run in one_per_name.items()
+            if not (directory / f"{name}.json").is_file()
+        ]
+        if self.manifest.planted:
+            for genes in sorted({run.genes for run in self.runs}):
+                arguments = (str(directory), str(self.shards.resolve()), self.manifest.to_json(), genes)
+                tasks.append(floor.remote(*arguments, splits["test"], self.runs[0].train.model_dump_json()))
+        return tasks
+
+    def _run_phase(self, runs: list[RunSpec], splits: dict[str, Any]) -> None:
+        ready = []
+        for run in runs:
+            if run.lr is None:
+                message = "no learning rate could be chosen: a learning-rate run of this size has no result"
+                self.directory(run).mkdir(parents=True, exist_ok=True)
+                record_failure(self.directory(run), run, "bad_input", message)
+                continue
+            prepare_run(self.directory(run), run)
+            ready.append(run)
+        alone = [run for run in ready if run.workers == 1]
+        if alone:
+            self._tune(sorted(alone, key=lambda run: -float(run_cost(run, 1.0)["flops"])), splits)
+        for run in ready:
+            if run.workers > 1:
+                self._worker_group(run)
+
+    def _tune(self, runs: list[RunSpec], splits: dict[str, Any]) -> None:
+        from ray import tune
+
+        threads = max(run.train.threads for run in runs)
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        trainable = tune.with_resources(
+            tune.with_parameters(
+                _trial, splits=splits, sweep=str(self.sweep.resolve()), data_hash=self.manifest.data_hash
+            ),
+            {"cpu": threads, "gpu": gpus},
+        )
+        scratch = partial_directory(self.sweep / "tune")
+        try:
+            tune.Tuner(
+                trainable,
+                param_space={"run": tune.grid_search([run.model_dump_json() for run in runs])},
+                tune_config=tune.TuneConfig(metric="val_mse", mode="min", reuse_actors=True),
+                run_config=tune.RunConfig(
+                    name="trials",
+                    storage_path=str(scratch.resolve()),
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=self.spec.resources.max_failures),
+                    callbacks=[_progress_callback(self, len(runs))],
+                ),
+            ).fit()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for run in self._waiting(runs):
+            if not (self.directory(run) / "failure.json").is_file():
+                attempts = 1 + self.spec.resources.max_failures
+                record_failure(self.directory(run), run, "lost", f"its worker process died {attempts} times")
+
+    def _worker_group(self, run: RunSpec) -> None:
+        from scaling_ray.train.worker import preflight, train_in_worker_group
+
+        directory = self.directory(run)
+        obstacle = preflight(run, ray.cluster_resources())
+        if obstacle:
+            record_failure(directory, run, "bad_input", obstacle)
+            return
+        scratch = partial_directory(self.sweep / "workers")
+        use_gpu = bool(ray.cluster_resources().get("GPU"))
+        began = time.monotonic()
+        try:
+            guarded(run, directory, lambda: train_in_worker_group(run, self.shards, directory, use_gpu, scratch))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        publish_winner(directory)
+        self.announce(run, time.monotonic() - began)
+
+    def announce(self, run: RunSpec, seconds: float) -> None:
+        """One line for a run that ended; the results table is brought up to date."""
+        left = len(self._waiting(self.runs))
+        result = read_result(self.directory(run))
+        end = f"val_mse {result.val_mse:.4f}" if result else "failed"
+        self.progress(f"[{len(self.runs) - left:>3}/{len(self.runs)}] {run.run_id:55} {end}  {seconds:.0f} s")
+        write_results(self.sweep, self.runs, self.train_cells)
+
+    def _follower(self) -> Any:
+        from scaling_ray.sweep.tracking import Follower, Tracker
+
+        return Follower(lambda: Tracker(self.sweep, self.spec, self.manifest), self.runs, self.progress)
+
+    def _track_to_the_end(self, rows: list[dict[str, Any]]) -> None:
+        """Make up for what an earlier call could not log."""
+        if not is_everything_tracked(self.sweep, [row["run_id"] for row in rows if row["status"] == "done"]):
+            replay(self.sweep, self.progress, self.spec, self.manifest, self.runs)
+
+
+def is_everything_tracked(sweep: Path, finished: list[str]) -> bool:
+    """Whether tracked.json already names every finished run; read without importing MLflow."""
+    path = sweep / "tracked.json"
+    return path.is_file() and set(json.loads(path.read_text(encoding="utf-8"))["finished"]) >= set(finished)
+
+
+def replay(sweep: Path, progress: Progress, spec: SweepSpec, manifest: ShardManifest, runs: list[RunSpec]) -> None:
+    """Log to MLflow whatever the files of a sweep hold and MLflow does not."""
+    from scaling_ray.sweep.tracking import Follower, Tracker
+
+    progress("bringing MLflow up to date")
+    follower = Follower(lambda: Tracker(sweep, spec, manifest), runs, progress, seconds=0.0)
+    follower.start()
+    follower.finish(failed=False)
+
+
+def _narrow(cells: Cells, genes: int) -> Cells:
+    return Cells(
+        cells.counts[:, :genes], cells.raw_sum, cells.cell, cells.dataset, cells.donor, cells.measured[:, :genes]
+    )
+
+
+def _trial(config: dict[str, str], splits: dict[str, Any], sweep: str, data_hash: str) -> None:
+    """What runs in a Tune trial: one run, to its committed result or its recorded failure."""
+    from ray import tune
+
+    run = RunSpec.model_validate_json(config["run"])
+    torch.set_num_threads(run.train.threads)
+    directory = Path(sweep) / "runs" / run.run_id
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def work() -> None:
+        train, val, test = (_narrow(ray.get(splits[name]), run.genes) for name in SPLITS)
+        data = RunData(train, val, test, data_hash)
+        run_to_result(run, data, PlainEngine(run, device), directory)
+        publish_winner(directory)
+
+    began = time.monotonic()
+    guarded(run, directory, work)
+    result = read_result(directory)
+    tune.report({"val_mse": result.val_mse if result else float("inf"), "seconds": time.monotonic() - began})
+
+
+def _progress_callback(sweep: _Sweep, runs: int) -> Any:
+    from ray import tune
+
+    class Announce(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            run = RunSpec.model_validate_json(trial.config["run"])
+            sweep.announce(run, float((trial.last_result or {}).get("seconds", 0.0)))
+
+    return Announce()
+
+
+def _closed_form_task(directory: str, run: str, train: Cells, val: Cells, test: Cells) -> None:
+    spec = RunSpec.model_validate_json(run)
+    torch.set_num_threads(1)
+    narrowed = (_narrow(cells, spec.genes) for cells in (train, val, test))
+    write_closed_form(Path(directory), spec, *narrowed)
+
+
+def _floor_task(directory: str, shards: str, manifest: str, genes: int, test: Cells, train: str) -> None:
+    torch.set_num_threads(1)
+    record = ShardManifest.model_validate_json(manifest)
+    write_planted_floor(
+        Path(directory), Path(shards), record, genes, _narrow(test, genes), TrainSpec.model_validate_json(train)
+    )

@@ -1,0 +1,229 @@
+"""Runs into MLflow, from their files alone: a parent run per sweep, a child per grid cell.
+
+Only the driver that holds the sweep's lease writes. ``sync`` may be called at any time and again: it creates what is
+missing and logs rows a run does not have yet, so a replay after the fact is the same code as following live.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+
+from scaling_ray.records import RunResult, ShardManifest  # noqa: E402
+from scaling_ray.spec import RunSpec, SweepSpec  # noqa: E402
+from scaling_ray.storage import create_if_absent, write_json  # noqa: E402
+from scaling_ray.train.checkpoint import read_metrics  # noqa: E402
+
+for _name in ("mlflow", "alembic"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+PARENT_TAG = "mlflow.parentRunId"
+IDENTITY_TAG = "scaling_ray.identity"
+FINAL_METRICS = ("val_mse", "final_val_mse", "test_mse", "flops", "wall_seconds", "train_seconds", "best_cells_seen")
+BATCH = 500
+
+
+def tracking_uri(sweep: Path) -> str:
+    """MLFLOW_TRACKING_URI, or a sqlite file beside the sweep."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(sweep.parent / 'mlruns.db').resolve()}"
+
+
+def is_tracked(sweep: Path, runs: list[RunSpec]) -> bool:
+    """Whether an earlier sync already logged the end of every run to the same place."""
+    path = sweep / "tracked.json"
+    if not path.is_file():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return bool(found["uri"] == tracking_uri(sweep) and set(found["finished"]) >= {run.run_id for run in runs})
+
+
+class Tracker:
+    """Keeps one sweep's MLflow runs in step with its files."""
+
+    def __init__(self, sweep: Path, spec: SweepSpec, manifest: ShardManifest) -> None:
+        self._sweep, self._spec, self._manifest = sweep, spec, manifest
+        self._uri = tracking_uri(sweep)
+        self._client = MlflowClient(tracking_uri=self._uri)
+        self._experiment: str | None = None
+        self._parent: str | None = None
+        self._logged: dict[str, dict[str, int]] = {}
+        self._finished: set[str] = set()
+
+    def sync(self, runs: list[RunSpec]) -> None:
+        """Bring MLflow up to what the files say now. MlflowException where the server does not take it."""
+        if self._parent is None:
+            self._parent = self._ensure_run(self._sweep / "mlflow.json", self._spec.name, None)
+        for run in runs:
+            directory = self._sweep / "runs" / run.run_id
+            started = (directory / "attempts").is_dir() or (directory / "result.json").is_file()
+            if run.run_id not in self._finished and (started or (directory / "failure.json").is_file()):
+                self._sync_run(run, directory)
+        write_json(self._sweep / "tracked.json", {"uri": self._uri, "finished": sorted(self._finished)})
+
+    def close(self, failed: bool) -> None:
+        """Mark the parent run as ended."""
+        if self._parent is not None:
+            self._client.set_terminated(self._parent, "FAILED" if failed else "FINISHED")
+
+    def _sync_run(self, run: RunSpec, directory: Path) -> None:
+        known = (directory / "mlflow.json").is_file()
+        run_id = self._ensure_run(directory / "mlflow.json", run.run_id, self._parent)
+        if run.run_id not in self._logged:
+            self._logged[run.run_id] = {
+                "train": self._last_step(run_id, "train_mse"),
+                "eval": self._last_step(run_id, "val_mse_curve"),
+            }
+            if not known:
+                self._describe(run, run_id)
+        self._log_rows(run, directory, run_id)
+        if (directory / "result.json").is_file():
+            result = RunResult.read(directory / "result.json")
+            values = result.model_dump()
+            stamp = (directory / "result.json").stat().st_mtime_ns // 1_000_000
+            final = [
+                Metric(name, float(values[name]), stamp, result.optimizer_steps)
+                for name in FINAL_METRICS
+                if values[name] is not None
+            ]
+            tags = [RunTag("data_hash", result.data_hash), RunTag("stop_reason", result.stop_reason)]
+            self._client.log_batch(run_id, metrics=final, params=[Param("lr", repr(result.lr))], tags=tags)
+            self._client.set_terminated(run_id, "FINISHED")
+            self._finished.add(run.run_id)
+        elif (directory / "failure.json").is_file():
+            self._client.set_terminated(run_id, "FAILED")
+
+    def _describe(self, run: RunSpec, run_id: str) -> None:
+        shown = run.model_dump(exclude={"train", "lr", "lr_candidates", "run_id"}) | run.train.model_dump()
+        shown |= {"params": run.params, "cells": "all" if run.cells is None else run.cells}
+        params = [Param(name, str(value)) for name, value in shown.items()]
+        self._client.log_batch(run_id, params=params)
+        dataset = Dataset(
+            name=self._manifest.name,
+            digest=self._manifest.data_hash[:32],
+            source_type="shards",
+            source=json.dumps({"census": self._manifest.census, "data_hash": self._manifest.data_hash}),
+            profile=json.dumps({name: split.cells for name, split in self._manifest.splits.items()}),
+        )
+        self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+    def _log_rows(self, run: RunSpec, directory: Path, run_id: str) -> None:
+        logged = self._logged[run.run_id]
+        metrics = []
+        for row in self._rows(directory):
+            step = row["optimizer_steps"]
+            if step <= logged[row["kind"]]:
+                continue
+            logged[row["kind"]] = step
+            for name, value in row.items():
+                if name in ("kind", "timestamp_ms", "optimizer_steps", "cells_seen"):
+                    continue
+                key = "val_mse_curve" if name == "val_mse" else name
+                metrics.append(Metric(key, float(value), row["timestamp_ms"], step))
+        for start in range(0, len(metrics), BATCH):
+            self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+
+    @staticmethod
+    def _rows(directory: Path) -> list[dict[str, Any]]:
+        if (directory / "metrics.jsonl").is_file():
+            return read_metrics(directory / "metrics.jsonl")
+        attempts = sorted((directory / "attempts").glob("*/metrics.jsonl"))
+        return read_metrics(attempts[-1]) if attempts else []
+
+    def _last_step(self, run_id: str, key: str) -> int:
+        return max((metric.step for metric in self._client.get_metric_history(run_id, key)), default=0)
+
+    def _ensure_run(self, record: Path, name: str, parent: str | None) -> str:
+        """The MLflow run recorded in ``record``; found or created, then recorded once; strays of lost answers go."""
+        if record.is_file():
+            return str(json.loads(record.read_text(encoding="utf-8"))["mlflow_run_id"])
+        experiment = self._ensure_experiment()
+        identity = f"{self._sweep.resolve().name}/{name}" if parent is None else f"{parent}/{name}"
+        found = self._search(experiment, identity)
+        if not found:
+            tags = {IDENTITY_TAG: identity, "data_hash": self._manifest.data_hash}
+            if parent is not None:
+                tags[PARENT_TAG] = parent
+            self._client.create_run(experiment, tags=tags, run_name=name)
+            found = self._search(experiment, identity)
+        create_if_absent(record, json.dumps({"mlflow_run_id": found[0], "uri": self._uri}) + "\n")
+        chosen = str(json.loads(record.read_text(encoding="utf-8"))["mlflow_run_id"])
+        for stray in self._search(experiment, identity):
+            if stray != chosen:
+                self._client.delete_run(stray)
+        return chosen
+
+    def _search(self, experiment: str, identity: str) -> list[str]:
+        quoted = identity.replace("'", "")
+        runs = self._client.search_runs(
+            [experiment], f"tags.`{IDENTITY_TAG}` = '{quoted}'", order_by=["attributes.start_time ASC"]
+        )
+        return [run.info.run_id for run in runs]
+
+    def _ensure_experiment(self) -> str:
+        if self._experiment is None:
+            name = f"scaling_ray/{self._spec.name}"
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                local = self._uri.startswith("sqlite:")
+                place = (self._sweep.parent / "mlartifacts").resolve().as_uri() if local else None
+                self._experiment = self._client.create_experiment(name, artifact_location=place)
+            else:
+                self._experiment = found.experiment_id
+        return self._experiment
+
+
+class Follower:
+    """A thread that keeps a tracker in step while a sweep runs; whatever the server does, the sweep goes on."""
+
+    def __init__(
+        self,
+        open_tracker: Callable[[], Tracker],
+        runs: list[RunSpec],
+        warn: Callable[[str], None],
+        seconds: float = 5.0,
+    ) -> None:
+        self._open, self._runs, self._warn, self._seconds = open_tracker, runs, warn, seconds
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
+        self._problem: str | None = None
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._thread.start()
+
+    def finish(self, failed: bool, timeout_seconds: float = 120.0) -> None:
+        """Log the rest and stop; what could not be logged is said once, with the way to make up for it."""
+        self._failed = failed
+        self._stop.set()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive() or self._problem:
+            why = self._problem or f"no answer within {timeout_seconds:.0f} s"
+            self._warn(f"tracking is behind ({why}); `scaling-ray track replay` logs the rest")
+
+    def _follow(self) -> None:
+        tracker: Tracker | None = None
+        while True:
+            last = self._stop.wait(self._seconds)
+            try:
+                tracker = tracker or self._open()
+                tracker.sync(self._runs)
+                if last:
+                    tracker.close(self._failed)
+                self._problem = None
+            except (MlflowException, OSError) as error:
+                self._problem = str(error).splitlines()[0][:200]
+            if last:
+                return
