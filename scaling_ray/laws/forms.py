@@ -1,0 +1,65 @@
+"""The shapes a law may take: a sum of terms ``coefficient * axis ** -exponent``, every coefficient >= 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The exponents are searched here and nowhere else; an estimate on the edge of a search is no estimate.
+EXPONENT_SEARCH = (0.01, 3.0)
+
+
+@dataclass(frozen=True)
+class Term:
+    """``coefficient * axis ** -exponent``, or the bare coefficient (a floor) where ``axis`` is None."""
+
+    coefficient: str
+    axis: str | None = None
+    exponent: str | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """One law: its terms and how a reader should see it written."""
+
+    name: str
+    formula: str
+    terms: tuple[Term, ...]
+
+    @property
+    def exponents(self) -> tuple[str, ...]:
+        """Names of the exponents, in the order of the terms that own them."""
+        return tuple(term.exponent for term in self.terms if term.exponent is not None)
+
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """Names of the non-negative coefficients, one per term."""
+        return tuple(term.coefficient for term in self.terms)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Every free parameter: exponents first."""
+        return self.exponents + self.coefficients
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The columns of a table that this law reads beside the loss."""
+        return tuple(term.axis for term in self.terms if term.axis is not None)
+
+    @property
+    def floor(self) -> str | None:
+        """Name of the loss that no size and no data can buy away, where the form has one."""
+        return next((term.coefficient for term in self.terms if term.axis is None), None)
+
+    def axis_of(self, exponent: str) -> str:
+        """The axis that ``exponent`` belongs to."""
+        return next(term.axis for term in self.terms if term.exponent == exponent and term.axis is not None)
+
+
+CONSTANT = Form("constant", "L = c", (Term("c"),))
+POWER = Form("power", "L = a P^-alpha", (Term("a", "params", "alpha"),))
+POWER_FLOOR = Form("power_floor", "L = a P^-alpha + c", (Term("c"), Term("a", "params", "alpha")))
+PARAMS_CELLS = Form(
+    "params_cells",
+    "L = E + a / P^alpha + b / D^beta",
+    (Term("E"), Term("a", "params", "alpha"), Term("b", "cells", "beta")),
+)

@@ -1,0 +1,1 @@
+"""From a sweep's directory to a page that stands alone: numbers, pictures, and the verdict before both."""
