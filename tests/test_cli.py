@@ -1,0 +1,129 @@
+"""The command line from outside: one clear line and exit code 2 for bad input, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import TINY_SWEEP
+
+from scaling_ray.cli import build_parser, main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def h5ad(path: Path, counts: np.ndarray) -> Path:
+    obs = pd.DataFrame({"donor_id": ["a", "b"] * (len(counts) // 2)}, index=[f"c{i}" for i in range(len(counts))])
+    var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(counts.shape[1])])
+    anndata.AnnData(counts.astype(np.float32), obs=obs, var=var).write_h5ad(path)
+    return path
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+SPEC_MISTAKES = {
+    "unknown key": ("name =", "nmae = 1\nname =", "nmae: 1: is no known key"),
+    "wrong type": ("seeds = [1]", 'seeds = ["one"]', "grid.seeds.0"),
+    "width and heads": ("heads = 1", "heads = 3", "sizes.width: 4: must be divisible by heads = 3"),
+    "unknown size": ('"W4"]', '"W5"]', "grid.sizes: 'W5': is no known size"),
+    "V above the gene list": ("genes = [64]", "genes = [65]", "grid.genes: 65: is more than data.genes = 64"),
+    "not TOML": ("[grid]", "[grid", "is not TOML"),
+}
+
+
+@pytest.mark.parametrize("mistake", SPEC_MISTAKES)
+def test_a_mistaken_spec_is_one_line(mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after, expected = SPEC_MISTAKES[mistake]
+    spec = tmp_path / "spec.toml"
+    spec.write_text(TINY_SWEEP.replace(before, after, 1))
+    assert main(["plan", str(spec)]) == 2
+    assert expected in one_line(capsys)
+
+
+@pytest.mark.parametrize("values", [[-1.0, 2.0], [0.5, 2.0]], ids=["negative", "fractional"])
+def test_what_are_no_counts_is_refused(values: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = h5ad(tmp_path / "cells.h5ad", np.tile(values, (6, 5)))
+    assert main(["census", "import", str(file), "--out", str(tmp_path / "census")]) == 2
+    assert "raw counts" in one_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.h5ad"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "absent.toml"],
+        ["shards", "verify", "absent"],
+        ["sweep", "SPEC", "--shards", "absent", "--out", "out"],
+        ["shards", "build", "SPEC", "--census", "no-census-at-all", "--out", "out"],
+        ["fit", "absent.csv", "--out", "fit.json"],
+        ["report", "absent", "--out", "report"],
+        ["status", "absent"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_what_is_not_there_is_one_line_and_leaves_nothing(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spec.toml").write_text(TINY_SWEEP)
+    assert main(["spec.toml" if argument == "SPEC" else argument for argument in arguments]) == 2
+    assert one_line(capsys).startswith("scaling-ray: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["spec.toml"]
+
+
+def test_a_table_without_a_needed_column_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("size,loss\nA,1.0\nB,0.9\n")
+    assert main(["fit", str(table), "--out", str(tmp_path / "fit.json")]) == 2
+    assert "params" in one_line(capsys)
+    assert not (tmp_path / "fit.json").exists()
+
+
+def test_a_table_of_anybody_is_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{p},{2.0 * p**-0.3 + 1.0 + 0.001 * s},{s}" for p in (1e3, 1e4, 1e5, 1e6, 1e7) for s in (0, 1, 2)]
+    table = tmp_path / "table.csv"
+    table.write_text("params,loss,seed\n" + "\n".join(rows) + "\n")
+    assert main(["fit", str(table), "--out", str(tmp_path / "fit.json")]) == 0
+    headline = json.loads((tmp_path / "fit.json").read_text())["headline"]
+    assert headline["verdict"] == "supported"
+    alpha = headline["parameters"]["alpha"]
+    assert alpha["low"] < 0.3 < alpha["high"]
+
+
+def test_a_plan_counts_runs_parameters_and_flops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "spec.toml").write_text(TINY_SWEEP)
+    assert main(["plan", str(tmp_path / "spec.toml"), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["totals"]["runs"] == len(plan["cells"]) == 8
+    assert plan["totals"]["flops"] == pytest.approx(sum(cell["flops"] for cell in plan["cells"]))
+    assert {"run_id", "size", "params", "genes", "cells", "seed", "lr", "flops", "bytes", "workers", "hours"} <= set(
+        plan["cells"][0]
+    )
+
+
+@pytest.mark.parametrize("spec", sorted((REPOSITORY / "jobs").glob("*.toml")), ids=lambda path: path.name)
+def test_every_spec_of_the_repository_has_a_plan(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(spec)]) == 0
+
+
+def test_every_verb_has_help() -> None:
+    for verb in ("census plant", "census import", "shards build", "shards verify", "plan", "sweep", "fit", "report"):
+        with pytest.raises(SystemExit) as stopped:
+            build_parser().parse_args([*verb.split(), "--help"])
+        assert stopped.value.code == 0
+
+
+def test_the_installed_command_answers() -> None:
+    command = Path(sys.executable).parent / "scaling-ray"
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"

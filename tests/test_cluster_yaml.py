@@ -1,0 +1,195 @@
+"""cluster.yaml: Ray's schema takes it, EC2's own request model takes its nodes, and nothing in it is open to the world.
+
+Offline by construction: only schema files inside the installed packages are read, sockets are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+
+CLUSTER_YAML = Path(__file__).resolve().parents[1] / "cluster.yaml"
+PLACEHOLDER = re.compile(r"REPLACE_[A-Z_]*[A-Z]")
+
+# SubnetIds is Ray's: its node provider picks one and sends it as SubnetId, beside the counts.
+RAY_ONLY_KEYS = {"SubnetIds"}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("this test must not touch the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return yaml.safe_load(CLUSTER_YAML.read_text())
+
+
+@pytest.fixture(scope="module")
+def ec2_model() -> Any:
+    return botocore.session.Session().get_service_model("ec2")
+
+
+def node_configs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: node["node_config"] for name, node in config["available_node_types"].items()}
+
+
+def workers(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: node for name, node in config["available_node_types"].items() if name != config["head_node_type"]}
+
+
+def run_instances_errors(node_config: dict[str, Any], ec2_model: Any) -> list[str]:
+    """Everything EC2's request model holds against a node: unknown keys, wrong types, unknown enum values."""
+    request = {key: value for key, value in node_config.items() if key not in RAY_ONLY_KEYS}
+    request |= {"SubnetId": node_config["SubnetIds"][0], "MinCount": 1, "MaxCount": 1}
+    shape = ec2_model.operation_model("RunInstances").input_shape
+    report = ParamValidator().validate(request, shape)
+    return ([report.generate_report()] if report.has_errors() else []) + list(enum_errors(request, shape, ""))
+
+
+def enum_errors(value: Any, shape: Any, where: str) -> Iterator[str]:
+    """ParamValidator ignores enums, so ``InstanceType: m7i.hughe`` would only fail at launch."""
+    if shape.type_name == "structure":
+        for key in value.keys() & shape.members.keys():
+            yield from enum_errors(value[key], shape.members[key], f"{where}.{key}")
+    elif shape.type_name == "list":
+        for i, item in enumerate(value):
+            yield from enum_errors(item, shape.member, f"{where}[{i}]")
+    elif getattr(shape, "enum", None) and value not in shape.enum:
+        yield f"{where}: {value!r} is none of the model's values"
+
+
+def open_doors(text: str) -> list[str]:
+    """Addresses that mean "everyone", outside of comments."""
+    code = "\n".join(line.split("#", 1)[0] for line in text.splitlines())
+    return re.findall(r"0\.0\.0\.0(?:/0)?|::/0|(?<![\w:])::(?![\w:])", code)
+
+
+def test_rays_own_schema_accepts_it(config: dict[str, Any]) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    # What the defaults would have brought in: stopped nodes kept, an old boto3, a dashboard on every interface.
+    assert prepared["provider"]["cache_stopped_nodes"] is False
+    assert prepared["head_start_ray_commands"] == config["head_start_ray_commands"]
+    assert prepared["worker_start_ray_commands"] == config["worker_start_ray_commands"]
+    assert not open_doors(yaml.safe_dump(prepared))
+
+
+def test_rays_schema_refuses_a_misspelt_key(config: dict[str, Any]) -> None:
+    import jsonschema
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config["idle_timeout_minuts"] = 5
+    with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minuts"):
+        validate_config(prepare_config(config))
+
+
+def test_ec2_accepts_every_node(config: dict[str, Any], ec2_model: Any) -> None:
+    for name, node_config in node_configs(config).items():
+        assert run_instances_errors(node_config, ec2_model) == [], name
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"InstanceTyp": "m7i.large"}, "InstanceTyp"),
+        ({"SecurityGroupIds": "sg-1"}, "SecurityGroupIds"),
+        ({"InstanceType": "m7i.hughe"}, "m7i.hughe"),
+        ({"InstanceMarketOptions": {"MarketType": "spott"}}, "spott"),
+    ],
+)
+def test_the_node_check_can_fail(
+    config: dict[str, Any], ec2_model: Any, change: dict[str, Any], complaint: str
+) -> None:
+    node_config = next(iter(node_configs(config).values())) | change
+    assert complaint in " ".join(run_instances_errors(node_config, ec2_model))
+
+
+def test_workers_are_spot_and_come_from_zero(config: dict[str, Any]) -> None:
+    kinds = workers(config)
+    for name, node in kinds.items():
+        assert node["min_workers"] == 0, name
+        assert node["max_workers"] > 0, name
+        market = node["node_config"]["InstanceMarketOptions"]
+        assert market["MarketType"] == "spot", name
+        assert market["SpotOptions"]["InstanceInterruptionBehavior"] == "terminate", name
+    families = {name: node["node_config"]["InstanceType"][0] for name, node in kinds.items()}
+    assert {"g", "p"} & set(families.values()), "no GPU worker"
+    assert {"c", "m", "r"} & set(families.values()), "no CPU worker"
+    assert config["max_workers"] <= sum(node["max_workers"] for node in kinds.values())
+    assert 0 < config["idle_timeout_minutes"] <= 30
+
+
+def test_the_head_is_on_demand_and_only_drives(config: dict[str, Any]) -> None:
+    head = config["available_node_types"][config["head_node_type"]]
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert head["max_workers"] == 0
+    assert head["resources"]["CPU"] == 0
+    assert type(head["resources"]["trial_driver"]) is int and head["resources"]["trial_driver"] >= 1
+    assert any("--num-cpus=0" in command for command in config["head_start_ray_commands"])
+    assert all("trial_driver" not in node["resources"] for node in workers(config).values())
+
+
+def test_nothing_is_open(config: dict[str, Any]) -> None:
+    assert open_doors(CLUSTER_YAML.read_text()) == []
+    assert config["provider"]["use_internal_ips"] is True
+    # Ray's default group admits SSH from anywhere and its default role is full access to EC2 and S3: name our own.
+    assert "security_group" not in config["provider"]
+    for name, node_config in node_configs(config).items():
+        for key in ("SecurityGroupIds", "SubnetIds", "ImageId", "IamInstanceProfile", "KeyName"):
+            assert node_config.get(key), f"{name} leaves {key} to a default"
+        assert node_config["MetadataOptions"]["HttpTokens"] == "required", name
+        assert all(disk["Ebs"]["Encrypted"] for disk in node_config["BlockDeviceMappings"]), name
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+
+
+@pytest.mark.parametrize(
+    "text", ["--dashboard-host=0.0.0.0", "CidrIp: 0.0.0.0/0", "CidrIpv6: '::/0'", "--dashboard-host ::"]
+)
+def test_the_open_door_check_can_fail(text: str) -> None:
+    assert open_doors(f"# 0.0.0.0/0 in a comment is fine\n{text}\n")
+
+
+@pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_every_ray_start_asks_for_the_token(config: dict[str, Any], commands: str) -> None:
+    starts = [command for command in config[commands] if "ray start" in command]
+    assert len(starts) == 1
+    before, _, _ = starts[0].partition("ray start")
+    assert re.search(r"export [^;]*\bRAY_AUTH_MODE=token\b", before)
+
+
+def test_the_token_is_a_file_and_never_a_word_of_the_config(config: dict[str, Any]) -> None:
+    assert "RAY_AUTH_TOKEN=" not in CLUSTER_YAML.read_text()
+    (remote,) = [remote for remote, local in config["file_mounts"].items() if local == "~/.ray/auth_token"]
+    assert remote == f"/home/{config['auth']['ssh_user']}/.ray/auth_token"
+    assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"][0]
+
+
+def test_nodes_install_the_committed_constraints(config: dict[str, Any]) -> None:
+    (remote,) = [remote for remote, local in config["file_mounts"].items() if local == "constraints.txt"]
+    assert (CLUSTER_YAML.parent / "constraints.txt").is_file()
+    assert any(f"pip install -r ~/{Path(remote).name}" in command for command in config["setup_commands"])
+
+
+def test_every_placeholder_is_explained_and_used() -> None:
+    header, _, body = CLUSTER_YAML.read_text().partition("cluster_name:")
+    explained = set(re.findall(rf"^#   ({PLACEHOLDER.pattern})\s+\S", header, flags=re.M))
+    used = set(PLACEHOLDER.findall(body))
+    assert used == explained
+    # and what must differ per account is nothing but placeholders: no one's real ids slip in
+    assert not re.findall(r"\b(?:ami|subnet|sg|vpc)-[0-9a-f]{8,}|arn:aws|\b\d{12}\b", body)

@@ -1,0 +1,342 @@
+"""Several ranks do what one process does: losses, checkpoints, resuming, and the Ray Train group around them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from conftest import small_run, synthetic_cells
+from safetensors.torch import load_file
+
+from scaling_ray.errors import BadInput
+from scaling_ray.records import ShardManifest
+from scaling_ray.shards.format import (
+    CODE_COLUMNS,
+    SPLITS,
+    block_name,
+    block_widths,
+    encode_block,
+    read_manifest,
+    write_split,
+    write_table,
+)
+from scaling_ray.shards.read import Cells, read_split
+from scaling_ray.spec import RunSpec
+from scaling_ray.train.checkpoint import publish_winner, read_metrics, read_result
+from scaling_ray.train.engine import DeepSpeedEngine, Engine, PlainEngine, build_engine, load_weights, model_tensors
+from scaling_ray.train.loop import RunData, TrainingLoop, evaluate, run_to_result
+
+RANKS = 2
+UPDATES = 20
+CURVE_TOLERANCE = 1e-5
+"""Relative, on the training loss of each of the first 20 updates: only the order of float32 sums differs."""
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An engine of several ranks; ``whole`` is the size below which ZeRO 3 leaves a parameter whole."""
+
+    engine: str
+    zero_stage: int = 0
+    whole: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}-{self.zero_stage}-{self.whole}"
+
+    def of(self, run: RunSpec) -> RunSpec:
+        return run.model_copy(update={"workers": RANKS, "engine": self.engine, "zero_stage": self.zero_stage})
+
+    def build(self, run: RunSpec, rank: int) -> Engine:
+        if self.engine == "deepspeed":
+            return DeepSpeedEngine(self.of(run), CPU, rank, RANKS, self.whole)
+        return build_engine(self.of(run), CPU, rank, RANKS)
+
+
+DDP = Variant("ddp")
+ZERO = [Variant("deepspeed", 0), Variant("deepspeed", 1), Variant("deepspeed", 2), Variant("deepspeed", 3)]
+ZERO_WITH_WHOLE_PARAMETERS = Variant("deepspeed", 3, 100_000)
+
+
+def spec(extra: str = "") -> RunSpec:
+    """20 updates of 32 cells; a rank takes its 16 in micro-batches of 6, 6 and 4."""
+    train = f"max_cells_seen = {32 * UPDATES}\nmicro_batch = 6\nevaluations = 4\ncurve_cells = 32\n{extra}"
+    return small_run(train, size="WIDE")
+
+
+def data() -> RunData:
+    # 45 validation cells make 8 micro-batches, 51 test cells 9: the ranks' shares are equal once, and once not
+    splits = (synthetic_cells(n, unmeasured=9, first_id=1000 * i) for i, n in enumerate((100, 45, 51)))
+    return RunData(*splits, data_hash="synthetic")
+
+
+def curve(engine: Engine, run: RunSpec) -> dict[str, list[float]]:
+    loop = TrainingLoop(run, data(), engine)
+    rows = [loop.train_one_update() for _ in range(UPDATES)]
+    return {"mse": [sums.mse for sums, _, _ in rows], "norm": [norm for _, _, norm in rows]}
+
+
+class Crash(Exception):
+    pass
+
+
+def crash(progress: Any) -> None:
+    if progress.optimizer_steps == UPDATES // 2:
+        raise Crash
+
+
+def exercise(rank: int, variants: list[Variant], directory: Path) -> None:
+    """What each of the two processes does; rank 0 leaves what it saw as JSON."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{directory}/rendezvous", timeout=timedelta(minutes=3), rank=rank, world_size=RANKS
+    )
+    for variant in variants:
+        engine = variant.build(spec(), rank)
+        seen: dict[str, Any] = {"curve": curve(engine, variant.of(spec()))}
+        seen["bytes"] = engine.resident_bytes()
+        seen["sum"] = engine.sum_over_ranks(torch.tensor([rank + 1, 10 * rank])).tolist()
+        if not variant.whole:
+            seen |= exercise_rewind(variant, rank)
+            run = variant.of(spec())
+            run_to_result(run, data(), variant.build(run, rank), directory / variant.name / "whole")
+            run = variant.of(spec("checkpoint_seconds = 1e-6"))
+            with pytest.raises(Crash):
+                run_to_result(run, data(), variant.build(run, rank), directory / variant.name / "cut", crash)
+            run_to_result(run, data(), variant.build(run, rank), directory / variant.name / "cut")
+        if rank == 0:
+            (directory / f"{variant.name}.json").write_text(json.dumps(seen))
+    torch.distributed.destroy_process_group()
+
+
+def exercise_rewind(variant: Variant, rank: int) -> dict[str, Any]:
+    """Under dropout: three updates after the fifth, and the same again from the state that was taken there."""
+    run = variant.of(spec("dropout = 0.1"))
+    loop = TrainingLoop(run, data(), variant.build(run, rank))
+    for _ in range(5):
+        loop.train_one_update()
+    progress, state = replace(loop.progress), {name: t.clone() for name, t in loop.state().items()}
+    progress, state = loop.engine.share(progress, state)
+    seen: dict[str, Any] = {"state_names": sorted(state)}
+    seen["generators_differ"] = not torch.equal(state["generator"], state["generator.1"])
+    seen["first"] = [loop.train_one_update()[0].squared_error for _ in range(3)]
+    loop.load(progress, state)
+    seen["again"] = [loop.train_one_update()[0].squared_error for _ in range(3)]
+    return seen
+
+
+def run_two_processes(variants: list[Variant], directory: Path) -> dict[str, dict[str, Any]]:
+    torch.multiprocessing.spawn(exercise, (variants, directory), nprocs=RANKS)
+    return {variant.name: json.loads((directory / f"{variant.name}.json").read_text()) for variant in variants}
+
+
+@pytest.fixture(scope="module")
+def plain_curve() -> dict[str, list[float]]:
+    torch.set_num_threads(1)
+    return curve(PlainEngine(spec(), CPU), spec())
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    directory = tmp_path_factory.mktemp("ddp")
+    return run_two_processes([DDP], directory)[DDP.name], directory / DDP.name
+
+
+@pytest.fixture(scope="module")
+def all_zero(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, Any]], Path]:
+    directory = tmp_path_factory.mktemp("zero")
+    return run_two_processes([*ZERO, ZERO_WITH_WHOLE_PARAMETERS], directory), directory
+
+
+def check_curve(seen: dict[str, Any], plain: dict[str, list[float]]) -> None:
+    assert seen["curve"]["mse"] == pytest.approx(plain["mse"], rel=CURVE_TOLERANCE)
+    assert seen["curve"]["norm"] == pytest.approx(plain["norm"], rel=10 * CURVE_TOLERANCE)
+    assert plain["mse"][-1] < 0.9 * plain["mse"][0]
+    assert seen["sum"] == [3, 10]
+
+
+def check_rewind(seen: dict[str, Any]) -> None:
+    assert seen["again"] == seen["first"]
+    assert seen["generators_differ"]
+    loop = TrainingLoop(spec(), data(), PlainEngine(spec(), CPU))
+    loop.train_one_update()
+    assert seen["state_names"] == sorted([*loop.state(), "generator.1"])
+
+
+def check_run(directory: Path, variant: Variant, tmp_path: Path) -> None:
+    """The committed results: near those of one process, the same bits with a crash between, of loadable weights."""
+    whole, cut = read_result(directory / "whole"), read_result(directory / "cut")
+    alone = run_to_result(spec(), data(), PlainEngine(spec(), CPU), tmp_path / "alone")
+    assert whole is not None and cut is not None and alone is not None
+    assert (whole.workers, whole.engine, whole.attempts, cut.attempts) == (RANKS, variant.engine, 1, 2)
+    for field in ("val_mse", "test_mse", "final_val_mse"):
+        assert getattr(whole, field) == pytest.approx(getattr(alone, field), rel=CURVE_TOLERANCE)
+        assert getattr(cut, field) == getattr(whole, field)
+    for field in ("cells_seen", "masked_genes_seen", "optimizer_steps", "flops", "test_masked_genes"):
+        assert getattr(whole, field) == getattr(alone, field) == getattr(cut, field)
+    publish_winner(directory / "cut")
+    rows = read_metrics(directory / "cut" / "metrics.jsonl")
+    assert [row["optimizer_steps"] for row in rows if row["kind"] == "eval"] == [5, 10, 15, 20]
+    engine = PlainEngine(spec(), CPU)
+    publish_winner(directory / "whole")
+    chosen = load_file(directory / "whole" / "checkpoints" / "best" / "state.safetensors")
+    load_weights(engine.model, model_tensors(chosen))
+    assert evaluate(engine, data().test, spec().train)[0].mse == pytest.approx(whole.test_mse, rel=1e-6)
+
+
+def test_ddp_follows_one_process(ddp: tuple[dict[str, Any], Path], plain_curve: dict[str, list[float]]) -> None:
+    check_curve(ddp[0], plain_curve)
+
+
+def test_ddp_goes_back_to_the_same_bits(ddp: tuple[dict[str, Any], Path]) -> None:
+    check_rewind(ddp[0])
+
+
+def test_ddp_commits_what_one_process_does(ddp: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    check_run(ddp[1], DDP, tmp_path)
+
+
+@pytest.mark.slow
+class TestZero:
+    @pytest.mark.parametrize("variant", [*ZERO, ZERO_WITH_WHOLE_PARAMETERS], ids=lambda variant: variant.name)
+    def test_follows_one_process(self, all_zero: Any, variant: Variant, plain_curve: dict[str, list[float]]) -> None:
+        check_curve(all_zero[0][variant.name], plain_curve)
+
+    @pytest.mark.parametrize("variant", ZERO, ids=lambda variant: variant.name)
+    def test_goes_back_to_the_same_bits(self, all_zero: Any, variant: Variant) -> None:
+        check_rewind(all_zero[0][variant.name])
+
+    @pytest.mark.parametrize("variant", ZERO, ids=lambda variant: variant.name)
+    def test_commits_what_one_process_does(self, all_zero: Any, variant: Variant, tmp_path: Path) -> None:
+        check_run(all_zero[1] / variant.name, variant, tmp_path)
+
+    @pytest.mark.parametrize("variant", ZERO, ids=lambda variant: variant.name)
+    def test_shares_out_what_its_stage_says(self, all_zero: Any, variant: Variant) -> None:
+        held = all_zero[0][variant.name]["bytes"]
+        parameters = 4 * spec().params
+        if variant.zero_stage >= 1:
+            assert held["optimizer"] < 0.55 * 2 * parameters
+        else:
+            assert held["optimizer"] >= 2 * parameters
+        assert held["parameters"] == pytest.approx(parameters / (RANKS if variant.zero_stage == 3 else 1), rel=0.02)
+
+
+def test_a_wrong_number_of_processes_is_refused() -> None:
+    with pytest.raises(BadInput, match="resources.workers"):
+        build_engine(DDP.of(spec()), CPU)
+
+
+def write_shards(directory: Path) -> None:
+    """Shards of the synthetic cells, by the project's own writers."""
+    directory.mkdir()
+    entries = {}
+    for split in SPLITS:
+        cells: Cells = getattr(data(), split)
+        columns: dict[str, Any] = {"cell": cells.cell, "raw_sum": cells.raw_sum}
+        columns |= {name: cells.dataset for name in CODE_COLUMNS}
+        genes = cells.counts.shape[1]
+        for index, _width in enumerate(block_widths(genes)):
+            columns[block_name(index)] = encode_block(cells.counts[:, 256 * index : 256 * (index + 1)])
+        files, content, count = write_split(directory, split, genes, [pa.table(columns)])
+        entries[split] = {
+            "cells": count, "fraction": 0.3, "groups": [split], "content_sha256": content, "files": files
+        }  # fmt: skip
+    presence = write_table(directory / "presence.parquet", pa.table({"measured": encode_block(cells.measured)}))
+    manifest = ShardManifest(
+        name="test",
+        data_hash="synthetic",
+        genes=genes,
+        block_genes=256,
+        split_by="donor_id",
+        data={},
+        census={},
+        planted=False,
+        dropped={},
+        splits=entries,
+        tables=[presence],
+        codes={},
+        made_with={},
+    )
+    (directory / "manifest.json").write_text(manifest.to_json())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    from scaling_ray.cluster import ray_session
+
+    with ray_session(RANKS):
+        yield
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("group") / "shards"
+    write_shards(directory)
+    read = read_split(directory, read_manifest(directory), "val", 64)
+    assert (read.counts == data().val.counts).all() and (read.measured == data().val.measured).all()
+    return directory
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+class TestWorkerGroup:
+    @pytest.mark.parametrize("variant", [DDP, Variant("deepspeed", 1)], ids=lambda variant: variant.name)
+    def test_commits_what_one_process_does(self, shards: Path, tmp_path: Path, variant: Variant) -> None:
+        from scaling_ray.train.worker import train_in_worker_group
+
+        train_in_worker_group(variant.of(spec()), shards, tmp_path / "run", False, tmp_path / "ray")
+        result = read_result(tmp_path / "run")
+        alone = run_to_result(spec(), data(), PlainEngine(spec(), CPU), tmp_path / "alone")
+        assert result is not None and alone is not None
+        assert (result.workers, result.engine) == (RANKS, variant.engine)
+        assert result.val_mse == pytest.approx(alone.val_mse, rel=CURVE_TOLERANCE)
+        assert result.test_mse == pytest.approx(alone.test_mse, rel=CURVE_TOLERANCE)
+        publish_winner(tmp_path / "run")
+        assert (tmp_path / "run" / "checkpoints" / "best" / "state.safetensors").is_file()
+
+    def test_an_error_rises_as_itself_and_at_once(self, shards: Path, tmp_path: Path) -> None:
+        from scaling_ray.train.worker import train_in_worker_group
+
+        run = DDP.of(spec()).model_copy(update={"cells": 10_000})
+        with pytest.raises(BadInput, match=r"grid\.cells: 10000"):
+            train_in_worker_group(run, shards, tmp_path / "run", False, tmp_path / "ray")
+        assert len(list((tmp_path / "run" / "attempts").iterdir())) == 1
+        assert read_result(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize(
+    ("resources", "answer"),
+    [
+        ({"CPU": 2.0}, None),
+        ({"CPU": 1.0, "memory": 1e9}, r"needs 2 CPUs .* the cluster has 1"),
+        ({"CPU": 8.0, "GPU": 1.0}, r"needs as many GPUs, the cluster has 1"),
+        ({"CPU": 8.0, "GPU": 2.0}, None),
+        ({}, r"the cluster has 0"),
+    ],
+)
+def test_a_group_that_could_never_start_is_named(resources: dict[str, float], answer: str | None) -> None:
+    import re
+
+    from scaling_ray.train.worker import preflight
+
+    sentence = preflight(DDP.of(spec()), resources)
+    assert sentence is None if answer is None else sentence is not None and re.search(answer, sentence)
+
+
+def test_a_driver_inside_the_cluster_counts() -> None:
+    from scaling_ray.train.worker import preflight, required_cpus
+
+    assert required_cpus(DDP.of(spec()), driver_cpus=1) == RANKS + 1
+    assert preflight(DDP.of(spec()), {"CPU": 2.0}, driver_cpus=1) is not None

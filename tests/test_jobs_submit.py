@@ -1,0 +1,280 @@
+"""The cluster path on one machine: a real head in token mode, a real ``ray job submit``, results on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+START_SECONDS = 90
+JOB_SECONDS = 420
+
+TINY_SPEC = """
+name = "tiny"
+
+[data]
+split_by = "cell"
+genes = 64
+
+[grid]
+sizes = ["XXS", "TINY"]
+genes = [64]
+cells = [200]
+seeds = [0]
+
+[lr]
+rates = [1e-3]
+
+[train]
+max_cells_seen = 640
+evaluations = 4
+
+[resources]
+cpus = 1
+"""
+
+
+def on_a_head(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.slow(pytest.mark.ray(test))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head: its jobs API, the environment that holds the token, and the pid everything hangs on."""
+
+    url: str
+    env: dict[str, str] = field(repr=False)
+    token: str = field(repr=False)
+    pid: int
+    log: Path
+
+    def status_of(self, path: str, token: str | None) -> int:
+        """HTTP status of a GET on the jobs API; 0 while nothing answers."""
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        request = urllib.request.Request(self.url + path, headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return answer.status
+        except urllib.error.HTTPError as refusal:
+            with refusal:
+                return refusal.code
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return 0
+
+    def submit(self, *entry_point: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """``ray job submit --working-dir . -- <entry point>`` from the repository root, waiting for the job's end."""
+        command = [str(BIN / "ray"), "job", "submit", "--address", self.url, "--working-dir", ".", "--", *entry_point]
+        return subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=self.env if env is None else env,
+            capture_output=True,
+            text=True,
+            timeout=JOB_SECONDS,
+            check=False,
+        )
+
+    def jobs(self) -> list[dict[str, object]]:
+        """Every job the head knows, oldest first."""
+        request = urllib.request.Request(self.url + "/api/jobs/", headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            submitted = [job for job in json.load(answer) if job["type"] == "SUBMISSION"]
+        return sorted(submitted, key=lambda job: job["start_time"])
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def stop(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """SIGTERM to the head, then SIGKILL to whatever of its own descendants is left; returns what had to be killed."""
+    descendants = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(timeout=10)
+    _, alive = psutil.wait_procs(descendants, timeout=10)
+    for straggler in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            straggler.kill()
+    psutil.wait_procs(alive, timeout=10)
+    return alive
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    home = tmp_path_factory.mktemp("head")
+    token = secrets.token_hex(32)
+    token_path = home / "auth_token"
+    token_path.touch(mode=0o600)
+    token_path.write_text(token)
+    # A unix socket's path may have 107 bytes, and pytest's own folders eat most of them.
+    temp_dir = Path(tempfile.mkdtemp(prefix="sr", dir="/tmp"))
+    port, dashboard, client, agent_http, agent_grpc, runtime_env, metrics = free_ports(7)
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SCALING_RAY_"))}
+    env |= {
+        # `python` of an entry point is the one on the head's PATH.
+        "PATH": f"{BIN}:{env['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    log = home / "head.log"
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent_http}"]
+    command += [f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}"]
+    # Any free port for workers: the default range may belong to another head, or hold one of the ports above.
+    command += ["--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--metrics-export-port={metrics}", f"--temp-dir={temp_dir}", f"--object-store-memory={300 * 2**20}"]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, env=env, stdout=stream, stderr=stream, start_new_session=True)
+    started = Head(f"http://127.0.0.1:{dashboard}", env, token, process.pid, log)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while started.status_of("/api/jobs/", token) != 200:
+            assert process.poll() is None, f"the head ended at once:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"no jobs API after {START_SECONDS} s:\n{log.read_text()}"
+            time.sleep(0.5)
+        yield started
+    finally:
+        stop(process)
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "remedy"),
+    [
+        (["jobs/sweep.py", "jobs/demo.toml", "--out", "results"], "--out: 'results'", "absolute"),
+        (["jobs/sweep.py", "jobs/demo.toml"], "--out: None", "SCALING_RAY_OUT"),
+        (["jobs/sweep.py", "jobs/demo.toml", "--out", "s3://bucket/results"], "--out: 's3://bucket", "absolute"),
+        (
+            ["jobs/shards.py", "jobs/demo.toml", "--census", "stable", "--out", "./shards"],
+            "--out: './shards'",
+            "absolute",
+        ),
+        (["jobs/report.py", "/sweep", "--out", "report"], "--out: 'report'", "absolute"),
+    ],
+)
+def test_a_place_that_would_vanish_is_refused_on_one_line(arguments: list[str], field: str, remedy: str) -> None:
+    env = {key: value for key, value in os.environ.items() if key != "SCALING_RAY_OUT"} | {
+        "PYTHONPATH": str(REPOSITORY)
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(field) and remedy in line
+    assert not (REPOSITORY / "results").exists() and not (REPOSITORY / "s3:").exists()
+
+
+@pytest.mark.parametrize("name", ["shards", "sweep", "report"])
+def test_a_job_stays_thin_and_says_what_it_takes(name: str) -> None:
+    path = REPOSITORY / "jobs" / f"{name}.py"
+    assert len(path.read_text().splitlines()) <= 60
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, path, "--help"], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 and "--out" in done.stdout and "SCALING_RAY_OUT" in done.stdout
+
+
+@on_a_head
+def test_the_jobs_api_refuses_whoever_has_no_token(head: Head) -> None:
+    assert head.status_of("/api/jobs/", None) == 401
+    assert head.status_of("/api/jobs/", secrets.token_hex(32)) in {401, 403}
+    assert head.status_of("/api/jobs/", head.token) == 200
+
+
+@on_a_head
+def test_a_submission_without_the_token_is_refused(head: Head) -> None:
+    before = head.jobs()
+    bare = {key: value for key, value in head.env.items() if not key.startswith("RAY_AUTH")}
+    done = head.submit("python", "-c", "pass", env=bare | {"RAY_AUTH_MODE": "disabled"})
+    assert done.returncode != 0
+    assert "401" in done.stdout + done.stderr or "Unauthorized" in done.stdout + done.stderr, done.stderr
+    assert head.jobs() == before
+
+
+@on_a_head
+def test_a_submitted_sweep_runs_to_its_report_and_is_done_the_second_time(head: Head, tmp_path: Path) -> None:
+    from scaling_ray.census.plant import plant
+
+    spec = tmp_path / "tiny.toml"
+    spec.write_text(TINY_SPEC)
+    census = plant(tmp_path / "census", n_cells=600, n_genes=200)
+    out = tmp_path / "out"
+    entry_point = ["python", "jobs/sweep.py", str(spec), "--census", str(census), "--out", str(out)]
+
+    done = head.submit(*entry_point)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert head.jobs()[-1]["status"] == "SUCCEEDED"
+    with (out / "sweep" / "results.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["size"] for row in rows} == {"XXS", "TINY"}
+    assert {row["status"] for row in rows} == {"done"}
+    assert all(float(row["test_mse"]) > 0 and int(row["cells_seen"]) == 640 for row in rows)
+    assert (out / "report" / "report.html").is_file()
+    json.loads((out / "report" / "report.json").read_text())
+
+    results = {path: path.stat().st_mtime_ns for path in out.glob("sweep/runs/*/result.json")}
+    assert len(results) == len(rows)
+    again = head.submit(*entry_point)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert results == {path: path.stat().st_mtime_ns for path in out.glob("sweep/runs/*/result.json")}
+
+
+@on_a_head
+def test_a_job_with_bad_input_fails_with_its_line_in_the_log(head: Head) -> None:
+    done = head.submit("python", "jobs/sweep.py", "jobs/demo.toml", "--out", "results")
+    assert done.returncode != 0
+    last = head.jobs()[-1]
+    assert (last["status"], last["driver_exit_code"]) == ("FAILED", 2)
+    assert "--out: 'results'" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@on_a_head
+def test_a_job_runs_this_environment_and_the_submitted_package(head: Head, tmp_path: Path) -> None:
+    # As a script, not with -c: that would put the working directory on sys.path by itself.
+    script = tmp_path / "look.py"
+    script.write_text(
+        "import json, pathlib, sys, scaling_ray\n"
+        "ignored = [name for name in ('.venv', '.git', 'tests') if pathlib.Path(name).exists()]\n"
+        "seen = [sys.executable, str(pathlib.Path.cwd()), scaling_ray.__file__, ignored]\n"
+        "pathlib.Path(sys.argv[1]).write_text(json.dumps(seen))\n"
+    )
+    seen = tmp_path / "seen.json"
+    done = head.submit("python", str(script), str(seen))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert head.jobs()[-1]["status"] == "SUCCEEDED"
+    executable, cwd, package, ignored = json.loads(seen.read_text())
+    assert Path(executable).parent == BIN
+    assert Path(cwd) != REPOSITORY and package.startswith(cwd), "the job must use the package it was submitted with"
+    assert ignored == []

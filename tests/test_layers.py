@@ -1,0 +1,211 @@
+"""Who may import what. Read from the source without running it, and once more from sys.modules of a real start."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+SOMA = ("tiledbsoma", "cellxgene_census", "tiledb")
+
+OWNERS: dict[str, tuple[str, ...]] = {
+    "ray": ("cluster.py", "shards/convert.py", "shards/stream.py", "train/worker.py", "sweep/run.py"),
+    "mlflow": ("sweep/tracking.py",),
+    "deepspeed": ("train/engine.py",),
+    **{name: ("census/",) for name in SOMA},
+}
+"""Module -> the only files (or folders, ending in /) that may import it, anywhere in the file."""
+
+FORBIDDEN: dict[str, tuple[str, ...]] = {
+    "spec.py": ("torch", "ray"),
+    "records.py": ("torch", "ray"),
+    "storage.py": ("torch", "ray"),
+    "model/sizes.py": ("torch", "ray"),
+    "sweep/plan.py": ("ray",),
+    "shards/format.py": ("torch", "ray"),
+    "shards/order.py": ("torch", "ray"),
+    "shards/read.py": ("ray",),
+    "doctor.py": ("torch", "ray"),
+    "tables.py": ("torch", "ray", "mlflow"),
+    # a report is made from files, without a GPU and without a cluster
+    "report/": ("torch", "ray", "mlflow"),
+}
+"""File or folder -> modules that it may not import, anywhere in the file."""
+
+ONLY: dict[str, tuple[str, ...]] = {"laws/": ("numpy", "scipy")}
+"""Folder -> the only modules beside the standard library and the allowed ones of the package."""
+
+ONLY_WITHIN_PACKAGE: dict[str, tuple[str, ...]] = {"laws/": ("scaling_ray.laws", "scaling_ray.errors")}
+
+NOBODY = ("scaling_ray.cli", "jobs")
+"""Entry points: they import the package, nothing imports them (but the package's own ``__main__``)."""
+
+LIGHT = ("scaling_ray.spec", "scaling_ray.records", "scaling_ray.model.sizes", "scaling_ray.doctor")
+HEAVY = ("torch", "ray", "mlflow")
+
+
+@dataclass(frozen=True, order=True)
+class Import:
+    """One imported module, by its full dotted name."""
+
+    file: str
+    line: int
+    module: str
+
+    def within(self, *packages: str) -> bool:
+        return any(self.module == package or self.module.startswith(package + ".") for package in packages)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.module}"
+
+
+def imports_of(package: Path) -> Iterator[Import]:
+    """Every import of every file, those inside functions and under ``if TYPE_CHECKING`` included."""
+    for path in sorted(package.rglob("*.py")):
+        file = path.relative_to(package).as_posix()
+        parts = [package.name, *path.relative_to(package).with_suffix("").parts]
+        folder = parts[:-1]
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield Import(file, node.lineno, alias.name)
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:
+                    base = ".".join([*folder[: len(folder) - node.level + 1], *([base] if base else [])])
+                # `from a.b import c` may import the module a.b.c: the longer name matches every rule the shorter does
+                for alias in node.names:
+                    yield Import(file, node.lineno, base if alias.name == "*" else f"{base}.{alias.name}")
+            elif isinstance(node, ast.Call) and _is_dynamic(node.func) and node.args:
+                if isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+                    yield Import(file, node.lineno, node.args[0].value)
+
+
+def _is_dynamic(function: ast.expr) -> bool:
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name in {"import_module", "__import__"}
+
+
+def _covers(where: str, file: str) -> bool:
+    return file.startswith(where) if where.endswith("/") else file == where
+
+
+def violations(package: Path) -> list[str]:
+    """One line for each import that breaks a rule of the tables above."""
+    found: list[str] = []
+    for each in imports_of(package):
+        for module, owners in OWNERS.items():
+            if each.within(module) and not any(_covers(owner, each.file) for owner in owners):
+                found.append(f"{each}: only {', '.join(owners)} may")
+        for where, modules in FORBIDDEN.items():
+            if _covers(where, each.file) and each.within(*modules):
+                found.append(f"{each}: {where} may import none of {', '.join(modules)}")
+        for where, modules in ONLY.items():
+            outside = not each.within(*modules, *ONLY_WITHIN_PACKAGE[where])
+            if _covers(where, each.file) and outside and each.module.split(".")[0] not in sys.stdlib_module_names:
+                found.append(f"{each}: {where} may import {', '.join(modules)} and {ONLY_WITHIN_PACKAGE[where]} only")
+        if each.within(*NOBODY) and each.file not in {"__main__.py", "cli.py"}:
+            found.append(f"{each}: nothing may import an entry point")
+    return sorted(set(found))
+
+
+def loaded(code: str) -> set[str]:
+    """Which heavy modules a fresh interpreter holds after ``code``."""
+    report = f"import sys, json\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}} & set({HEAVY!r}))))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(ast.literal_eval(done.stdout.strip().splitlines()[-1]))
+
+
+def plant(root: Path, file: str, code: str) -> Path:
+    package = root / "scaling_ray"
+    path = package / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+    return package
+
+
+def test_no_module_reaches_over_its_layer() -> None:
+    package = REPOSITORY / "scaling_ray"
+    assert len(list(imports_of(package))) > 50, "the scan sees no imports: it is looking in the wrong place"
+    assert violations(package) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "complaint"),
+    [
+        ("train/loop.py", "import ray", "imports ray"),
+        ("train/loop.py", "def f():\n    from ray import train\n", "imports ray.train"),
+        ("train/loop.py", "from importlib import import_module\nimport_module('ray.data')\n", "imports ray.data"),
+        ("shards/read.py", "import ray.data as data", "imports ray.data"),
+        ("sweep/run.py", "import mlflow", "only sweep/tracking.py"),
+        ("train/loop.py", "if True:\n    import deepspeed\n", "only train/engine.py"),
+        ("shards/convert.py", "import tiledbsoma", "only census/"),
+        ("report/build.py", "from cellxgene_census import open_soma", "only census/"),
+        ("spec.py", "def f():\n    import torch\n", "none of torch"),
+        ("model/sizes.py", "from torch.nn import Module", "none of torch"),
+        ("laws/fit.py", "import pandas", "numpy, scipy"),
+        ("laws/fit.py", "from scaling_ray.train import loop", "scaling_ray.laws"),
+        ("laws/fit.py", "from ..spec import SweepSpec", "imports scaling_ray.spec.SweepSpec"),
+        ("laws/deep/inner.py", "from ...model import network", "imports scaling_ray.model.network"),
+        ("sweep/run.py", "from scaling_ray import cli", "entry point"),
+        ("report/build.py", "from jobs import sweep", "entry point"),
+    ],
+)
+def test_the_scan_reports_a_planted_violation(tmp_path: Path, file: str, code: str, complaint: str) -> None:
+    found = violations(plant(tmp_path, file, code))
+    assert found and complaint in found[0] and found[0].startswith(file)
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("shards/convert.py", "def f():\n    import ray.data\n"),
+        ("sweep/tracking.py", "import mlflow"),
+        ("train/engine.py", "def f():\n    import deepspeed\n"),
+        ("census/importer.py", "import tiledbsoma"),
+        ("laws/fit.py", "import math\nimport numpy as np\nfrom scipy import optimize\nfrom .forms import law\n"),
+        ("cli.py", "def f():\n    from scaling_ray.sweep import run\n"),
+        ("train/arrays.py", "import rayleigh"),
+    ],
+)
+def test_the_scan_lets_owners_be(tmp_path: Path, file: str, code: str) -> None:
+    assert violations(plant(tmp_path, file, code)) == []
+
+
+def test_the_language_and_the_laws_start_without_heavy_modules() -> None:
+    laws = [f"scaling_ray.laws.{path.stem}" for path in (REPOSITORY / "scaling_ray" / "laws").glob("[!_]*.py")]
+    assert len(laws) >= 2
+    assert loaded("\n".join(f"import {module}" for module in (*LIGHT, *laws))) == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"]])
+def test_help_starts_without_heavy_modules(arguments: list[str]) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = ["scaling-ray", *{arguments!r}]
+try:
+    runpy.run_module("scaling_ray.cli", run_name="__main__")
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+"""
+    assert loaded(code) == set()
+
+
+@pytest.mark.parametrize("module", ["torch"])
+def test_the_start_check_sees_a_heavy_module(module: str) -> None:
+    assert loaded(f"import scaling_ray.spec\nimport {module}") == {module}

@@ -1,0 +1,262 @@
+"""The report from outside: a sweep's directory in, a page that stands alone out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scaling_ray.errors import BadInput
+from scaling_ray.report.build import build_report
+
+SIZES = {
+    "XXS": (1, 533),
+    "W8": (8, 4_600),
+    "TINY": (16, 9_953),
+    "W32": (32, 36_000),
+    "XS": (64, 132_993),
+    "S": (128, 859_137),
+}
+RATES = (3e-4, 1e-3, 3e-3)
+
+
+def write_sweep(
+    out: Path,
+    *,
+    sizes: tuple[str, ...] = tuple(SIZES),
+    cells: tuple[int, ...] = (500, 2_000, 8_000),
+    seeds: tuple[int, ...] = (0, 1),
+    noise: float = 0.002,
+    planted: bool = True,
+    unfinished: int = 0,
+) -> Path:
+    """A sweep's directory as the driver leaves it, around a known law."""
+    rng = np.random.default_rng(7)
+    rows = []
+    runs = [("law", s, d, seed, 1e-3) for s in sizes for d in cells for seed in seeds]
+    runs += [("rate", s, cells[-1], 101, lr) for s in sizes for lr in RATES]
+    for role, size, count, seed, lr in runs:
+        width, params = SIZES[size]
+        mse = 0.15 + 2.4 * params**-0.4 + 1.5 * count**-0.5 + rng.normal(0, noise)
+        mse = 0.336 + rng.normal(0, noise / 4) if width == 1 else mse + 0.01 * abs(np.log10(lr) + 3)
+        run_id = f"{role}-{size}-v512-d{count}-s{seed}-lr{lr:g}"
+        rows.append(
+            {
+                "run_id": run_id,
+                "role": role,
+                "status": "done",
+                "failure": None,
+                "size": size,
+                "width": width,
+                "layers": 1,
+                "heads": 1,
+                "feedforward": 1,
+                "params": params,
+                "params_without_embedding": params - 512 * width if width > 1 else 21,
+                "genes": 512,
+                "cells": count,
+                "cells_requested": "all" if count == cells[-1] else str(count),
+                "seed": seed,
+                "lr": lr,
+                "lr_at_edge": False if role == "law" else None,
+                "recipe": "corrected",
+                "objective": "mse",
+                "schedule": "cosine",
+                "max_cells_seen": 60_000 if params < 1e5 else 120_000,
+                "cells_seen": 48_000,
+                "masked_genes_seen": 48_000 * 77,
+                "optimizer_steps": 1_500,
+                "flops": 6.0 * params * 48_000 * 512,
+                "wall_seconds": 12.5,
+                "val_mse": mse - 0.004,
+                "final_val_mse": mse - 0.003,
+                "test_mse": mse,
+                "best_cells_seen": 44_000,
+                "stop_reason": "early_stop",
+                "undertrained": False,
+                "baseline_mse": 0.335,
+                "gaussian_mse": 0.197 + 0.4 * count**-0.5,
+                "attainable_mse": 0.16 if planted else None,
+                "bound_mse": 0.148 if planted else None,
+                "attainable_bits": 1.91 if planted else None,
+                "bound_bits": 1.87 if planted else None,
+                "bound_z": float(rng.normal(12, 2)) if planted else None,
+                "attempts": 1,
+                "mlflow_run_id": f"{len(rows):032x}",
+                "data_hash": "3f" * 32,
+                "workers": 1,
+                "engine": "plain",
+            }
+        )
+        folder = out / "runs" / run_id
+        folder.mkdir(parents=True)
+        seen = np.linspace(2_400, 48_000, 20)
+        curve = mse + 0.1 * np.exp(-seen / 9_000) + rng.normal(0, 0.002, seen.size)
+        lines = [
+            {
+                "kind": "eval",
+                "cells_seen": int(x),
+                "val_mse": y,
+                "val_mse_smoothed": y,
+                "timestamp_ms": 1_790_000_000_000 + i,
+            }
+            for i, (x, y) in enumerate(zip(seen, curve, strict=True))
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in [{"kind": "train", "cells_seen": 1}, *lines])
+        (folder / "metrics.jsonl").write_text(text + '{"kind": "ev')
+    for row in [row for row in rows if row["role"] == "law"][:unfinished]:
+        row |= {"status": "waiting", "val_mse": None, "test_mse": None, "final_val_mse": None, "cells_seen": None}
+    pq.write_table(pa.Table.from_pylist(rows), out / "results.parquet")
+    splits = {
+        "train": (10_000, [f"AML{i}" for i in range(12)]),
+        "val": (1_300, ["AML20", "BM1"]),
+        "test": (1_500, ["<b>BM5</b>"]),
+    }
+    manifest = {
+        "data_hash": "3f" * 32,
+        "splits": {name: {"cells": n, "groups": groups, "files": []} for name, (n, groups) in splits.items()},
+        "split_by": "donor_id",
+        "genes": 512,
+        "census": {"uri": "planted", "version": "2025-11-08"},
+        "dropped": {"is_primary_data": 120, "duplicate_cells": 3},
+        "made_with": {"pyarrow": "25"},
+    }
+    (out / "shards_manifest.json").write_text(json.dumps(manifest))
+    (out / "spec.toml").write_text('name = "demo-sweep"\n[train]\nrecipe = "corrected"\ncells_per_step = 32\n')
+    return out
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    sweep = write_sweep(tmp_path_factory.mktemp("sweep"))
+    return sweep, build_report(sweep, sweep.parent / f"{sweep.name}-report")
+
+
+def test_it_writes_page_numbers_fit_and_figures(built):
+    _, page = built
+    out = page.parent
+    assert page.name == "report.html"
+    assert sorted(p.name for p in out.iterdir()) == ["figures", "fit.json", "report.html", "report.json"]
+    for figure in ("loss-by-size", "loss-by-cells", "learning-curves"):
+        root = ElementTree.parse(out / "figures" / f"{figure}.svg").getroot()
+        assert root.tag.endswith("svg")
+        assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) >= 3
+
+
+def test_the_page_asks_nobody_for_anything(built):
+    text = built[1].read_text()
+    text = text.replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"https?://|<script|<link|<img|@import|url\(", text)
+    assert "&lt;b&gt;BM5" in text and "<b>BM5" not in text
+
+
+def test_the_verdict_comes_before_any_figure_of_the_fit(built):
+    report = json.loads((built[1].parent / "report.json").read_text())
+    text = built[1].read_text()
+    assert report["verdict"] == "supported", report["headline"]["reasons"]
+    assert report["headline"]["form"] == "params_cells"
+    assert text.index(report["sentence"]) < text.index("The law</h2>") < text.index("Best model</h2>")
+    assert "conditional on this split" in text
+
+
+def test_numbers_are_those_of_the_results(built):
+    sweep, page = built
+    report = json.loads((page.parent / "report.json").read_text())
+    fit = json.loads((page.parent / "fit.json").read_text())
+    rows = [r for r in pq.read_table(sweep / "results.parquet").to_pylist() if r["role"] == "law"]
+    best = min(rows, key=lambda row: row["val_mse"])
+    assert report["best"]["run_id"] == best["run_id"]
+    assert report["best"]["share_of_gap"]["attainable_floor"] == pytest.approx(
+        (0.335 - best["test_mse"]) / (0.335 - 0.16)
+    )
+    assert report["best"]["gain_bits"]["over_gene_mean"] == pytest.approx(0.5 * np.log2(0.335 / best["test_mse"]))
+    assert report["headline"] == fit["headline"]
+    assert report["date"] == "2026-09-21"
+    cell = next(c for c in report["cells"] if (c["size"], c["cells"]) == ("TINY", 2_000))
+    two = [r["test_mse"] for r in rows if (r["size"], r["cells"]) == ("TINY", 2_000)]
+    assert cell["test_mse"] == pytest.approx(np.mean(two)) and cell["done"] == 2
+    assert report["leak_test"]["passed"] and report["leak_test"]["runs"] == len(rows)
+    tried = {row["size"]: [t["lr"] for t in row["tried"]] for row in report["learning_rates"]}
+    assert tried["XS"] == list(RATES)
+
+
+def test_a_rebuild_is_the_same_to_the_byte(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "s", sizes=("XXS", "W8", "TINY", "XS"), cells=(2_000,))
+    page = build_report(sweep, tmp_path / "once")
+    again = build_report(sweep, tmp_path / "twice")
+    for name in ("report.html", "report.json", "fit.json", "figures/loss-by-size.svg"):
+        assert (again.parent / name).read_bytes() == (page.parent / name).read_bytes()
+
+
+def test_a_small_grid_is_refused_without_an_exponent_but_with_its_losses(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "s", sizes=("XXS", "TINY", "XS"), cells=(2_000,), planted=False, unfinished=1)
+    shutil.rmtree(sweep / "runs")
+    (sweep / "spec.toml").unlink()
+    page = build_report(sweep, tmp_path / "r")
+    report = json.loads((page.parent / "report.json").read_text())
+    text = page.read_text()
+    assert report["verdict"] == "refused" and "parameters" not in report["headline"]
+    assert "Refused: these runs do not determine a scaling exponent, because only 2 sizes" in text
+    assert report["best"]["share_of_gap"]["attainable_floor"] is None
+    assert report["best"]["share_of_gap"]["shrunk_gaussian"] is not None
+    assert any("still waiting" in need for need in report["needs"])
+    assert "The law</h2>" not in text and "Training</h2>" not in text and report["date"] is None
+
+
+def test_a_sweep_without_a_finished_run_still_has_a_page(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,), unfinished=2)
+    report = json.loads((build_report(sweep, tmp_path / "r").parent / "report.json").read_text())
+    assert report["verdict"] == "refused" and report["best"] is None
+    assert "nothing to fit" in report["sentence"]
+
+
+def test_two_gene_panels_are_never_pooled(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "s", cells=(2_000,), sizes=("W8", "TINY", "XS", "S"))
+    table = pq.read_table(sweep / "results.parquet").to_pylist()
+    more = [row | {"run_id": row["run_id"] + "-w", "genes": 1024} for row in table if row["size"] != "S"]
+    pq.write_table(pa.Table.from_pylist(table + more), sweep / "results.parquet")
+    out = build_report(sweep, tmp_path / "r").parent
+    fit = json.loads((out / "fit.json").read_text())
+    assert set(fit["cohorts"]) == {"genes=512", "genes=1024"}
+    assert {f["n_sizes"] for f in fit["fits"] if f["form"] == "power_floor"} == {4}
+    assert (out / "figures" / "loss-by-size-1024-genes.svg").exists()
+
+
+@pytest.mark.parametrize("gone", ["results.parquet", "shards_manifest.json"])
+def test_a_missing_file_is_bad_input_and_leaves_nothing(tmp_path: Path, gone: str):
+    sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
+    (sweep / gone).unlink()
+    with pytest.raises(BadInput, match=gone):
+        build_report(sweep, tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_missing_columns_and_keys_are_named(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
+    manifest = json.loads((sweep / "shards_manifest.json").read_text())
+    del manifest["splits"]["val"]
+    (sweep / "shards_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BadInput, match="splits.val.cells"):
+        build_report(sweep, tmp_path / "r")
+    table = pq.read_table(sweep / "results.parquet").drop_columns(["test_mse"])
+    pq.write_table(table, sweep / "results.parquet")
+    with pytest.raises(BadInput, match="test_mse"):
+        build_report(sweep, tmp_path / "r")
+
+
+def test_building_needs_neither_ray_nor_torch_nor_mlflow(tmp_path: Path):
+    code = (
+        "import sys; import scaling_ray.report.build; "
+        "print([m for m in ('ray', 'torch', 'mlflow', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,279 @@
+"""Shards: counts come back as they went in, and damage is named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scaling_ray.errors import BadInput, DamagedFiles
+from scaling_ray.records import ShardManifest, SplitEntry
+from scaling_ray.shards import format as shard_format
+from scaling_ray.shards.format import (
+    CODE_COLUMNS,
+    block_name,
+    block_widths,
+    decode_block,
+    encode_block,
+    read_manifest,
+    shard_schema,
+    verify,
+    write_split,
+    write_table,
+)
+from scaling_ray.shards.read import Cells, columns_for, decode_cells, read_split
+
+CELLS = 60
+
+
+def counts_of(genes: int, cells: int = CELLS, seed: int = 0) -> np.ndarray:
+    counts = np.random.default_rng(seed).integers(0, 65_536, (cells, genes)).astype(np.uint16)
+    counts[0, :2], counts[-1, -2:] = (0, 65_535), (65_535, 0)
+    return counts
+
+
+def table_of(counts: np.ndarray, first_cell: int = 10_000_000_000) -> pa.Table:
+    cells, genes = counts.shape
+    columns: dict[str, pa.Array] = {
+        "cell": pa.array(first_cell + np.arange(cells)),
+        "raw_sum": pa.array(counts.sum(1, dtype=np.int64)),
+    }
+    columns |= {name: pa.array((np.arange(cells) + i) % 2, pa.int32()) for i, name in enumerate(CODE_COLUMNS)}
+    for index, start in enumerate(range(0, genes, 256)):
+        columns[block_name(index)] = encode_block(counts[:, start : start + 256])
+    return pa.table(columns)
+
+
+def measured_of(genes: int) -> np.ndarray:
+    return np.random.default_rng(9).random((2, genes)) < 0.9
+
+
+def write_shards(directory: Path, genes: int) -> ShardManifest:
+    directory.mkdir()
+    splits = {}
+    for seed, split in enumerate(shard_format.SPLITS):
+        table = table_of(counts_of(genes, seed=seed), first_cell=1_000 * seed)
+        files, content, cells = write_split(directory, split, genes, [table.slice(0, 25), table.slice(25)])
+        splits[split] = SplitEntry(
+            cells=cells, fraction=1 / 3, groups=[f"donor{seed}"], content_sha256=content, files=files
+        )
+    presence = pa.table({"measured": encode_block(measured_of(genes).astype(np.uint16))})
+    manifest = ShardManifest(
+        name="test",
+        data_hash="0",
+        genes=genes,
+        block_genes=256,
+        split_by="donor_id",
+        data={},
+        census={},
+        planted=False,
+        dropped={},
+        splits=splits,
+        tables=[write_table(directory / "presence.parquet", presence)],
+        codes={},
+        made_with={},
+    )
+    (directory / "manifest.json").write_text(manifest.to_json())
+    return manifest
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "shards", 300)
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize(("genes", "widths"), [(1, [1]), (256, [256]), (300, [256, 44]), (1000, [256, 256, 256, 232])])
+def test_blocks_are_256_genes_and_the_rest(genes: int, widths: list[int]) -> None:
+    assert block_widths(genes) == widths
+    assert [shard_schema(genes).field(block_name(i)).type for i in range(len(widths))] == [
+        pa.binary(2 * w) for w in widths
+    ]
+
+
+@pytest.mark.parametrize("genes", [256, 300, 1000])
+def test_what_was_written_is_read_and_every_panel_is_a_prefix(tmp_path: Path, genes: int) -> None:
+    write_shards(tmp_path / "shards", genes)
+    manifest = read_manifest(tmp_path / "shards")
+    for seed, split in enumerate(shard_format.SPLITS):
+        stored = counts_of(genes, seed=seed)
+        for panel in sorted({1, 100, 255, 256, genes} | {v for v in (257, 299, 512, 999) if v <= genes}):
+            cells = read_split(tmp_path / "shards", manifest, split, panel)
+            assert cells.counts.dtype == np.uint16
+            assert (cells.counts == stored[:, :panel]).all()
+            assert (cells.measured == measured_of(genes)[:, :panel]).all()
+        assert (cells.cell == 1_000 * seed + np.arange(CELLS)).all()
+        assert (cells.raw_sum == stored.sum(1, dtype=np.int64)).all()
+        assert (cells.dataset == np.arange(CELLS) % 2).all()
+        assert (cells.donor == (np.arange(CELLS) + 1) % 2).all()
+
+
+def test_a_prefix_reads_only_the_blocks_it_needs(shards: Path) -> None:
+    assert columns_for(256) == ["cell", "raw_sum", "dataset_id", "donor_id", "counts_000"]
+    assert columns_for(257)[-1] == "counts_001"
+    read_split(shards, read_manifest(shards), "train", 256)
+
+
+def test_counts_stand_as_little_endian_uint16() -> None:
+    block = encode_block(np.array([[1, 258], [65_535, 0]], dtype=np.uint16))
+    assert block.to_pylist() == [b"\x01\x00\x02\x01", b"\xff\xff\x00\x00"]
+
+
+def test_sliced_and_chunked_columns_decode_from_their_offsets() -> None:
+    counts = counts_of(300)
+    table = table_of(counts)
+    sliced = table.slice(7, 20)
+    assert sliced["counts_000"].chunk(0).offset == 7, "the case under test"
+    measured = measured_of(300)
+    assert (decode_cells(sliced, 300, 300, measured).counts == counts[7:27]).all()
+    assert (decode_cells(sliced, 280, 300, measured).counts == counts[7:27, :280]).all()
+    joined = pa.concat_tables([table.slice(50, 3), table.slice(0, 0), table.slice(4, 2), table.slice(59)])
+    decoded = decode_cells(joined, 300, 300, measured)
+    rows = [50, 51, 52, 4, 5, 59]
+    assert (decoded.counts == counts[rows]).all()
+    assert (decoded.cell == table["cell"].to_numpy()[rows]).all()
+    assert decode_block(table["counts_001"].slice(3, 0), 44).shape == (0, 44)
+    assert (decode_block(table["counts_001"].chunk(0).slice(58), 44) == counts[58:, 256:]).all()
+
+
+def written(directory: Path, tables: list[pa.Table]) -> tuple[str, int]:
+    directory.mkdir()
+    _, content, cells = write_split(directory, "train", 300, tables)
+    return content, cells
+
+
+def test_the_content_hash_is_of_the_cells_not_of_how_they_came(tmp_path: Path) -> None:
+    table = table_of(counts_of(300))
+    whole = written(tmp_path / "whole", [table])
+    assert whole == written(tmp_path / "cut", [table.slice(0, 13), table.slice(13, 1), table.slice(14)])
+    assert whole[1] == CELLS
+    other_order = pa.concat_tables([table.slice(30), table.slice(0, 30)])
+    counts = counts_of(300)
+    counts[17, 290] ^= 1
+    codes = table.set_column(2, "dataset_id", pa.array((np.arange(CELLS) // 2) % 2, pa.int32()))
+    hashes = {whole[0]} | {
+        written(tmp_path / str(i), [other])[0]
+        for i, other in enumerate([other_order, table_of(counts), codes, table_of(counts_of(300), first_cell=5)])
+    }
+    assert len(hashes) == 5
+
+
+def test_many_cells_become_several_files_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_format, "FILE_CELLS", 20)
+    manifest = write_shards(tmp_path / "shards", 300)
+    entries = manifest.splits["train"].files
+    assert len(entries) > 1
+    assert sum(entry.rows for entry in entries) == CELLS
+    assert verify(tmp_path / "shards") == []
+    assert (read_split(tmp_path / "shards", manifest, "train", 300).counts == counts_of(300)).all()
+
+
+def test_whole_shards_verify(shards: Path) -> None:
+    assert verify(shards) == []
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped": (flip_a_byte, "sha256"),
+    "cut": (cut_short, "bytes"),
+    "missing": (Path.unlink, "missing"),
+}
+
+
+@pytest.mark.parametrize("name", ["train-00000.parquet", "test-00000.parquet", "presence.parquet"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_verify_names_the_damaged_file(shards: Path, name: str, kind: str) -> None:
+    damage, says = DAMAGE[kind]
+    damage(shards / name)
+    problems = verify(shards)
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{name}: ")
+    assert says in problems[0]
+
+
+def test_verify_names_every_problem_at_once(shards: Path) -> None:
+    flip_a_byte(shards / "train-00000.parquet")
+    (shards / "val-00000.parquet").unlink()
+    (shards / "presence.parquet").write_bytes(b"")
+    (shards / "notes.txt").write_text("extra")
+    assert sorted(problem.split(":")[0] for problem in verify(shards)) == [
+        "notes.txt",
+        "presence.parquet",
+        "train-00000.parquet",
+        "val-00000.parquet",
+    ]
+
+
+def test_verify_names_a_donor_that_is_in_two_splits(shards: Path) -> None:
+    manifest = read_manifest(shards)
+    leaky = manifest.splits["val"].model_copy(update={"groups": ["donor0"]})
+    (shards / "manifest.json").write_text(
+        manifest.model_copy(update={"splits": manifest.splits | {"val": leaky}}).to_json()
+    )
+    assert verify(shards) == ["manifest.json: donor_id 'donor0' is in train and in val"]
+
+
+@pytest.mark.parametrize("name", ["train-00000.parquet", "presence.parquet"])
+@pytest.mark.parametrize("kind", ["cut", "missing"])
+def test_reading_damaged_files_says_which(shards: Path, name: str, kind: str) -> None:
+    manifest = read_manifest(shards)
+    DAMAGE[kind][0](shards / name)
+    with pytest.raises(DamagedFiles, match=name) as caught:
+        read_split(shards, manifest, "train", 300)
+    assert caught.value.problems[0].startswith(name)
+
+
+def test_fewer_cells_than_promised_is_damage(shards: Path) -> None:
+    manifest = read_manifest(shards)
+    path = shards / "train-00000.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(DamagedFiles, match="holds 59 cells, the manifest says 60"):
+        read_split(shards, manifest, "train", 300)
+
+
+def test_more_genes_than_stored_is_bad_input(shards: Path) -> None:
+    with pytest.raises(BadInput, match="301.*300 genes"):
+        read_split(shards, read_manifest(shards), "train", 301)
+
+
+def test_directories_without_a_whole_manifest_are_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+    text = (shards / "manifest.json").read_text()
+    for broken in (
+        text[: len(text) // 2],
+        text.replace('"version": 1', '"version": 2'),
+        text.replace('"name"', '"nome"'),
+    ):
+        (shards / "manifest.json").write_text(broken)
+        with pytest.raises(BadInput, match="ShardManifest") as caught:
+            verify(shards)
+        assert "\n" not in str(caught.value)
+    shutil.rmtree(shards)
+    with pytest.raises(BadInput):
+        verify(shards)
+
+
+def test_selected_rows_keep_their_columns_together(make_cells: Callable[..., Cells]) -> None:
+    cells = make_cells(20)
+    index = np.array([3, 19, 3])
+    part = cells.rows(index)
+    assert len(part) == 3
+    assert (part.counts == cells.counts[index]).all()
+    assert part.cell.tolist() == cells.cell[index].tolist()
+    assert part.raw_sum.tolist() == cells.raw_sum[index].tolist()
+    assert part.dataset.tolist() == [1, 1, 1]

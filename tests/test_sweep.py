@@ -1,0 +1,153 @@
+"""A sweep on a real Ray: the whole grid, skipped when done, one bad cell alone, gone on with after a kill -9."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import TINY_SWEEP
+
+from scaling_ray.errors import BadInput, LeaseHeld, RunsFailed
+from scaling_ray.storage import Lease
+from scaling_ray.sweep.run import run_sweep
+
+pytestmark = pytest.mark.ray
+
+CONTRACT = (
+    "run_id size params genes cells seed lr objective status cells_seen masked_genes_seen optimizer_steps flops val_mse "
+    "test_mse baseline_mse gaussian_mse wall_seconds attempts mlflow_run_id"
+).split()
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("swept")
+    (place / "spec.toml").write_text(TINY_SWEEP)
+    run_sweep(place / "spec.toml", tiny_shards, place / "sweep")
+    return place / "sweep"
+
+
+def test_every_cell_of_the_grid_has_a_row_with_its_references(swept: Path) -> None:
+    rows = pq.read_table(swept / "results.parquet").to_pylist()
+    assert len(rows) == 2 * 2 + 2 * 2 and {row["status"] for row in rows} == {"done"}
+    with open(swept / "results.csv", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert set(CONTRACT) <= set(table[0]) and [row["run_id"] for row in table] == [row["run_id"] for row in rows]
+    for row in rows:
+        assert row["cells_seen"] == 640 and row["optimizer_steps"] == 20
+        assert row["attainable_mse"] >= row["bound_mse"] * 0.98 and row["baseline_mse"] > row["attainable_mse"]
+        if row["role"] == "law":
+            assert row["bound_z"] > -4 and row["test_mse"] > row["bound_mse"]
+        else:
+            assert row["test_mse"] is None, "a run that chooses a rate must not see a test cell"
+    assert {row["cells"] for row in rows if row["cells_requested"] == "100"} == {100}
+    plan = json.loads((swept / "plan.json").read_text())
+    assert [cell["run_id"] for cell in plan["cells"]] == [row["run_id"] for row in rows]
+
+
+def test_the_rate_is_the_one_of_lowest_validation_error(swept: Path) -> None:
+    rows = pq.read_table(swept / "results.parquet").to_pylist()
+    for size in ("XXS", "W4"):
+        rates = {row["lr"]: row["val_mse"] for row in rows if row["role"] == "rate" and row["size"] == size}
+        assert len(rates) == 2
+        chosen = {row["lr"] for row in rows if row["role"] == "law" and row["size"] == size}
+        assert chosen == {min(rates, key=lambda rate: rates[rate])}
+        assert all(row["lr_at_edge"] for row in rows if row["role"] == "law"), "of two rates each is an edge"
+
+
+def test_each_run_leaves_its_files_and_no_attempts(swept: Path) -> None:
+    for directory in (swept / "runs").iterdir():
+        there = {path.name for path in directory.iterdir()}
+        assert {"spec.json", "metrics.jsonl", "result.json", "checkpoints", "mlflow.json"} <= there
+        assert "attempts" not in there and not (directory / "checkpoints" / "last").exists()
+        assert (directory / "checkpoints" / "best" / "state.safetensors").is_file()
+    assert not list(swept.glob(".partial-*"))
+
+
+def test_a_second_call_finds_everything_done(swept: Path, tiny_shards: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("result.json")}
+    lines: list[str] = []
+    rows = run_sweep(swept / "spec.toml", tiny_shards, swept, lines.append)
+    assert lines == [] and len(rows) == 8
+    assert before == {path: path.stat().st_mtime_ns for path in swept.rglob("result.json")}
+
+
+def test_another_driver_is_kept_out(swept: Path, tiny_shards: Path) -> None:
+    with Lease(swept), pytest.raises(LeaseHeld, match="another driver"):
+        run_sweep(swept / "spec.toml", tiny_shards, swept)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (("cells = [100", "cells = [100000"), r"grid.cells: 100000: is more than the \d+ training cells"),
+        (("genes = 64\n[grid]", "genes = 63\n[grid]"), r"grid.genes: 64: is more than data.genes = 63"),
+        (("genes = 64\n[grid]", "genes = 65\n[grid]"), r"data.genes: 65: the shards were made with 64"),
+    ],
+)
+def test_what_the_shards_cannot_serve_is_refused(
+    change: tuple[str, str], line: str, tiny_shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "spec.toml").write_text(TINY_SWEEP.replace(*change, 1))
+    with pytest.raises(BadInput, match=line):
+        run_sweep(tmp_path / "spec.toml", tiny_shards, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_results_of_other_shards_are_refused(swept: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = tmp_path / "shards"
+    shutil.copytree(tiny_shards, other)
+    text = (other / "manifest.json").read_text()
+    manifest = json.loads(text)
+    (other / "manifest.json").write_text(text.replace(manifest["data_hash"], "0" * 64))
+    with pytest.raises(BadInput, match="differ from those that"):
+        run_sweep(swept / "spec.toml", other, swept)
+
+
+def test_one_failing_cell_does_not_stop_the_others(tiny_shards: Path, tmp_path: Path) -> None:
+    spec = TINY_SWEEP.replace("[3e-3, 1e-2]", "[1e-2]").replace('"choose"', '"fixed"')
+    spec += "[lr.per_size]\nW4 = [1e30]\n"
+    (tmp_path / "spec.toml").write_text(spec)
+    with pytest.raises(RunsFailed, match="2 of 4 runs have no result; first law-W4.*diverged"):
+        run_sweep(tmp_path / "spec.toml", tiny_shards, tmp_path / "sweep")
+    rows = pq.read_table(tmp_path / "sweep" / "results.parquet").to_pylist()
+    assert {(row["size"], row["status"], row["failure"]) for row in rows} == {
+        ("XXS", "done", None),
+        ("W4", "failed", "diverged"),
+    }
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_any_moment_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
+    spec = TINY_SWEEP.replace("max_cells_seen = 640", "max_cells_seen = 6400\ncheckpoint_seconds = 0.05")
+    (tmp_path / "spec.toml").write_text(spec)
+    command = [sys.executable, "-m", "scaling_ray.cli", "sweep", str(tmp_path / "spec.toml")]
+    command += ["--shards", str(tiny_shards), "--out", str(tmp_path / "sweep")]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "sweep").glob("runs/*/result.json")):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    committed = {path: path.read_bytes() for path in (tmp_path / "sweep").glob("runs/*/result.json")}
+    run_sweep(tmp_path / "spec.toml", tiny_shards, tmp_path / "sweep")
+    rows = pq.read_table(tmp_path / "sweep" / "results.parquet").to_pylist()
+    assert {row["status"] for row in rows} == {"done"}
+    assert all(path.read_bytes() == content for path, content in committed.items())
+
+    run_sweep(tmp_path / "spec.toml", tiny_shards, tmp_path / "undisturbed")
+    again = pq.read_table(tmp_path / "undisturbed" / "results.parquet").to_pylist()
+    exact = ("run_id", "val_mse", "test_mse", "final_val_mse", "cells_seen", "flops", "best_cells_seen")
+    assert [[row[k] for k in exact] for row in rows] == [[row[k] for k in exact] for row in again]

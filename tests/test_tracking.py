@@ -1,0 +1,136 @@
+"""MLflow holds what the files hold, once, whoever asks and how often."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY_SWEEP
+
+from scaling_ray.records import RunResult, ShardManifest
+from scaling_ray.spec import RunSpec, parse_spec
+from scaling_ray.sweep.tracking import PARENT_TAG, Tracker, is_tracked, tracking_uri
+from scaling_ray.train.checkpoint import MetricsLog
+
+mlflow_client = pytest.importorskip("mlflow.tracking").MlflowClient
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[RunSpec]]:
+    """Files of a sweep as its runs leave them: two finished, one failed, one not begun."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    runs = [run.model_copy(update={"lr": run.lr or 0.01}) for run in parse_spec(TINY_SWEEP).runs()][:4]
+    directory = tmp_path / "sweep"
+    for index, run in enumerate(runs[:3]):
+        place = directory / "runs" / run.run_id
+        place.mkdir(parents=True)
+        log = MetricsLog(place / "metrics.jsonl")
+        for step in range(1, 4):
+            log.write({"kind": "train", "optimizer_steps": step, "cells_seen": 32 * step, "train_mse": 3.0 / step})
+            log.write(
+                {
+                    "kind": "eval",
+                    "optimizer_steps": step,
+                    "cells_seen": 32 * step,
+                    "val_mse": 2.0 / step,
+                    "val_mse_smoothed": 2.5 / step,
+                }
+            )
+        if index < 2:
+            (place / "result.json").write_text(result_of(run).to_json())
+        else:
+            failure = {"run_id": run.run_id, "failure": "bug", "message": "m", "attempts": 1}
+            (place / "failure.json").write_text(json.dumps(failure))
+    return directory, runs
+
+
+def result_of(run: RunSpec) -> RunResult:
+    return RunResult(
+        run_id=run.run_id,
+        attempt="a",
+        attempts=1,
+        data_hash="d" * 64,
+        lr=0.01,
+        cells_resolved=100,
+        cells_seen=96,
+        masked_genes_seen=960,
+        optimizer_steps=3,
+        flops=1e9,
+        val_mse=0.5,
+        final_val_mse=0.6,
+        best_curve_mse=0.5,
+        best_cells_seen=96,
+        test_mse=0.55,
+        test_squared_error=55.0,
+        test_masked_genes=100,
+        stop_reason="budget",
+        undertrained=False,
+        wall_seconds=1.0,
+        train_seconds=0.5,
+        workers=1,
+        engine="plain",
+        host="h",
+    )
+
+
+def manifest() -> ShardManifest:
+    return ShardManifest(
+        name="tiny",
+        data_hash="d" * 64,
+        genes=64,
+        block_genes=256,
+        split_by="donor_id",
+        data={},
+        census={"uri": "planted"},
+        planted=True,
+        dropped={},
+        splits={},
+        tables=[],
+        codes={},
+        made_with={},
+    )
+
+
+def test_a_parent_and_a_child_per_run_with_curves_params_data_and_final_metrics(
+    sweep: tuple[Path, list[RunSpec]],
+) -> None:
+    directory, runs = sweep
+    tracker = Tracker(directory, parse_spec(TINY_SWEEP), manifest())
+    tracker.sync(runs)
+    tracker.close(failed=False)
+    assert tracking_uri(directory) == f"sqlite:///{directory.parent / 'mlruns.db'}"
+    client = mlflow_client(tracking_uri(directory))
+    experiment = client.get_experiment_by_name("scaling_ray/tiny")
+    found = client.search_runs([experiment.experiment_id])
+    parents = [run for run in found if PARENT_TAG not in run.data.tags]
+    assert len(parents) == 1 and parents[0].info.status == "FINISHED"
+    children = {run.info.run_name: run for run in found if run.data.tags.get(PARENT_TAG) == parents[0].info.run_id}
+    assert set(children) == {run.run_id for run in runs[:3]}
+    done = children[runs[0].run_id]
+    assert done.info.status == "FINISHED" and children[runs[2].run_id].info.status == "FAILED"
+    assert done.data.metrics["test_mse"] == 0.55 and done.data.tags["data_hash"] == "d" * 64
+    assert done.data.params["width"] == str(runs[0].width) and done.data.params["recipe"] == "corrected"
+    assert done.inputs.dataset_inputs[0].dataset.digest == "d" * 32
+    curve = client.get_metric_history(done.info.run_id, "val_mse_curve")
+    assert [(m.step, m.value) for m in curve] == [(1, 2.0), (2, 1.0), (3, 2.0 / 3)]
+    recorded = json.loads((directory / "runs" / runs[0].run_id / "mlflow.json").read_text())
+    assert recorded["mlflow_run_id"] == done.info.run_id
+
+
+def test_a_replay_adds_nothing_and_new_rows_are_added_once(sweep: tuple[Path, list[RunSpec]]) -> None:
+    directory, runs = sweep
+    for _ in range(3):
+        Tracker(directory, parse_spec(TINY_SWEEP), manifest()).sync(runs)
+    client = mlflow_client(tracking_uri(directory))
+    experiment = client.get_experiment_by_name("scaling_ray/tiny")
+    assert len(client.search_runs([experiment.experiment_id])) == 4
+    place = directory / "runs" / runs[2].run_id
+    MetricsLog(place / "metrics.jsonl").write(
+        {"kind": "eval", "optimizer_steps": 4, "cells_seen": 128, "val_mse": 0.4, "val_mse_smoothed": 0.4}
+    )
+    Tracker(directory, parse_spec(TINY_SWEEP), manifest()).sync(runs)
+    run_id = json.loads((place / "mlflow.json").read_text())["mlflow_run_id"]
+    assert [metric.step for metric in client.get_metric_history(run_id, "val_mse_curve")] == [1, 2, 3, 4]
+    assert len(client.get_metric_history(run_id, "train_mse")) == 3
+    assert is_tracked(directory, runs[:2]) and not is_tracked(directory, runs)
