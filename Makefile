@@ -1,6 +1,6 @@
 # make demo   planted cells -> shards -> sweep -> law -> report; the report's path is the last line printed
 # make cells  the same from your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
-# make test   all tests        make check  ruff and types        make bench  speed, as ratios
+# make test   all tests        make check  ruff and types
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 DEMO ?= out/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test check bench clean
+.PHONY: setup demo cells test check clean
 
 setup: $(READY)
 
@@ -36,9 +36,6 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-
-bench: setup
-	@$(BIN)/python -m benchmarks.train_speed
 
 clean:
 	rm -rf $(VENV) out

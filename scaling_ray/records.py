@@ -88,8 +88,9 @@ class ShardManifest(Record):
 
 
 class RunResult(Record):
-    """What one finished run commits, once. ``val_mse`` and ``test_mse`` are those of the chosen checkpoint;
-    a run that chooses a learning rate has no test error.
+    """What one finished run commits, once.
+
+    ``val_mse`` and ``test_mse`` are those of the chosen checkpoint; a run that chooses a rate has no test error.
     """
 
     version: Literal[1] = 1

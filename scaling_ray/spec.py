@@ -142,7 +142,9 @@ class TrainSpec(Frozen):
     def total_steps(self) -> int:
         """Optimizer steps of the whole budget; only a resolved spec has them."""
         if isinstance(self.max_cells_seen, dict):
-            raise BadInput("train.max_cells_seen", self.max_cells_seen, "is a table by size; resolve it for one size first")
+            raise BadInput(
+                "train.max_cells_seen", self.max_cells_seen, "is a table by size; resolve it for one size first"
+            )
         return self.max_cells_seen // self.cells_per_step
 
     def resolved(self, size: str, fraction: float = 1.0) -> TrainSpec:

@@ -100,7 +100,7 @@ def exercise(rank: int, variants: list[Variant], directory: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", f"file://{directory}/rendezvous", timeout=timedelta(minutes=3), rank=rank, world_size=RANKS
+        "gloo", f"file://{directory}/rendezvous", timeout=timedelta(minutes=10), rank=rank, world_size=RANKS
     )
     for variant in variants:
         engine = variant.build(spec(), rank)

@@ -22,8 +22,8 @@ from scaling_ray.sweep.run import run_sweep
 pytestmark = pytest.mark.ray
 
 CONTRACT = (
-    "run_id size params genes cells seed lr objective status cells_seen masked_genes_seen optimizer_steps flops val_mse "
-    "test_mse baseline_mse gaussian_mse wall_seconds attempts mlflow_run_id"
+    "run_id size params genes cells seed lr objective status cells_seen masked_genes_seen optimizer_steps flops val_mse"
+    " test_mse baseline_mse gaussian_mse wall_seconds attempts mlflow_run_id"
 ).split()
 
 

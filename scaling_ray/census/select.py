@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen cells, ordered by joinid: split (N,) index into SPLITS, position (N,) within its split's permutation."""
+    """The chosen cells by joinid: split (N,) index into SPLITS, position (N,) within its split's permutation."""
 
     joinid: Ints
     split: NDArray[np.int8]
@@ -182,7 +182,7 @@ def rank_genes(histogram: CountHistogram, n_cells: int, n_genes: int, data: Data
 
 
 def _per_gene(gene: Ints, weights: NDArray[np.number], n_genes: int) -> NDArray[np.float64]:
-    return np.bincount(gene, weights=weights.astype(np.float64), minlength=n_genes)
+    return np.bincount(gene, weights=weights.astype(np.float64), minlength=n_genes).astype(np.float64, copy=False)
 
 
 def _standardised_variance(histogram: CountHistogram, mean: NDArray[np.float64], n_cells: int) -> NDArray[np.float64]:

@@ -72,7 +72,7 @@ def draw_masks(recipe: Recipe, fraction: float, seed: int, epochs: Tensor, cells
 
 
 def log_normalise(counts: Tensor, raw_sum: Tensor, recipe: Recipe) -> Tensor:
-    """(B, V) float32 log1p of counts per 10,000: of the full library (``corrected``), of these genes (``published``)."""
+    """(B, V) float32 log1p of counts per 10,000: of the library (``corrected``) or of these genes (``published``)."""
     values = counts.to(torch.float32)
     total = raw_sum.to(torch.float32) if recipe == "corrected" else values.sum(1)
     return torch.log1p(values * (1e4 / total.clamp(min=1.0))[:, None])

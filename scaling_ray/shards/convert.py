@@ -57,7 +57,7 @@ class _Range:
 
 
 def build_shards(spec: SweepSpec, census: str, out: Path, progress: Progress = lambda line: None) -> ShardManifest:
-    """Convert the cells that ``spec.data`` asks for into shards at ``out``; returns at once where they are there already.
+    """Convert the cells that ``spec.data`` asks for into shards at ``out``; returns at once where they are there.
 
     ``out`` appears whole or not at all. BadInput where it holds other shards or other files.
     """

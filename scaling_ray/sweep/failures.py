@@ -36,6 +36,12 @@ def record_failure(run_directory: Path, run: RunSpec, failure: FailureClass, mes
     write_atomic(run_directory / "failure.json", record.to_json())
 
 
+def recorded_failure(run_directory: Path) -> FailureClass | None:
+    """The class of the failure recorded beside a run, or None."""
+    path = run_directory / "failure.json"
+    return RunFailure.read(path).failure if path.is_file() else None
+
+
 def guarded(run: RunSpec, run_directory: Path, work: Callable[[], None]) -> bool:
     """Do a run's work; an error is recorded beside the run and stops no other run. True where it succeeded."""
     (run_directory / "failure.json").unlink(missing_ok=True)

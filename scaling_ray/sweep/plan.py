@@ -18,7 +18,7 @@ def masked_genes_per_cell(run: RunSpec) -> float:
 def run_cost(run: RunSpec, gflops_per_cpu: float) -> dict[str, Any]:
     """One line of a plan: hours are one worker's, at the spec's assumed rate of matrix FLOPs per CPU."""
     masked = masked_genes_per_cell(run)
-    flops = training_flops_per_cell(run.shape, run.genes, masked) * run.train.max_cells_seen
+    flops = training_flops_per_cell(run.shape, run.genes, masked) * run.train.total_steps * run.train.cells_per_step
     return {
         "run_id": run.run_id,
         "role": run.role,

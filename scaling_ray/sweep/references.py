@@ -1,5 +1,6 @@
-"""What stands beside every run: gene mean and shrunk Gaussian on its own training cells, genes and masks, and, where
-the cells were planted, the exact floors on the same test cells and masks.
+"""What stands beside every run, on its own training cells, genes and masks.
+
+The gene mean and the shrunk Gaussian always; where the cells were planted, the exact floors on the same test cells.
 """
 
 from __future__ import annotations

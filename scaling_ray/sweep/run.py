@@ -23,7 +23,7 @@ from scaling_ray.shards.read import Cells
 from scaling_ray.shards.stream import read_resident
 from scaling_ray.spec import RunSpec, SweepSpec, TrainSpec, load_spec
 from scaling_ray.storage import Lease, output_directory, partial_directory, write_atomic, write_json
-from scaling_ray.sweep.failures import guarded, record_failure
+from scaling_ray.sweep.failures import guarded, record_failure, recorded_failure
 from scaling_ray.sweep.plan import make_plan, run_cost
 from scaling_ray.sweep.references import floor_path, reference_name, write_closed_form, write_planted_floor
 from scaling_ray.sweep.results import write_results
@@ -90,7 +90,10 @@ class _Sweep:
         rows = write_results(self.sweep, self.runs, self.train_cells)
         self._track_to_the_end(rows)
         rows = write_results(self.sweep, self.runs, self.train_cells)
-        failed = [row for row in rows if row["status"] != "done"]
+        # A learning rate that diverged is an answer, not a failure.
+        failed = [
+            row for row in rows if row["status"] != "done" and (row["role"], row["failure"]) != ("rate", "diverged")
+        ]
         if failed:
             first = failed[0]
             raise RunsFailed(
@@ -109,19 +112,28 @@ class _Sweep:
             )
 
     def _waiting(self, runs: list[RunSpec]) -> list[RunSpec]:
-        return [run for run in runs if not (self.directory(run) / "result.json").is_file()]
+        """Runs without a result, but for those that diverged: they would diverge again, digit for digit."""
+        unfinished = [run for run in runs if not (self.directory(run) / "result.json").is_file()]
+        return [run for run in unfinished if recorded_failure(self.directory(run)) != "diverged"]
 
     def _with_chosen_rates(self) -> list[RunSpec]:
-        """The runs, with a rate where it could be chosen: of the candidates, that of lowest validation error."""
-        results = {run.run_id: read_result(self.directory(run)) for run in self.runs if run.role == "rate"}
-        chosen = []
+        """The runs, with a rate where one can be chosen: of the candidates that ended, that of lowest validation error.
+
+        A choice is made once all candidates have a result or diverged, and written down: it never changes after.
+        """
+        path = self.sweep / "chosen_rates.json"
+        chosen: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        by_id = {run.run_id: run for run in self.runs}
         for run in self.runs:
-            finished = [results[name] for name in run.lr_candidates]
-            if run.lr_candidates and all(finished):
-                best = min((result for result in finished if result), key=lambda result: result.val_mse)
-                run = run.model_copy(update={"lr": best.lr})
-            chosen.append(run)
-        return chosen
+            if not run.lr_candidates or run.run_id in chosen:
+                continue
+            candidates = [by_id[name] for name in run.lr_candidates]
+            results = [result for name in candidates if (result := read_result(self.directory(name)))]
+            if results and not self._waiting(candidates):
+                chosen[run.run_id] = min(results, key=lambda result: result.val_mse).lr
+        if chosen:
+            write_json(path, chosen)
+        return [run.model_copy(update={"lr": chosen[run.run_id]}) if run.run_id in chosen else run for run in self.runs]
 
     def _missing_references(self) -> bool:
         directory = self.sweep / "references"

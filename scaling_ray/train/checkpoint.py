@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -142,7 +141,10 @@ def prepare_run(run_directory: Path, run: RunSpec) -> None:
     text = run.model_dump_json(indent=1) + "\n"
     path = run_directory / "spec.json"
     if path.is_file():
-        there = RunSpec.model_validate_json(path.read_text(encoding="utf-8"))
+        try:
+            there = RunSpec.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BadInput(str(path), str(error).splitlines()[0], "is not a run's spec; remove it") from error
         identity = {"workers", "engine", "zero_stage", "lr", "train"}
         if there.model_dump(exclude=identity) != run.model_dump(exclude=identity):
             raise BadInput("run_id", run.run_id, "stands for another spec in this directory; sweep into a new one")
@@ -180,8 +182,3 @@ def publish_winner(run_directory: Path) -> None:
 def write_failure(run_directory: Path, failure: dict[str, Any]) -> None:
     """Leave a failure's class and message beside the run."""
     write_json(run_directory / "failure.json", failure)
-
-
-def generator_state() -> Tensor:
-    """State of torch's CPU generator (dropout draws from it)."""
-    return torch.get_rng_state()

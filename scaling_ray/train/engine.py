@@ -409,9 +409,7 @@ def _sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     return summed.to(values.device)
 
 
-def _share(
-    value: Any, tensors: dict[str, Tensor], rank: int, device: torch.device
-) -> tuple[Any, dict[str, Tensor]]:
+def _share(value: Any, tensors: dict[str, Tensor], rank: int, device: torch.device) -> tuple[Any, dict[str, Tensor]]:
     """Rank 0's value and CPU copies of its tensors, on all ranks; tensors travel one by one."""
     names = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     box = [(value, names) if rank == 0 else None]

@@ -198,6 +198,8 @@ class TrainingLoop:
         """Validation on the fixed curve cells: (val_mse, smoothed, whether it is the best smoothed so far)."""
         train, progress = self.run.train, self.progress
         sums, _, _ = evaluate(self.engine, self.data.val.rows(slice(0, train.curve_cells)), train)
+        if not math.isfinite(sums.mse):
+            raise Diverged(f"update {progress.optimizer_steps}: validation error {sums.mse}; lower the rate")
         progress.curve_mse.append(sums.mse)
         recent = progress.curve_mse[-train.smoothing_evaluations :]
         smoothed = sum(recent) / len(recent)

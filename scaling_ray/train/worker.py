@@ -62,9 +62,7 @@ def preflight(run: RunSpec, cluster_resources: Mapping[str, float], driver_cpus:
     return None
 
 
-def train_in_worker_group(
-    run: RunSpec, shards: Path, run_directory: Path, use_gpu: bool, storage_path: Path
-) -> None:
+def train_in_worker_group(run: RunSpec, shards: Path, run_directory: Path, use_gpu: bool, storage_path: Path) -> None:
     """Train ``run`` on ``run.workers`` workers of the connected cluster; ``run_directory`` then holds its result.
 
     ``shards`` and ``run_directory`` must be the same directories on every node. Ray writes below ``storage_path``
