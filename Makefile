@@ -1,6 +1,6 @@
 # make demo   planted cells -> shards -> sweep -> law -> report; the report's path is the last line printed
 # make cells  the same from your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
-# make test   all tests        make check  ruff and types
+# make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 DEMO ?= out/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test check clean
+.PHONY: setup demo cells test test-slow check clean
 
 setup: $(READY)
 
@@ -30,7 +30,10 @@ cells: setup
 	@$(BIN)/python jobs/sweep.py jobs/cells.toml --census '$(abspath $(OUT))/census' --out '$(abspath $(OUT))'
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not slow and not network and not gpu"
+
+test-slow: setup
+	@$(BIN)/python -m pytest -m "slow and not network and not gpu"
 
 check: setup
 	@$(BIN)/ruff check .

@@ -112,7 +112,6 @@ class RunResult(Record):
     test_squared_error: float | None
     test_masked_genes: int | None
     stop_reason: Literal["budget", "early_stop"]
-    undertrained: bool
     wall_seconds: float
     train_seconds: float
     workers: int

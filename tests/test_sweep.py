@@ -151,3 +151,13 @@ def test_a_sweep_killed_at_any_moment_goes_on(tiny_shards: Path, tmp_path: Path)
     again = pq.read_table(tmp_path / "undisturbed" / "results.parquet").to_pylist()
     exact = ("run_id", "val_mse", "test_mse", "final_val_mse", "cells_seen", "flops", "best_cells_seen")
     assert [[row[k] for k in exact] for row in rows] == [[row[k] for k in exact] for row in again]
+
+
+def test_undertrained_means_that_the_second_half_still_brought_much() -> None:
+    from scaling_ray.sweep.results import is_undertrained
+
+    assert is_undertrained([3.0, 2.5, 2.0, 1.8], gene_mean_mse=2.6)
+    assert not is_undertrained([3.0, 1.01, 1.0, 1.0], gene_mean_mse=2.6)
+    assert not is_undertrained([3.0, 2.0, 1.95, 1.9], gene_mean_mse=4.0)
+    assert is_undertrained([3.0, 2.9, 2.8, 2.7], gene_mean_mse=2.6), "worse than the gene mean and falling"
+    assert is_undertrained([2.0], gene_mean_mse=2.6), "one evaluation says nothing"

@@ -65,7 +65,6 @@ def result_of(run: RunSpec) -> RunResult:
         test_squared_error=55.0,
         test_masked_genes=100,
         stop_reason="budget",
-        undertrained=False,
         wall_seconds=1.0,
         train_seconds=0.5,
         workers=1,

@@ -36,7 +36,6 @@ from scaling_ray.train.loop import (
     RunData,
     TrainingLoop,
     evaluate,
-    is_undertrained,
     learning_rate,
     run_to_result,
 )
@@ -428,7 +427,6 @@ def test_early_stopping_waits_for_its_patience(make_run: MakeRun, data: RunData,
     result = train(run, data, tmp_path)
     assert result is not None
     assert result.stop_reason == "early_stop"
-    assert not result.undertrained
     assert result.cells_seen < 64_000
     evaluation_cells = 4 * 32  # 2,000 updates in 500 parts
     assert result.cells_seen - result.best_cells_seen == 4 * evaluation_cells
@@ -530,12 +528,6 @@ def test_a_line_cut_short_is_no_metric_row(tmp_path: Path) -> None:
     assert read_metrics(path) == []
     path.write_text('{"optimizer_steps": 1}\n{"optimizer_st')
     assert read_metrics(path) == [{"optimizer_steps": 1}]
-
-
-def test_undertrained_means_still_falling() -> None:
-    assert is_undertrained([5.0, 4.0, 3.0, 2.0, 1.0], 1.0)
-    assert not is_undertrained([5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 1.0)
-    assert is_undertrained([5.0], 5.0)
 
 
 def test_sums_add_and_divide_once() -> None:

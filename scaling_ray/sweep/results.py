@@ -16,6 +16,7 @@ from scaling_ray.records import RunFailure, RunResult
 from scaling_ray.spec import RunSpec
 from scaling_ray.storage import write_atomic
 from scaling_ray.sweep.references import read_closed_form, read_floor, reference_name
+from scaling_ray.train.checkpoint import read_metrics, read_result
 
 SCHEMA = pa.schema(
     [
@@ -87,8 +88,8 @@ def run_row(sweep: Path, run: RunSpec, train_cells: int) -> dict[str, Any]:
         "workers": run.workers,
         "engine": run.engine,
     }
-    if (directory / "result.json").is_file():
-        result = RunResult.read(directory / "result.json")
+    result = read_result(directory)
+    if result is not None:
         row |= {"status": "done", **{k: v for k, v in result.model_dump().items() if k in row and k != "cells"}}
     elif (directory / "failure.json").is_file():
         row |= {"status": "failed", "failure": RunFailure.read(directory / "failure.json").failure}
@@ -96,16 +97,37 @@ def run_row(sweep: Path, run: RunSpec, train_cells: int) -> dict[str, Any]:
         row["status"] = "running"
     if (directory / "mlflow.json").is_file():
         row["mlflow_run_id"] = json.loads((directory / "mlflow.json").read_text(encoding="utf-8"))["mlflow_run_id"]
-    row |= _references(sweep, run, train_cells)
+    closed = read_closed_form(sweep / "references", reference_name(run, train_cells))
+    if closed:
+        row |= {"baseline_mse": closed["test_gene_mean_mse"], "gaussian_mse": closed["test_gaussian_mse"]}
+    if result is not None:
+        row["undertrained"] = _undertrained(directory, result, closed["val_gene_mean_mse"] if closed else None)
+    row |= _floors(sweep, run)
     return row
 
 
-def _references(sweep: Path, run: RunSpec, train_cells: int) -> dict[str, Any]:
-    directory = sweep / "references"
+def is_undertrained(curve_mse: list[float], gene_mean_mse: float) -> bool:
+    """Whether a run that ended with its budget was still learning.
+
+    It was where the second half of its validation curve brought more than a tenth of all it gained over the gene mean.
+    (The end of a decaying rate is flat in any case, so the last few evaluations say nothing.)
+    """
+    half = len(curve_mse) // 2
+    if half < 1:
+        return True
+    return curve_mse[half - 1] - curve_mse[-1] > 0.1 * (gene_mean_mse - min(curve_mse))
+
+
+def _undertrained(directory: Path, result: RunResult, gene_mean_mse: float | None) -> bool | None:
+    if result.stop_reason == "early_stop":
+        return False
+    curve = [row["val_mse"] for row in read_metrics(directory / "metrics.jsonl") if row["kind"] == "eval"]
+    return is_undertrained(curve, gene_mean_mse) if curve and gene_mean_mse is not None else None
+
+
+def _floors(sweep: Path, run: RunSpec) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    if closed := read_closed_form(directory, reference_name(run, train_cells)):
-        found |= {"baseline_mse": closed["test_gene_mean_mse"], "gaussian_mse": closed["test_gaussian_mse"]}
-    floor = read_floor(directory, run.genes)
+    floor = read_floor(sweep / "references", run.genes)
     if floor is None:
         return found
     masked = floor["masked_genes"].sum()

@@ -226,15 +226,6 @@ def _any_rank(engine: Engine, flag: bool) -> bool:
     return flag if engine.ranks == 1 else bool(engine.sum_over_ranks(torch.tensor(int(flag))))
 
 
-def is_undertrained(curve_mse: list[float], best_smoothed: float) -> bool:
-    """Whether a run ended while still learning: the last quarter of its curve brought over 5% of the whole fall."""
-    quarter = max(1, len(curve_mse) // 4)
-    if len(curve_mse) <= quarter:
-        return True
-    fall = curve_mse[0] - best_smoothed
-    return fall > 0 and (curve_mse[-1 - quarter] - curve_mse[-1]) > 0.05 * fall
-
-
 def run_to_result(
     run: RunSpec,
     data: RunData,
@@ -288,7 +279,6 @@ def run_to_result(
         test_squared_error=test.squared_error if test else None,
         test_masked_genes=int(test.masked_genes) if test else None,
         stop_reason=stop_reason,
-        undertrained=stop_reason == "budget" and is_undertrained(progress.curve_mse, progress.best_smoothed_mse or 0.0),
         wall_seconds=time.monotonic() - began,
         train_seconds=progress.train_seconds,
         workers=engine.ranks,
