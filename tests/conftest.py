@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 
 from scaling_ray.shards.read import Cells
 from scaling_ray.spec import RunSpec, parse_spec
+
+# Ray starts its workers at niceness 15, which on a busy machine is next to nothing; tests wait for them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 SPEC_MISTAKES = {
     "unknown key": ("name =", "nmae = 1\nname =", "nmae: 1: is no known key"),
     "wrong type": ("seeds = [1]", 'seeds = ["one"]', "grid.seeds.0"),
-    "width and heads": ("heads = 1", "heads = 3", "sizes.width: 4: must be divisible by heads = 3"),
+    "width and heads": ("heads = 1", "heads = 3", "sizes.W4.width: 4: must be divisible by heads = 3"),
     "unknown size": ('"W4"]', '"W5"]', "grid.sizes: 'W5': is no known size"),
     "V above the gene list": ("genes = [64]", "genes = [65]", "grid.genes: 65: is more than data.genes = 64"),
     "not TOML": ("[grid]", "[grid", "is not TOML"),

@@ -89,7 +89,7 @@ def test_a_directory_of_something_else_is_left_alone(planted_census: Path, tmp_p
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
-def test_shards_cut_short_are_named(tiny_shards: Path, tmp_path: Path) -> None:
+def test_shards_cut_short_are_named(tiny_shards: Path, planted_census: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = tmp_path / "copy"
@@ -100,4 +100,4 @@ def test_shards_cut_short_are_named(tiny_shards: Path, tmp_path: Path) -> None:
     problems = verify(copy)
     assert len(problems) == 1 and problems[0].startswith("train-00000.parquet: has ")
     with pytest.raises(BadInput, match="train-00000.parquet"):
-        build_shards(parse_spec(TINY_SWEEP), str(tiny_shards), copy)
+        build_shards(parse_spec(TINY_SWEEP), str(planted_census), copy)
