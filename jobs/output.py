@@ -41,3 +41,6 @@ def run(job: Callable[[list[str]], int]) -> NoReturn:
     except ScalingRayError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)

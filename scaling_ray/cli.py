@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scaling_ray import __version__
-from scaling_ray.errors import BadInput, DamagedFiles, ScalingRayError
+from scaling_ray.errors import DamagedFiles, ScalingRayError
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -82,12 +82,11 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> int:
     from scaling_ray.laws import fit_table
-    from scaling_ray.storage import write_json
+    from scaling_ray.storage import output_directory, write_json
     from scaling_ray.tables import read_table
 
-    table = options.table
-    columns = read_table(table / "results.parquet" if table.is_dir() else table)
-    found = fit_table(columns)
+    output_directory(options.out.parent)
+    found = fit_table(read_table(options.table))
     write_json(options.out, found)
     headline = found["headline"]
     print(f"{headline['verdict']}: {'; '.join(headline['reasons']) or headline['form']}")
@@ -102,12 +101,9 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    import pyarrow.parquet as pq
+    from scaling_ray.report.runs import read_runs
 
-    path = options.sweep / "results.parquet"
-    if not path.is_file():
-        raise BadInput("SWEEP_DIR", str(options.sweep), "holds no results.parquet; start it with `scaling-ray sweep`")
-    rows = pq.read_table(path).to_pylist()
+    rows = read_runs(options.sweep)
     for row in rows:
         loss = "" if row["test_mse"] is None else f"test_mse {row['test_mse']:.4f}"
         print(f"{row['status']:8} {row['run_id']:56} {loss}{row['failure'] or ''}")
@@ -122,14 +118,12 @@ def _track_replay(options: argparse.Namespace) -> int:
     from scaling_ray.records import ShardManifest
     from scaling_ray.spec import load_spec
     from scaling_ray.storage import Lease
-    from scaling_ray.sweep.tracking import Tracker, tracking_uri
+    from scaling_ray.sweep.tracking import replay, tracking_uri
 
     spec = load_spec(options.sweep / "spec.toml")
     manifest = ShardManifest.read(options.sweep / "shards_manifest.json")
     with Lease(options.sweep):
-        tracker = Tracker(options.sweep, spec, manifest)
-        tracker.sync(spec.runs())
-        tracker.close(failed=False)
+        replay(options.sweep, spec, manifest, spec.runs())
     print(tracking_uri(options.sweep))
     return 0
 

@@ -48,4 +48,4 @@ class LeaseHeld(ScalingRayError):
 
 
 class Diverged(ScalingRayError):
-    """A run's loss became NaN, infinite, or worse than the gene-mean baseline after warm-up."""
+    """A run's loss or gradient became NaN or infinite."""

@@ -217,6 +217,12 @@ class SweepSpec(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepSpec:
+        if self.train.threads > self.resources.cpus:
+            raise BadInput(
+                "train.threads",
+                self.train.threads,
+                f"is more than resources.cpus = {self.resources.cpus}; a run would never start",
+            )
         budgets = self.train.max_cells_seen if isinstance(self.train.max_cells_seen, dict) else {}
         named = {
             "sizes": self.sizes,

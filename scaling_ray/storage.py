@@ -74,7 +74,10 @@ def partial_directory(final: Path) -> Path:
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Move a finished directory into place in one rename; an existing ``final`` is replaced as a whole."""
+    """Move a finished directory into place in one rename.
+
+    An existing ``final`` steps aside first: a kill between the two renames leaves both whole beside its place.
+    """
     for file in temporary.rglob("*"):
         if file.is_file():
             with open(file, "rb") as stream:

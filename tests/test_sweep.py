@@ -110,7 +110,7 @@ def test_results_of_other_shards_are_refused(swept: Path, tiny_shards: Path, tmp
     text = (other / "manifest.json").read_text()
     manifest = json.loads(text)
     (other / "manifest.json").write_text(text.replace(manifest["data_hash"], "0" * 64))
-    with pytest.raises(BadInput, match="differ from those that"):
+    with pytest.raises(BadInput, match="differ from those of this sweep"):
         run_sweep(swept / "spec.toml", other, swept)
 
 

@@ -10,7 +10,8 @@ from conftest import TINY_SWEEP
 
 from scaling_ray.records import RunResult, ShardManifest
 from scaling_ray.spec import RunSpec, parse_spec
-from scaling_ray.sweep.tracking import PARENT_TAG, Tracker, is_tracked, tracking_uri
+from scaling_ray.sweep.tracked import is_tracked, tracking_uri
+from scaling_ray.sweep.tracking import PARENT_TAG, Tracker
 from scaling_ray.train.checkpoint import MetricsLog
 
 mlflow_client = pytest.importorskip("mlflow.tracking").MlflowClient
@@ -132,4 +133,42 @@ def test_a_replay_adds_nothing_and_new_rows_are_added_once(sweep: tuple[Path, li
     run_id = json.loads((place / "mlflow.json").read_text())["mlflow_run_id"]
     assert [metric.step for metric in client.get_metric_history(run_id, "val_mse_curve")] == [1, 2, 3, 4]
     assert len(client.get_metric_history(run_id, "train_mse")) == 3
-    assert is_tracked(directory, runs[:2]) and not is_tracked(directory, runs)
+    assert is_tracked(directory, [run.run_id for run in runs[:2]])
+    assert not is_tracked(directory, [run.run_id for run in runs])
+
+
+def test_rows_that_a_failing_server_did_not_take_are_logged_by_the_next_sync(
+    sweep: tuple[Path, list[RunSpec]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, runs = sweep
+    tracker = Tracker(directory, parse_spec(TINY_SWEEP), manifest())
+    whole, left = mlflow_client.log_batch, [3]
+
+    def sometimes(self: object, *arguments: object, **named: object) -> object:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError("connection lost")
+        return whole(self, *arguments, **named)
+
+    monkeypatch.setattr(mlflow_client, "log_batch", sometimes)
+    with pytest.raises(OSError, match="connection lost"):
+        tracker.sync(runs)
+    tracker.sync(runs)
+    client = mlflow_client(tracking_uri(directory))
+    for run in runs[:3]:
+        run_id = json.loads((directory / "runs" / run.run_id / "mlflow.json").read_text())["mlflow_run_id"]
+        assert [metric.step for metric in client.get_metric_history(run_id, "val_mse_curve")] == [1, 2, 3]
+        assert client.get_run(run_id).data.params["width"] == str(run.width)
+
+
+def test_another_server_gets_runs_of_its_own(
+    sweep: tuple[Path, list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, runs = sweep
+    Tracker(directory, parse_spec(TINY_SWEEP), manifest()).sync(runs)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    assert not is_tracked(directory, [run.run_id for run in runs[:2]])
+    Tracker(directory, parse_spec(TINY_SWEEP), manifest()).sync(runs)
+    client = mlflow_client(tracking_uri(directory))
+    experiment = client.get_experiment_by_name("scaling_ray/tiny")
+    assert len(client.search_runs([experiment.experiment_id])) == 4

@@ -7,6 +7,7 @@ rank the genes; a second writes raw counts of the ranked genes, which Ray Data s
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from scaling_ray.census.select import CountHistogram, GeneRanking, Selection, rank_genes, select_cells
 from scaling_ray.census.source import Census
 from scaling_ray.cluster import own_errors, ray, ray_session
-from scaling_ray.errors import BadInput
+from scaling_ray.errors import BadInput, DamagedFiles
 from scaling_ray.records import ShardManifest, SplitEntry
 from scaling_ray.shards.format import (
     BLOCK_GENES,
@@ -39,7 +40,7 @@ from scaling_ray.shards.format import (
     write_table,
 )
 from scaling_ray.spec import DataSpec, SweepSpec, content_hash
-from scaling_ray.storage import partial_directory, publish_directory, write_atomic
+from scaling_ray.storage import output_directory, partial_directory, publish_directory, write_atomic
 
 RANGE_CELLS = 4_096
 """Cells one task reads at a time; all their genes are in memory as a sparse matrix."""
@@ -62,6 +63,9 @@ def build_shards(spec: SweepSpec, census: str, out: Path, progress: Progress = l
     ``out`` appears whole or not at all. BadInput where it holds other shards or other files.
     """
     rules = spec.data.model_dump(mode="json")
+    output_directory(out.parent)
+    if out.is_file():
+        raise BadInput("--out", str(out), "is a file; name a directory")
     if out.exists() and any(out.iterdir()):
         return _existing(out, rules, census)
     with Census.open(census) as source:
@@ -70,7 +74,7 @@ def build_shards(spec: SweepSpec, census: str, out: Path, progress: Progress = l
         var = source.var()
         datasets, presence = source.presence()
         facts: dict[str, Any] = {
-            "uri": Path(census).name if Path(census).exists() else census,
+            **_census_identity(census),
             "census_version": source.census_version,
             "schema_version": source.schema_version,
             "cells": source.n_cells,
@@ -122,6 +126,15 @@ def build_shards(spec: SweepSpec, census: str, out: Path, progress: Progress = l
     return manifest
 
 
+def _census_identity(census: str) -> dict[str, Any]:
+    """What tells one Census from another: a local one by the record of its making, any other by its URI or version."""
+    record = Path(census) / "census.json"
+    if not record.is_file():
+        return {"uri": census, "about_sha256": None}
+    about = json.loads(record.read_text(encoding="utf-8"))["about"]
+    return {"uri": Path(census).name, "about_sha256": content_hash(about)}
+
+
 def _existing(out: Path, rules: dict[str, Any], census: str) -> ShardManifest:
     manifest = read_manifest(out)
     if manifest.data != rules:
@@ -129,9 +142,10 @@ def _existing(out: Path, rules: dict[str, Any], census: str) -> ShardManifest:
         raise BadInput(
             "--out", str(out), f"holds shards made by other rules ({', '.join(differing)}); name another place"
         )
-    expected = Path(census).name if Path(census).exists() else census
-    if manifest.census["uri"] != expected:
-        raise BadInput("--out", str(out), f"holds shards of Census {manifest.census['uri']}; name another place")
+    wanted = _census_identity(census)
+    if {key: manifest.census.get(key) for key in wanted} != wanted:
+        there = manifest.census.get("uri")
+        raise BadInput("--out", str(out), f"holds shards of another Census ({there}); name another place, or remove it")
     problems = verify(out)
     if problems:
         raise BadInput("--out", str(out), f"{problems[0]}; remove the directory and build again")
@@ -201,6 +215,9 @@ def _write_splits(
     entries = {}
     for index, name in enumerate(SPLITS):
         files, content, cells = write_split(building, name, len(ranking.order), _split_tables(rows, index))
+        chosen = int((selection.split == index).sum())
+        if cells != chosen:
+            raise DamagedFiles([f"{name}: {cells} cells were written, {chosen} were chosen"])
         share = cells / len(selection.joinid)
         entries[name] = SplitEntry(
             cells=cells, fraction=share, groups=selection.groups[name], content_sha256=content, files=files

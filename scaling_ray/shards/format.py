@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from scaling_ray.errors import BadInput
+from scaling_ray.errors import BadInput, DamagedFiles
 from scaling_ray.records import FileEntry, ShardManifest
 
 BLOCK_GENES = 256
@@ -115,15 +115,34 @@ def write_split(
 
 
 def read_manifest(directory: Path) -> ShardManifest:
-    """The manifest of a shard directory, its splits shown to be disjoint by name; BadInput if there is none."""
+    """The manifest of a shard directory; BadInput if there is none, DamagedFiles where a group is in two splits."""
+    manifest = _manifest(directory)
+    overlaps = _groups_in_two_splits(manifest)
+    if overlaps:
+        raise DamagedFiles(overlaps)
+    return manifest
+
+
+def _manifest(directory: Path) -> ShardManifest:
     if not (directory / "manifest.json").is_file():
         raise BadInput("shards", str(directory), "holds no manifest.json; make shards with `scaling-ray shards build`")
     return ShardManifest.read(directory / "manifest.json")
 
 
+def _groups_in_two_splits(manifest: ShardManifest) -> list[str]:
+    seen: dict[str, str] = {}
+    problems = []
+    for split, entry in manifest.splits.items():
+        for group in entry.groups:
+            if group in seen:
+                problems.append(f"manifest.json: {manifest.split_by} {group!r} is in {seen[group]} and in {split}")
+            seen[group] = split
+    return problems
+
+
 def verify(directory: Path) -> list[str]:
     """Each file that is missing, damaged or not in the manifest, one sentence each; empty where all is well."""
-    manifest = read_manifest(directory)
+    manifest = _manifest(directory)
     problems = []
     expected = {entry.path: entry for split in manifest.splits.values() for entry in split.files}
     expected |= {entry.path: entry for entry in manifest.tables}
@@ -139,11 +158,4 @@ def verify(directory: Path) -> list[str]:
     problems += [
         f"{path.name}: is not in the manifest" for path in sorted(directory.iterdir()) if path.name not in known
     ]
-    seen: dict[str, str] = {}
-    if manifest.split_by != "cell":
-        for split, entry_of_split in manifest.splits.items():
-            for group in entry_of_split.groups:
-                if group in seen:
-                    problems.append(f"manifest.json: {manifest.split_by} {group!r} is in {seen[group]} and in {split}")
-                seen[group] = split
-    return problems
+    return problems + _groups_in_two_splits(manifest)

@@ -21,7 +21,7 @@ from scaling_ray.model.masking import EVALUATION_MASK_SEED, draw_masks, log_norm
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.order import replicate_rows
 from scaling_ray.shards.read import Cells
-from scaling_ray.spec import RunSpec, TrainSpec
+from scaling_ray.spec import RunSpec, TrainSpec, content_hash
 from scaling_ray.storage import write_atomic, write_json
 
 SHRINKAGE_CELLS = 512
@@ -31,7 +31,13 @@ SHRINKAGE_CELLS = 512
 def reference_name(run: RunSpec, train_cells: int) -> str:
     """Runs of one name share training cells, genes and masks, and so their references."""
     partial = run.cells is not None and run.cells < train_cells
-    return f"v{run.genes}-d{run.cells}-s{run.seed}" if partial else f"v{run.genes}-dall"
+    cells = f"d{run.cells}-s{run.seed}" if partial else "dall"
+    return f"v{run.genes}-{cells}-{_masks_and_values(run.train)}"
+
+
+def _masks_and_values(train: TrainSpec) -> str:
+    """A short name for what decides masks and normalisation besides the cells and genes."""
+    return content_hash({"recipe": train.recipe, "mask_fraction": train.mask_fraction})[:8]
 
 
 def _values(cells: Cells, train: TrainSpec) -> NDArray[np.float64]:
@@ -79,16 +85,16 @@ def write_closed_form(directory: Path, run: RunSpec, train: Cells, val: Cells, t
         write_json(path, closed_form_references(run, train, val, test))
 
 
-def floor_path(directory: Path, genes: int) -> Path:
+def floor_path(directory: Path, genes: int, train: TrainSpec) -> Path:
     """Where the planted floors over ``genes`` genes stand, one row per test cell."""
-    return directory / f"floor-v{genes}.parquet"
+    return directory / f"floor-v{genes}-{_masks_and_values(train)}.parquet"
 
 
 def write_planted_floor(
     directory: Path, shards: Path, manifest: ShardManifest, genes: int, test: Cells, train: TrainSpec
 ) -> None:
     """Compute and publish, per test cell, the squared error and bits of the bound and of the attainable oracle."""
-    path = floor_path(directory, genes)
+    path = floor_path(directory, genes, train)
     if path.is_file():
         return
     truth = load_truth(shards / "plant.json")
@@ -123,9 +129,9 @@ def read_closed_form(directory: Path, name: str) -> dict[str, Any] | None:
     return found
 
 
-def read_floor(directory: Path, genes: int) -> dict[str, NDArray[np.float64]] | None:
+def read_floor(directory: Path, genes: int, train: TrainSpec) -> dict[str, NDArray[np.float64]] | None:
     """The floors' columns as arrays, or None where the cells were not planted."""
-    path = floor_path(directory, genes)
+    path = floor_path(directory, genes, train)
     if not path.is_file():
         return None
     table = pq.read_table(path)

@@ -127,7 +127,7 @@ def _undertrained(directory: Path, result: RunResult, gene_mean_mse: float | Non
 
 def _floors(sweep: Path, run: RunSpec) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    floor = read_floor(sweep / "references", run.genes)
+    floor = read_floor(sweep / "references", run.genes, run.train)
     if floor is None:
         return found
     masked = floor["masked_genes"].sum()

@@ -27,6 +27,7 @@ from scaling_ray.sweep.failures import guarded, record_failure, recorded_failure
 from scaling_ray.sweep.plan import make_plan, run_cost
 from scaling_ray.sweep.references import floor_path, reference_name, write_closed_form, write_planted_floor
 from scaling_ray.sweep.results import write_results
+from scaling_ray.sweep.tracked import is_tracked
 from scaling_ray.train.checkpoint import prepare_run, publish_winner, read_result
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, run_to_result
@@ -75,13 +76,13 @@ class _Sweep:
         return self.sweep / "runs" / run.run_id
 
     def complete(self, spec_text: bytes) -> list[dict[str, Any]]:
+        self._check_same_shards()
         write_atomic(self.sweep / "spec.toml", spec_text)
         write_atomic(self.sweep / "shards_manifest.json", self.manifest.to_json())
         write_json(self.sweep / "plan.json", make_plan(self.spec))
         (self.sweep / "runs").mkdir(exist_ok=True)
         for run in self.runs:
             publish_winner(self.directory(run))
-            self._check_data(run)
         self.runs = self._with_chosen_rates()
         waiting = self._waiting(self.runs)
         if waiting or self._missing_references():
@@ -102,14 +103,11 @@ class _Sweep:
             )
         return rows
 
-    def _check_data(self, run: RunSpec) -> None:
-        result = read_result(self.directory(run))
-        if result is not None and result.data_hash != self.manifest.data_hash:
-            raise BadInput(
-                "--shards",
-                str(self.shards),
-                f"differ from those that {run.run_id} was trained on; sweep into a new --out",
-            )
+    def _check_same_shards(self) -> None:
+        """BadInput where this directory's runs, finished or not, belong to other shards."""
+        path = self.sweep / "shards_manifest.json"
+        if path.is_file() and ShardManifest.read(path).data_hash != self.manifest.data_hash:
+            raise BadInput("--shards", str(self.shards), "differ from those of this sweep; sweep into a new --out")
 
     def _waiting(self, runs: list[RunSpec]) -> list[RunSpec]:
         """Runs without a result, but for those that diverged: they would diverge again, digit for digit."""
@@ -139,8 +137,8 @@ class _Sweep:
         directory = self.sweep / "references"
         names = {reference_name(run, self.train_cells) for run in self.runs}
         missing = any(not (directory / f"{name}.json").is_file() for name in names)
-        genes = {run.genes for run in self.runs}
-        return missing or (self.manifest.planted and any(not floor_path(directory, v).is_file() for v in genes))
+        floors = {floor_path(directory, run.genes, run.train) for run in self.runs} if self.manifest.planted else set()
+        return missing or any(not path.is_file() for path in floors)
 
     def _run_waiting(self) -> None:
         problems = verify(self.shards)
@@ -148,7 +146,6 @@ class _Sweep:
             raise BadInput("--shards", str(self.shards), f"{problems[0]}; build the shards again")
         follower = self._follower()
         follower.start()
-        done = False
         try:
             with ray_session(self.spec.resources.cpus), own_errors():
                 most_genes = max(run.genes for run in self.runs)
@@ -159,10 +156,9 @@ class _Sweep:
                     self.runs = self._with_chosen_rates()
                     self._run_phase([run for run in self._waiting(self.runs) if run.role == role], splits)
                 ray.get(references)
-            done = not self._waiting(self.runs)
         finally:
-            write_results(self.sweep, self.runs, self.train_cells)
-            follower.finish(failed=not done)
+            rows = write_results(self.sweep, self.runs, self.train_cells)
+            follower.finish(failed=any(is_failure(row) for row in rows))
 
     def _start_references(self, splits: dict[str, Any]) -> list[Any]:
         directory = self.sweep / "references"
@@ -182,6 +178,8 @@ class _Sweep:
         return tasks
 
     def _run_phase(self, runs: list[RunSpec], splits: dict[str, Any]) -> None:
+        from scaling_ray.train.worker import preflight
+
         ready = []
         for run in runs:
             if run.lr is None:
@@ -190,6 +188,10 @@ class _Sweep:
                 record_failure(self.directory(run), run, "bad_input", message)
                 continue
             prepare_run(self.directory(run), run)
+            obstacle = preflight(run, ray.cluster_resources())
+            if obstacle:
+                record_failure(self.directory(run), run, "bad_input", obstacle)
+                continue
             ready.append(run)
         alone = [run for run in ready if run.workers == 1]
         if alone:
@@ -220,7 +222,7 @@ class _Sweep:
                     storage_path=str(scratch.resolve()),
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=self.spec.resources.max_failures),
-                    callbacks=[_progress_callback(self, len(runs))],
+                    callbacks=[_progress_callback(self)],
                 ),
             ).fit()
         finally:
@@ -231,13 +233,9 @@ class _Sweep:
                 record_failure(self.directory(run), run, "lost", f"its worker process died {attempts} times")
 
     def _worker_group(self, run: RunSpec) -> None:
-        from scaling_ray.train.worker import preflight, train_in_worker_group
+        from scaling_ray.train.worker import train_in_worker_group
 
         directory = self.directory(run)
-        obstacle = preflight(run, ray.cluster_resources())
-        if obstacle:
-            record_failure(directory, run, "bad_input", obstacle)
-            return
         scratch = partial_directory(self.sweep / "workers")
         use_gpu = bool(ray.cluster_resources().get("GPU"))
         began = time.monotonic()
@@ -256,31 +254,23 @@ class _Sweep:
         self.progress(f"[{len(self.runs) - left:>3}/{len(self.runs)}] {run.run_id:55} {end}  {seconds:.0f} s")
         write_results(self.sweep, self.runs, self.train_cells)
 
-    def _follower(self) -> Any:
+    def _follower(self, seconds: float = 5.0) -> Any:
         from scaling_ray.sweep.tracking import Follower, Tracker
 
-        return Follower(lambda: Tracker(self.sweep, self.spec, self.manifest), self.runs, self.progress)
+        return Follower(lambda: Tracker(self.sweep, self.spec, self.manifest), self.runs, self.progress, seconds)
 
     def _track_to_the_end(self, rows: list[dict[str, Any]]) -> None:
         """Make up for what an earlier call could not log."""
-        if not is_everything_tracked(self.sweep, [row["run_id"] for row in rows if row["status"] == "done"]):
-            replay(self.sweep, self.progress, self.spec, self.manifest, self.runs)
+        if not is_tracked(self.sweep, [row["run_id"] for row in rows if row["status"] == "done"]):
+            self.progress("bringing MLflow up to date")
+            follower = self._follower(seconds=0.0)
+            follower.start()
+            follower.finish(failed=any(is_failure(row) for row in rows))
 
 
-def is_everything_tracked(sweep: Path, finished: list[str]) -> bool:
-    """Whether tracked.json already names every finished run; read without importing MLflow."""
-    path = sweep / "tracked.json"
-    return path.is_file() and set(json.loads(path.read_text(encoding="utf-8"))["finished"]) >= set(finished)
-
-
-def replay(sweep: Path, progress: Progress, spec: SweepSpec, manifest: ShardManifest, runs: list[RunSpec]) -> None:
-    """Log to MLflow whatever the files of a sweep hold and MLflow does not."""
-    from scaling_ray.sweep.tracking import Follower, Tracker
-
-    progress("bringing MLflow up to date")
-    follower = Follower(lambda: Tracker(sweep, spec, manifest), runs, progress, seconds=0.0)
-    follower.start()
-    follower.finish(failed=False)
+def is_failure(row: dict[str, Any]) -> bool:
+    """Whether a run lacks the result it owes; a learning rate that diverged is an answer, not a failure."""
+    return row["status"] != "done" and (row["role"], row["failure"]) != ("rate", "diverged")
 
 
 def _narrow(cells: Cells, genes: int) -> Cells:
@@ -310,7 +300,7 @@ def _trial(config: dict[str, str], splits: dict[str, Any], sweep: str, data_hash
     tune.report({"val_mse": result.val_mse if result else float("inf"), "seconds": time.monotonic() - began})
 
 
-def _progress_callback(sweep: _Sweep, runs: int) -> Any:
+def _progress_callback(sweep: _Sweep) -> Any:
     from ray import tune
 
     class Announce(tune.Callback):

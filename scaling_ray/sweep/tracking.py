@@ -22,9 +22,11 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
+from scaling_ray.errors import ScalingRayError  # noqa: E402
 from scaling_ray.records import RunResult, ShardManifest  # noqa: E402
 from scaling_ray.spec import RunSpec, SweepSpec  # noqa: E402
-from scaling_ray.storage import create_if_absent, write_json  # noqa: E402
+from scaling_ray.storage import write_json  # noqa: E402
+from scaling_ray.sweep.tracked import record_tracked, tracking_uri  # noqa: E402
 from scaling_ray.train.checkpoint import read_metrics  # noqa: E402
 
 for _name in ("mlflow", "alembic"):
@@ -34,20 +36,6 @@ PARENT_TAG = "mlflow.parentRunId"
 IDENTITY_TAG = "scaling_ray.identity"
 FINAL_METRICS = ("val_mse", "final_val_mse", "test_mse", "flops", "wall_seconds", "train_seconds", "best_cells_seen")
 BATCH = 500
-
-
-def tracking_uri(sweep: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a sqlite file beside the sweep."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(sweep.parent / 'mlruns.db').resolve()}"
-
-
-def is_tracked(sweep: Path, runs: list[RunSpec]) -> bool:
-    """Whether an earlier sync already logged the end of every run to the same place."""
-    path = sweep / "tracked.json"
-    if not path.is_file():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return bool(found["uri"] == tracking_uri(sweep) and set(found["finished"]) >= {run.run_id for run in runs})
 
 
 class Tracker:
@@ -71,7 +59,7 @@ class Tracker:
             started = (directory / "attempts").is_dir() or (directory / "result.json").is_file()
             if run.run_id not in self._finished and (started or (directory / "failure.json").is_file()):
                 self._sync_run(run, directory)
-        write_json(self._sweep / "tracked.json", {"uri": self._uri, "finished": sorted(self._finished)})
+        record_tracked(self._sweep, self._finished)
 
     def close(self, failed: bool) -> None:
         """Mark the parent run as ended."""
@@ -79,15 +67,15 @@ class Tracker:
             self._client.set_terminated(self._parent, "FAILED" if failed else "FINISHED")
 
     def _sync_run(self, run: RunSpec, directory: Path) -> None:
-        known = (directory / "mlflow.json").is_file()
         run_id = self._ensure_run(directory / "mlflow.json", run.run_id, self._parent)
         if run.run_id not in self._logged:
+            inputs = self._client.get_run(run_id).inputs
+            if inputs is None or not inputs.dataset_inputs:
+                self._describe(run, run_id)
             self._logged[run.run_id] = {
                 "train": self._last_step(run_id, "train_mse"),
                 "eval": self._last_step(run_id, "val_mse_curve"),
             }
-            if not known:
-                self._describe(run, run_id)
         self._log_rows(run, directory, run_id)
         if (directory / "result.json").is_file():
             result = RunResult.read(directory / "result.json")
@@ -120,11 +108,11 @@ class Tracker:
         self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _log_rows(self, run: RunSpec, directory: Path, run_id: str) -> None:
-        logged = self._logged[run.run_id]
+        logged = dict(self._logged[run.run_id])
         metrics = []
         for row in self._rows(directory):
             step = row["optimizer_steps"]
-            if step <= logged[row["kind"]]:
+            if step <= self._logged[run.run_id][row["kind"]]:
                 continue
             logged[row["kind"]] = step
             for name, value in row.items():
@@ -134,6 +122,8 @@ class Tracker:
                 metrics.append(Metric(key, float(value), row["timestamp_ms"], step))
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
+        # Only now: rows of a batch that failed are sent again, with the same time and value, which MLflow keeps once.
+        self._logged[run.run_id] = logged
 
     @staticmethod
     def _rows(directory: Path) -> list[dict[str, Any]]:
@@ -146,9 +136,13 @@ class Tracker:
         return max((metric.step for metric in self._client.get_metric_history(run_id, key)), default=0)
 
     def _ensure_run(self, record: Path, name: str, parent: str | None) -> str:
-        """The MLflow run recorded in ``record``; found or created, then recorded once; strays of lost answers go."""
-        if record.is_file():
-            return str(json.loads(record.read_text(encoding="utf-8"))["mlflow_run_id"])
+        """The MLflow run recorded in ``record`` for this server; found or created, then recorded; strays go.
+
+        There is one writer, the holder of the sweep's lease; a stray is left by a creation whose answer was lost.
+        """
+        recorded = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        if recorded.get("uri") == self._uri:
+            return str(recorded["mlflow_run_id"])
         experiment = self._ensure_experiment()
         identity = f"{self._sweep.resolve().name}/{name}" if parent is None else f"{parent}/{name}"
         found = self._search(experiment, identity)
@@ -158,12 +152,10 @@ class Tracker:
                 tags[PARENT_TAG] = parent
             self._client.create_run(experiment, tags=tags, run_name=name)
             found = self._search(experiment, identity)
-        create_if_absent(record, json.dumps({"mlflow_run_id": found[0], "uri": self._uri}) + "\n")
-        chosen = str(json.loads(record.read_text(encoding="utf-8"))["mlflow_run_id"])
-        for stray in self._search(experiment, identity):
-            if stray != chosen:
-                self._client.delete_run(stray)
-        return chosen
+        write_json(record, {"mlflow_run_id": found[0], "uri": self._uri})
+        for stray in found[1:]:
+            self._client.delete_run(stray)
+        return found[0]
 
     def _search(self, experiment: str, identity: str) -> list[str]:
         quoted = identity.replace("'", "")
@@ -183,6 +175,16 @@ class Tracker:
             else:
                 self._experiment = found.experiment_id
         return self._experiment
+
+
+def replay(sweep: Path, spec: SweepSpec, manifest: ShardManifest, runs: list[RunSpec]) -> None:
+    """Log all that a sweep's files hold and MLflow does not; ScalingRayError where the server refuses."""
+    tracker = Tracker(sweep, spec, manifest)
+    try:
+        tracker.sync(runs)
+        tracker.close(failed=not all((sweep / "runs" / run.run_id / "result.json").is_file() for run in runs))
+    except MlflowException as error:
+        raise ScalingRayError(f"{tracking_uri(sweep)}: {str(error).splitlines()[0]}") from error
 
 
 class Follower:
@@ -223,7 +225,7 @@ class Follower:
                 if last:
                     tracker.close(self._failed)
                 self._problem = None
-            except (MlflowException, OSError) as error:
-                self._problem = str(error).splitlines()[0][:200]
+            except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the sweep goes on
+                self._problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             if last:
                 return

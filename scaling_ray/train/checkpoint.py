@@ -24,7 +24,7 @@ from torch import Tensor
 from scaling_ray.errors import BadInput
 from scaling_ray.records import RunResult
 from scaling_ray.spec import RunSpec
-from scaling_ray.storage import create_if_absent, partial_directory, publish_directory, write_atomic, write_json
+from scaling_ray.storage import PARTIAL_PREFIX, create_if_absent, partial_directory, publish_directory, write_atomic
 
 PUBLISHED = ("metrics.jsonl", "test_cells.parquet", "checkpoints")
 
@@ -107,13 +107,13 @@ class Attempt:
     def resume(self) -> tuple[Progress, dict[str, Tensor]] | None:
         """The newest whole checkpoint of the attempts before this one, with its rows and chosen weights taken over."""
         for attempt in self._earlier:
-            last = _read_checkpoint(attempt / "checkpoints" / "last")
+            last = next((found for place in _places(attempt, "last") if (found := _read_checkpoint(place))), None)
             if last is None:
                 continue
             progress, tensors = last
-            best = attempt / "checkpoints" / "best"
             if progress.best_step:
-                if _read_checkpoint(best) is None:
+                best = next((place for place in _places(attempt, "best") if _read_checkpoint(place)), None)
+                if best is None:
                     continue
                 building = partial_directory(self.checkpoints / "best")
                 shutil.copytree(best, building, dirs_exist_ok=True)
@@ -126,6 +126,12 @@ class Attempt:
             write_atomic(self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
             return progress, tensors
         return None
+
+
+def _places(attempt: Path, name: str) -> list[Path]:
+    """Where a checkpoint may stand: in its place or, after a kill while it was being replaced, beside it."""
+    checkpoints = attempt / "checkpoints"
+    return [checkpoints / name, *sorted(checkpoints.glob(f"{PARTIAL_PREFIX}{name}-*"))]
 
 
 def _read_checkpoint(directory: Path) -> tuple[Progress, dict[str, Tensor]] | None:
@@ -177,8 +183,3 @@ def publish_winner(run_directory: Path) -> None:
             os.replace(winner / name, target)
     shutil.rmtree(run_directory / "checkpoints" / "last", ignore_errors=True)
     shutil.rmtree(attempts, ignore_errors=True)
-
-
-def write_failure(run_directory: Path, failure: dict[str, Any]) -> None:
-    """Leave a failure's class and message beside the run."""
-    write_json(run_directory / "failure.json", failure)
