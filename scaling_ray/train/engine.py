@@ -288,6 +288,10 @@ class DeepSpeedEngine:
         step = tensors.get(f"optimizer.step.{next(iter(names))}")
         if step is not None:
             for owner in self._optimizer_owners():
+                if owner in self._optimizer.state:
+                    # DeepSpeed has named its parts already: they are filled in place, never replaced
+                    self._optimizer.state[owner]["step"].copy_(step)
+                    continue
                 self._optimizer.state[owner] = {"step": step.clone().to(self.device)} | {
                     key: torch.zeros_like(owner, requires_grad=False) for key in MOMENTS
                 }
