@@ -41,46 +41,64 @@ class Record(BaseModel):
     def read(cls, path: Path) -> Self:
         """The record in ``path``; BadInput if it is absent or not such a record."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.parse(path.read_bytes(), str(path))
         except OSError as error:
             raise BadInput(path.name, str(path.parent), f"cannot be read ({error.strerror})") from error
-        except (ValidationError, UnicodeDecodeError) as error:
+
+    @classmethod
+    def parse(cls, text: bytes | str, source: str) -> Self:
+        """The record in ``text``; BadInput naming ``source`` if it is not such a record."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
             first = str(error).splitlines()[0]
-            raise BadInput(str(path), first, f"is not a {cls.__name__} of this version; make it anew") from error
+            raise BadInput(source, first, f"is not a {cls.__name__} of this version; make it anew") from error
 
 
 class FileEntry(Record):
-    """One file of a shard directory."""
+    """One file of a shard directory; shard files also say what they hold, whatever the compression."""
 
     path: str
     rows: int
     bytes: int
     sha256: str
+    content_sha256: str | None = None
 
 
 class SplitEntry(Record):
-    """One split: its cells, their share of all, the groups (donors, datasets) that make it up, its files."""
+    """One split: its cells, their share of all, the groups (donors, datasets) that make it up, its files.
+
+    ``donor_cells`` counts cells by donor, in the order of the donors' codes.
+    """
 
     cells: int
     fraction: float
     groups: list[str]
+    donor_cells: list[int]
     content_sha256: str
     files: list[FileEntry]
 
 
 class ShardManifest(Record):
-    """What a shard directory holds. ``data_hash`` covers contents and rules only, nothing of the machine or code."""
+    """What a shard directory holds. ``data_hash`` covers contents and rules only, nothing of the machine or code.
 
-    version: Literal[1] = 1
+    ``dropped`` counts the cells each rule took, in the order of the rules; ``batches_left_out`` names data sets too
+    small to rank genes in; ``split_from`` is the data_hash of the older shards whose split was carried over.
+    """
+
+    version: Literal[2] = 2
     name: str
     data_hash: str
     genes: int
     block_genes: int
+    row_group_cells: int
     split_by: str
     data: dict[str, Any]
     census: dict[str, Any]
     planted: bool
     dropped: dict[str, int]
+    batches_left_out: list[str] = []
+    split_from: str | None = None
     splits: dict[str, SplitEntry]
     tables: list[FileEntry]
     codes: dict[str, list[str]]

@@ -24,6 +24,7 @@ NUMERICS_VERSION = 1
 Recipe = Literal["corrected", "published"]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+KeptColumn = Literal["tissue_general", "tissue", "assay", "disease", "cell_type", "dataset_id", "donor_id", "sex"]
 _PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -48,27 +49,62 @@ class Fractions(Frozen):
 
 
 class DataSpec(Frozen):
-    """What goes into the shards: which cells, how they are split, which genes."""
+    """What goes into the shards: which cells, how they are split, which genes.
+
+    Cells pass, in this order, ``value_filter`` (a condition in SOMA's language), ``keep`` (for an obs column, the
+    values one of which a cell must have; ``disease`` may hold several), ``cap_cells`` (most cells per value of
+    ``cap_by``), ``drop_duplicates`` (of cells with the same counts in every gene, that of lowest soma_joinid stays)
+    and ``min_counts`` (over the chosen genes). Groups in the older manifest.json that ``split_from`` names keep their
+    split. ``batch_key`` ranks genes within each data set and takes the median rank. ``gene_list`` holds feature_ids,
+    for ``gene_rule = "list"``.
+    """
 
     value_filter: str | None = "is_primary_data == True"
+    keep: dict[KeptColumn, Annotated[list[str], Field(min_length=1)]] = {}
+    cap_by: KeptColumn = "tissue_general"
+    cap_cells: PositiveInt | dict[str, PositiveInt] | None = None
+    drop_duplicates: bool = True
+    min_counts: Annotated[int, Field(ge=0, strict=True)] = 0
     split_by: Literal["donor_id", "dataset_id", "cell"] = "donor_id"
+    split_from: str | None = None
     fractions: Fractions = Fractions()
     salt: str = "scaling_ray"
     genes: PositiveInt = 512
-    gene_rule: Literal["seurat_v3", "by_mean", "first_n"] = "seurat_v3"
+    gene_rule: Literal["seurat_v3", "by_mean", "first_n", "list"] = "seurat_v3"
+    batch_key: Literal["dataset_id"] | None = None
+    gene_list: list[str] = []
+
+    @model_validator(mode="after")
+    def _rules_agree(self) -> DataSpec:
+        if (self.gene_rule == "list") != bool(self.gene_list):
+            raise BadInput("data.gene_list", self.gene_list, "goes with gene_rule = 'list', and only with it")
+        if len(set(self.gene_list)) != len(self.gene_list):
+            raise BadInput("data.gene_list", self.gene_list, "holds a feature_id twice; remove it")
+        if self.gene_list and self.genes != len(self.gene_list):
+            raise BadInput("data.genes", self.genes, f"data.gene_list holds {len(self.gene_list)}; make them agree")
+        if self.batch_key and self.gene_rule != "seurat_v3":
+            raise BadInput("data.batch_key", self.batch_key, "goes with gene_rule = 'seurat_v3'; remove one of them")
+        if self.split_from is not None and self.split_by == "cell":
+            raise BadInput(
+                "data.split_from",
+                self.split_from,
+                "carries over donors or data sets; cells have no name to know them by",
+            )
+        return self
 
 
 class GridSpec(Frozen):
-    """The axes. ``cells`` are unique training cells; "all" is every one of the training split."""
+    """The axes. ``cells`` are unique training cells, ``donors`` how many donors they come from; "all" is every one."""
 
     sizes: Annotated[list[str], Field(min_length=1)]
     genes: Annotated[list[PositiveInt], Field(min_length=1)]
     cells: Annotated[list[PositiveInt | Literal["all"]], Field(min_length=1)]
     seeds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+    donors: Annotated[list[PositiveInt | Literal["all"]], Field(min_length=1)] = ["all"]
 
     @model_validator(mode="after")
     def _no_repeats(self) -> GridSpec:
-        for name in ("sizes", "genes", "cells", "seeds"):
+        for name in ("sizes", "genes", "cells", "seeds", "donors"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise BadInput(f"grid.{name}", values, "holds a value twice; remove it")
@@ -107,11 +143,15 @@ class LearningRateSpec(Frozen):
 
 
 class TrainSpec(Frozen):
-    """How a run trains. One cell presentation counts once in ``max_cells_seen``; an update takes ``cells_per_step``."""
+    """How a run trains. One cell presentation counts once in ``max_cells_seen``; an update takes ``cells_per_step``.
+
+    ``umi_fraction`` below 1 thins what the network sees to that share of a cell's molecules; targets keep full depth.
+    """
 
     recipe: Recipe = "corrected"
     objective: Literal["mse"] = "mse"
     mask_fraction: Share = 0.15
+    umi_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_cells_seen: PositiveInt | dict[str, PositiveInt] = 100_000
     cells_per_step: PositiveInt = 32
     micro_batch: PositiveInt = 32
@@ -159,7 +199,10 @@ class TrainSpec(Frozen):
 
 
 class ResourceSpec(Frozen):
-    """What a run may use. Never part of a run's identity."""
+    """What a run may use. Never part of a run's identity.
+
+    ``task_memory_gib`` bounds one task of a conversion; training cells of more than ``resident_gib`` are streamed.
+    """
 
     cpus: PositiveInt = 2
     workers: dict[str, PositiveInt] = {}
@@ -167,6 +210,8 @@ class ResourceSpec(Frozen):
     zero_stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 1
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 2
     gflops_per_cpu: Annotated[float, Field(gt=0)] = 30.0
+    task_memory_gib: Annotated[float, Field(ge=0.75)] = 1.5
+    resident_gib: Annotated[float, Field(gt=0)] = 0.5
 
 
 class RunSpec(Frozen):
@@ -185,6 +230,7 @@ class RunSpec(Frozen):
     feedforward: int
     genes: int
     cells: int | None
+    donors: int | None
     seed: int
     lr: float | None
     lr_candidates: list[str]
@@ -281,16 +327,17 @@ class SweepSpec(Frozen):
         if self.lr.rule == "choose":
             for size, genes in product(self.grid.sizes, self.grid.genes):
                 rate_runs[size, genes] = [
-                    self._run("rate", size, genes, self.lr.choose_cells, self.lr.choose_seed, rate, [])
+                    self._run("rate", size, genes, self.lr.choose_cells, "all", self.lr.choose_seed, rate, [])
                     for rate in self.lr.of(size)
                 ]
         law_runs = []
-        for size, genes, cells, seed in product(self.grid.sizes, self.grid.genes, self.grid.cells, self.grid.seeds):
+        grid = self.grid
+        for size, genes, cells, donors, seed in product(grid.sizes, grid.genes, grid.cells, grid.donors, grid.seeds):
             if self.lr.rule == "choose":
                 candidates = [run.run_id for run in rate_runs[size, genes]]
-                law_runs.append(self._run("law", size, genes, cells, seed, None, candidates))
+                law_runs.append(self._run("law", size, genes, cells, donors, seed, None, candidates))
             else:
-                law_runs += [self._run("law", size, genes, cells, seed, rate, []) for rate in self.lr.of(size)]
+                law_runs += [self._run("law", size, genes, cells, donors, seed, rate, []) for rate in self.lr.of(size)]
         return [run for runs in rate_runs.values() for run in runs] + law_runs
 
     def _run(
@@ -299,6 +346,7 @@ class SweepSpec(Frozen):
         size: str,
         genes: int,
         cells: int | Literal["all"],
+        donors: int | Literal["all"],
         seed: int,
         lr: float | None,
         candidates: list[str],
@@ -307,6 +355,7 @@ class SweepSpec(Frozen):
         train = self.train.resolved(size, self.lr.choose_fraction if role == "rate" else 1.0)
         workers = self.resources.workers.get(size, 1)
         unique_cells = None if cells == "all" else cells
+        from_donors = None if donors == "all" else donors
         identity = {
             "numerics": NUMERICS_VERSION,
             "data": self.data.model_dump(mode="json"),
@@ -314,14 +363,16 @@ class SweepSpec(Frozen):
             "shape": [shape.width, shape.layers, shape.heads, shape.feedforward],
             "genes": genes,
             "cells": unique_cells,
+            "donors": from_donors,
             "seed": seed,
             "lr": lr if lr is not None else candidates,
             "train": train.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         }
         digest = content_hash(identity)[:8]
         rate = f"lr{lr:g}" if lr is not None else "lrbest"
+        from_few = f"-n{donors}" if from_donors is not None else ""
         return RunSpec(
-            run_id=f"{role}-{size}-v{genes}-d{cells}-s{seed}-{rate}-{digest}",
+            run_id=f"{role}-{size}-v{genes}-d{cells}{from_few}-s{seed}-{rate}-{digest}",
             role=role,
             size=size,
             width=shape.width,
@@ -330,6 +381,7 @@ class SweepSpec(Frozen):
             feedforward=shape.feedforward,
             genes=genes,
             cells=unique_cells,
+            donors=from_donors,
             seed=seed,
             lr=lr,
             lr_candidates=candidates,

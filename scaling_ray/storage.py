@@ -73,6 +73,12 @@ def partial_directory(final: Path) -> Path:
     return temporary
 
 
+def sweep_partial_files(directory: Path) -> None:
+    """Remove what killed writers left below ``directory``; only its one rightful writer may call this."""
+    for leftover in directory.rglob(f"{PARTIAL_PREFIX}*"):
+        leftover.unlink(missing_ok=True)
+
+
 def publish_directory(temporary: Path, final: Path) -> None:
     """Move a finished directory into place in one rename.
 

@@ -20,6 +20,8 @@ _NAMES = {
     "width": ("width",),
     "genes": ("genes",),
     "recipe": ("recipe",),
+    "donors": ("donors",),
+    "umi_fraction": ("umi_fraction",),
     "objective": ("objective",),
     "schedule": ("schedule",),
     "data_hash": ("data_hash",),

@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from scaling_ray.places import place
+from scaling_ray.records import ShardManifest, SplitEntry
+from scaling_ray.shards.format import block_name, block_widths, encode_block, split_content, write_file, write_table
 from scaling_ray.shards.read import Cells
 from scaling_ray.spec import RunSpec, parse_spec
 
@@ -48,6 +52,55 @@ def synthetic_cells(cells: int, genes: int = 64, seed: int = 0, first_id: int = 
 def make_cells() -> Callable[..., Cells]:
     """``synthetic_cells`` as a fixture."""
     return synthetic_cells
+
+
+def write_cells_as_shards(
+    directory: Path, splits: dict[str, Cells], file_cells: int = 131_072, row_group_cells: int = 16_384
+) -> ShardManifest:
+    """Shards of some cells by the project's own writers; small files and row groups make a few cells act like many."""
+    entries = {}
+    target = place(directory)
+    for split, cells in splits.items():
+        genes = cells.counts.shape[1]
+        columns = {"cell": cells.cell, "raw_sum": cells.raw_sum, "cell_type": cells.dataset, "disease": cells.dataset}
+        columns |= {"tissue": cells.dataset, "assay": cells.dataset}
+        columns |= {"dataset_id": cells.dataset, "donor_id": cells.donor}
+        columns |= {
+            block_name(i): encode_block(cells.counts[:, 256 * i : 256 * (i + 1)])
+            for i in range(len(block_widths(genes)))
+        }
+        table = pa.table(columns)
+        files = [
+            write_file(target, f"{split}-{n:05d}.parquet", table.slice(start, file_cells), genes, row_group_cells)
+            for n, start in enumerate(range(0, len(cells), file_cells))
+        ]
+        entries[split] = SplitEntry(
+            cells=len(cells),
+            fraction=1 / 3,
+            groups=[split],
+            donor_cells=np.bincount(cells.donor).tolist(),
+            content_sha256=split_content(files),
+            files=files,
+        )
+    presence = pa.table({"measured": encode_block(next(iter(splits.values())).measured.astype(np.uint16))})
+    manifest = ShardManifest(
+        name="test",
+        data_hash="synthetic",
+        genes=genes,
+        block_genes=256,
+        row_group_cells=row_group_cells,
+        split_by="donor_id",
+        data={},
+        census={},
+        planted=False,
+        dropped={},
+        splits=entries,
+        tables=[write_table(target, "presence.parquet", presence)],
+        codes={},
+        made_with={},
+    )
+    (directory / "manifest.json").write_text(manifest.to_json())
+    return manifest
 
 
 def small_run(

@@ -16,6 +16,11 @@ from scaling_ray.model.baselines import (
 GENES = 30
 
 
+def moments_of(values, measured):
+    """Moments of values in one piece."""
+    return training_moments(lambda: [(values, measured)])
+
+
 def drawn(cells: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(values, masked, hidden) of correlated genes, some unmeasured, and one gene that is constant."""
     rng = np.random.default_rng(seed)
@@ -44,7 +49,7 @@ def brute_force(
 
 def test_moments_are_those_of_numpy_where_all_is_measured() -> None:
     values = drawn(200, 0)[0]
-    moments = training_moments(values, np.ones_like(values, dtype=bool))
+    moments = moments_of(values, np.ones_like(values, dtype=bool))
     assert moments.mean == pytest.approx(values.mean(0))
     assert moments.covariance == pytest.approx(np.cov(values, rowvar=False), abs=1e-12)
 
@@ -53,7 +58,7 @@ def test_moments_leave_unmeasured_cells_out() -> None:
     _, masked, hidden = drawn(300, 1)
     measured = masked | ~hidden
     values = 2.0 + np.random.default_rng(5).normal(size=(300, GENES))  # weakly correlated: pairwise moments are valid
-    moments = training_moments(values, measured)
+    moments = moments_of(values, measured)
     for gene in (0, GENES - 1):
         own = values[measured[:, gene], gene]
         assert moments.mean[gene] == pytest.approx(own.mean())
@@ -62,17 +67,17 @@ def test_moments_leave_unmeasured_cells_out() -> None:
     centred = (values - moments.mean)[both]
     assert moments.covariance[0, -1] == pytest.approx(centred[:, 0] @ centred[:, -1] / (both.sum() - 1))
     junk = np.where(measured, values, 1e6)
-    assert training_moments(junk, measured).covariance == pytest.approx(moments.covariance)
+    assert moments_of(junk, measured).covariance == pytest.approx(moments.covariance)
     never = measured.copy()
     never[:, 0], never[:, 1] = np.arange(300) % 2 == 0, np.arange(300) % 2 == 1
-    assert training_moments(values, never).covariance[0, 1] == 0
+    assert moments_of(values, never).covariance[0, 1] == 0
 
 
 def test_moments_stay_those_of_a_distribution_where_genes_are_unmeasured() -> None:
     """Pairwise covariances of strongly correlated genes have negative eigenvalues, whose inverse predicts nonsense."""
     values, masked, hidden = drawn(400, 3)
     measured = masked | ~hidden
-    moments = training_moments(values, measured)
+    moments = moments_of(values, measured)
     centred = np.where(measured, values - moments.mean, 0.0)
     present = measured.astype(float)
     pairwise = centred.T @ centred / (present.T @ present - 1)
@@ -92,7 +97,7 @@ def test_gene_mean_errors_run_over_masked_genes_alone() -> None:
 @pytest.mark.parametrize("shrinkage", [0.01, 0.3, 0.9])
 def test_gaussian_is_the_conditional_mean(shrinkage: float) -> None:
     train, masked, hidden = drawn(400, 3)
-    moments = training_moments(train, masked | ~hidden)
+    moments = moments_of(train, masked | ~hidden)
     values, masked, hidden = drawn(60, 4)
     off_diagonal = (1 - shrinkage) * moments.covariance
     variance = np.diag(moments.covariance)
@@ -103,7 +108,7 @@ def test_gaussian_is_the_conditional_mean(shrinkage: float) -> None:
 
 def test_unmeasured_genes_are_marginalised_whatever_stands_there() -> None:
     train = drawn(400, 3)[0]
-    moments = training_moments(train, np.ones_like(train, dtype=bool))
+    moments = moments_of(train, np.ones_like(train, dtype=bool))
     values, masked, hidden = drawn(60, 4)
     junk = np.where(hidden & ~masked, 1e3, values)
     clean = gaussian_errors(moments, 0.1, values, masked, hidden)
@@ -115,7 +120,7 @@ def test_unmeasured_genes_are_marginalised_whatever_stands_there() -> None:
 
 def test_full_shrinkage_is_the_gene_mean_and_a_fit_beats_it() -> None:
     train, masked, hidden = drawn(400, 3)
-    moments = training_moments(train, masked | ~hidden)
+    moments = moments_of(train, masked | ~hidden)
     values, masked, hidden = drawn(60, 4)
     mean_errors = gene_mean_errors(moments.mean, values, masked)
     assert gaussian_errors(moments, 1.0, values, masked, hidden) == pytest.approx(mean_errors)
@@ -124,7 +129,7 @@ def test_full_shrinkage_is_the_gene_mean_and_a_fit_beats_it() -> None:
 
 def test_cells_with_nothing_hidden_or_nothing_visible() -> None:
     values = drawn(400, 3)[0]
-    moments = training_moments(values, np.ones_like(values, dtype=bool))
+    moments = moments_of(values, np.ones_like(values, dtype=bool))
     none, everything = np.zeros((1, GENES), dtype=bool), np.ones((1, GENES), dtype=bool)
     assert gaussian_errors(moments, 0.1, values[:1], none, none).tolist() == [0.0]
     blind = gaussian_errors(moments, 0.1, values[:1], everything, everything)
@@ -137,7 +142,7 @@ def test_shrinkage_is_the_best_on_the_cells_given() -> None:
     values, masked, hidden = drawn(100, 5)
     for cells in (12, 2_000):
         train, train_masked, train_hidden = drawn(cells, 6)
-        moments = training_moments(train, train_masked | ~train_hidden)
+        moments = moments_of(train, train_masked | ~train_hidden)
         best, sums = choose_shrinkage(moments, values, masked, hidden)
         totals = {s: gaussian_errors(moments, s, values, masked, hidden).sum() for s in SHRINKAGES}
         assert totals[best] == min(totals.values())

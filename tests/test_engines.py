@@ -10,25 +10,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
-from conftest import small_run, synthetic_cells
+from conftest import small_run, synthetic_cells, write_cells_as_shards
 from safetensors.torch import load_file
 
 from scaling_ray.errors import BadInput
-from scaling_ray.records import ShardManifest
-from scaling_ray.shards.format import (
-    CODE_COLUMNS,
-    SPLITS,
-    block_name,
-    block_widths,
-    encode_block,
-    read_manifest,
-    write_split,
-    write_table,
-)
-from scaling_ray.shards.read import Cells, read_split
+from scaling_ray.shards.format import SPLITS, read_manifest
+from scaling_ray.shards.read import read_split
 from scaling_ray.spec import RunSpec
 from scaling_ray.train.checkpoint import publish_winner, read_metrics, read_result
 from scaling_ray.train.engine import DeepSpeedEngine, Engine, PlainEngine, build_engine, load_weights, model_tensors
@@ -239,36 +228,7 @@ def test_a_wrong_number_of_processes_is_refused() -> None:
 
 def write_shards(directory: Path) -> None:
     """Shards of the synthetic cells, by the project's own writers."""
-    directory.mkdir()
-    entries = {}
-    for split in SPLITS:
-        cells: Cells = getattr(data(), split)
-        columns: dict[str, Any] = {"cell": cells.cell, "raw_sum": cells.raw_sum}
-        columns |= {name: cells.dataset for name in CODE_COLUMNS}
-        genes = cells.counts.shape[1]
-        for index, _width in enumerate(block_widths(genes)):
-            columns[block_name(index)] = encode_block(cells.counts[:, 256 * index : 256 * (index + 1)])
-        files, content, count = write_split(directory, split, genes, [pa.table(columns)])
-        entries[split] = {
-            "cells": count, "fraction": 0.3, "groups": [split], "content_sha256": content, "files": files
-        }  # fmt: skip
-    presence = write_table(directory / "presence.parquet", pa.table({"measured": encode_block(cells.measured)}))
-    manifest = ShardManifest(
-        name="test",
-        data_hash="synthetic",
-        genes=genes,
-        block_genes=256,
-        split_by="donor_id",
-        data={},
-        census={},
-        planted=False,
-        dropped={},
-        splits=entries,
-        tables=[presence],
-        codes={},
-        made_with={},
-    )
-    (directory / "manifest.json").write_text(manifest.to_json())
+    write_cells_as_shards(directory, {split: getattr(data(), split) for split in SPLITS})
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scaling_ray.shards.order import batch_rows, keyed_hash, keyed_permutation, mix64, replicate_rows
+from scaling_ray.shards import order
+from scaling_ray.shards.order import RunOrder, RunRows, keyed_hash, keyed_permutation, mix64
 
 GOLDEN = Path(__file__).parent / "golden" / "order.json"
 LOW_64 = (1 << 64) - 1
+
+
+def batch_rows(step: int, cells_per_step: int, n_cells: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A batch of a run that reads every cell of ``n_cells`` in one row group."""
+    run = RunOrder(RunRows(n_cells, n_cells), np.array([0, n_cells]), seed)
+    return run.batch(step, cells_per_step)
+
+
+def replicate_rows(n_train: int, n_cells: int | None, seed: int) -> np.ndarray:
+    """All rows of a replicate, in its order."""
+    return order.replicate_rows(n_train, n_cells, seed).all()
 
 
 def splitmix64(x: int) -> int:

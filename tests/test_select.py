@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from scaling_ray.census.select import MANY_GROUPS, CountHistogram, rank_genes, select_cells, split_groups
+from scaling_ray.census import genes as gene_ranking
+from scaling_ray.census.genes import Batch, CountHistogram, GeneRanking, HistogramSum
+from scaling_ray.census.select import MANY_GROUPS, Coded, select_cells, split_groups
 from scaling_ray.errors import BadInput
 from scaling_ray.shards.format import CODE_COLUMNS, SPLITS
 from scaling_ray.spec import DataSpec
@@ -17,8 +18,12 @@ FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 def histogram_of(counts: sp.csr_matrix) -> CountHistogram:
     entries = counts.tocoo()
-    ones = np.ones(len(entries.data), dtype=np.int64)
-    return CountHistogram.merged([CountHistogram(entries.col.astype(np.int64), entries.data.astype(np.int64), ones)])
+    return CountHistogram.of(entries.col, entries.data, counts.shape[1])
+
+
+def rank_genes(histogram: CountHistogram, n_cells: int, n_genes: int, data: DataSpec) -> GeneRanking:
+    """Ranks from one batch."""
+    return gene_ranking.rank_genes([Batch("all", histogram, n_cells)], n_genes, data)
 
 
 @pytest.mark.parametrize("salt", range(40))
@@ -54,18 +59,16 @@ def test_many_groups_keep_their_split_when_others_come() -> None:
     assert 0.07 < share < 0.13
 
 
-def obs_of(cells: int, donors: int) -> pd.DataFrame:
-    frame = pd.DataFrame({"soma_joinid": np.arange(cells) * 3})
-    for name in CODE_COLUMNS:
-        frame[name] = "x"
-    frame["donor_id"] = [f"d{i % donors}" for i in range(cells)]
-    return frame
+def obs_of(cells: int, donors: int) -> tuple[np.ndarray, dict[str, Coded]]:
+    columns: dict[str, Coded] = {name: (np.zeros(cells, np.int32), ["x"]) for name in CODE_COLUMNS}
+    columns["donor_id"] = ((np.arange(cells) % donors).astype(np.int32), [f"d{i}" for i in range(donors)])
+    return np.arange(cells) * 3, columns
 
 
 @pytest.mark.parametrize("split_by", ["donor_id", "cell"])
 def test_each_split_is_permuted_once_and_groups_stay_together(split_by: str) -> None:
-    obs = obs_of(1000, 10)
-    selection = select_cells(obs, DataSpec(split_by=split_by, genes=2), 1200)
+    joinid, columns = obs_of(1000, 10)
+    selection = select_cells(joinid, columns, DataSpec(split_by=split_by, genes=2), 1200)
     assert selection.dropped == {"value_filter": 200}
     for index in range(len(SPLITS)):
         positions = np.sort(selection.position[selection.split == index])
@@ -73,14 +76,14 @@ def test_each_split_is_permuted_once_and_groups_stay_together(split_by: str) -> 
     train = selection.split == 0
     assert np.abs(np.corrcoef(selection.position[train], selection.joinid[train])[0, 1]) < 0.15
     if split_by == "donor_id":
-        donor = obs["donor_id"].to_numpy()
+        donor, names = columns["donor_id"]
         assert all(len(np.unique(selection.split[donor == d])) == 1 for d in np.unique(donor))
-        assert sorted(sum(selection.groups.values(), [])) == sorted(set(donor))
+        assert sorted(sum(selection.groups.values(), [])) == sorted(names)
 
 
 def test_a_filter_that_matches_nothing_is_refused() -> None:
     with pytest.raises(BadInput, match="data.value_filter: .*matches no cell"):
-        select_cells(obs_of(0, 1), DataSpec(genes=2), 10)
+        select_cells(*obs_of(0, 1), DataSpec(genes=2), 10)
 
 
 def test_seurat_v3_ranks_as_scanpy_does() -> None:
@@ -97,11 +100,18 @@ def test_seurat_v3_ranks_as_scanpy_does() -> None:
     assert np.allclose(ranking.score, normalised, rtol=1e-9, atol=1e-12)
 
 
-def test_histograms_of_parts_add_up_to_that_of_the_whole() -> None:
-    counts = sp.random(300, 50, density=0.2, random_state=1, data_rvs=lambda n: np.arange(n) % 5 + 1).tocsr()
-    whole = histogram_of(counts)
-    parts = CountHistogram.merged([histogram_of(counts[:100]), histogram_of(counts[100:])])
-    assert all(np.array_equal(getattr(whole, f), getattr(parts, f)) for f in ("gene", "count", "cells"))
+def test_histograms_of_parts_add_up_and_can_be_taken_away() -> None:
+    values = lambda n: np.concatenate([np.arange(n - 40) % 5 + 1, 60 + np.arange(40)])  # noqa: E731  some above 63
+    counts = sp.random(300, 50, density=0.2, random_state=1, data_rvs=values).tocsr().astype(np.int64)
+    entries = counts.tocoo()
+    keys, cells = np.unique(entries.col.astype(np.int64) * 1_000 + entries.data, return_counts=True)
+    total = HistogramSum(50)
+    for part in (counts[:100], counts[100:250], counts[250:], counts[40:90]):
+        total.add(histogram_of(part))
+    total.add(histogram_of(counts[40:90]), -1)
+    for found in (histogram_of(counts), total.result()):
+        assert np.array_equal(found.gene * 1_000 + found.count, keys)
+        assert np.array_equal(found.cells, cells)
 
 
 def test_other_rules_and_too_many_genes() -> None:

@@ -12,18 +12,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from scaling_ray.errors import BadInput, DamagedFiles
+from scaling_ray.places import place
 from scaling_ray.records import ShardManifest, SplitEntry
 from scaling_ray.shards import format as shard_format
 from scaling_ray.shards.format import (
     CODE_COLUMNS,
     block_name,
     block_widths,
+    content_of,
     decode_block,
     encode_block,
     read_manifest,
     shard_schema,
+    split_content,
     verify,
-    write_split,
+    write_file,
     write_table,
 )
 from scaling_ray.shards.read import Cells, columns_for, decode_cells, read_split
@@ -53,14 +56,22 @@ def measured_of(genes: int) -> np.ndarray:
     return np.random.default_rng(9).random((2, genes)) < 0.9
 
 
-def write_shards(directory: Path, genes: int) -> ShardManifest:
+def write_shards(directory: Path, genes: int, file_cells: int = CELLS) -> ShardManifest:
     directory.mkdir()
     splits = {}
     for seed, split in enumerate(shard_format.SPLITS):
         table = table_of(counts_of(genes, seed=seed), first_cell=1_000 * seed)
-        files, content, cells = write_split(directory, split, genes, [table.slice(0, 25), table.slice(25)])
+        files = [
+            write_file(place(directory), f"{split}-{n:05d}.parquet", table.slice(start, file_cells), genes)
+            for n, start in enumerate(range(0, CELLS, file_cells))
+        ]
         splits[split] = SplitEntry(
-            cells=cells, fraction=1 / 3, groups=[f"donor{seed}"], content_sha256=content, files=files
+            cells=CELLS,
+            fraction=1 / 3,
+            groups=[f"donor{seed}"],
+            donor_cells=[CELLS],
+            content_sha256=split_content(files),
+            files=files,
         )
     presence = pa.table({"measured": encode_block(measured_of(genes).astype(np.uint16))})
     manifest = ShardManifest(
@@ -68,13 +79,14 @@ def write_shards(directory: Path, genes: int) -> ShardManifest:
         data_hash="0",
         genes=genes,
         block_genes=256,
+        row_group_cells=16_384,
         split_by="donor_id",
         data={},
         census={},
         planted=False,
         dropped={},
         splits=splits,
-        tables=[write_table(directory / "presence.parquet", presence)],
+        tables=[write_table(place(directory), "presence.parquet", presence)],
         codes={},
         made_with={},
     )
@@ -141,34 +153,24 @@ def test_sliced_and_chunked_columns_decode_from_their_offsets() -> None:
     assert (decode_block(table["counts_001"].chunk(0).slice(58), 44) == counts[58:, 256:]).all()
 
 
-def written(directory: Path, tables: list[pa.Table]) -> tuple[str, int]:
-    directory.mkdir()
-    _, content, cells = write_split(directory, "train", 300, tables)
-    return content, cells
-
-
-def test_the_content_hash_is_of_the_cells_not_of_how_they_came(tmp_path: Path) -> None:
+def test_the_content_hash_is_of_the_cells_not_of_how_they_came() -> None:
     table = table_of(counts_of(300))
-    whole = written(tmp_path / "whole", [table])
-    assert whole == written(tmp_path / "cut", [table.slice(0, 13), table.slice(13, 1), table.slice(14)])
-    assert whole[1] == CELLS
+    whole = content_of(table, 300)
+    cut = pa.concat_tables([table.slice(0, 13), table.slice(13, 1), table.slice(14)])
+    assert cut["counts_000"].num_chunks == 3, "the case under test"
+    assert content_of(cut, 300) == whole
     other_order = pa.concat_tables([table.slice(30), table.slice(0, 30)])
     counts = counts_of(300)
     counts[17, 290] ^= 1
     codes = table.set_column(2, "dataset_id", pa.array((np.arange(CELLS) // 2) % 2, pa.int32()))
-    hashes = {whole[0]} | {
-        written(tmp_path / str(i), [other])[0]
-        for i, other in enumerate([other_order, table_of(counts), codes, table_of(counts_of(300), first_cell=5)])
-    }
-    assert len(hashes) == 5
+    others = [other_order, table_of(counts), codes, table_of(counts_of(300), first_cell=5)]
+    assert len({whole, *(content_of(other, 300) for other in others)}) == 5
 
 
-def test_many_cells_become_several_files_read_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_format, "FILE_CELLS", 20)
-    manifest = write_shards(tmp_path / "shards", 300)
+def test_several_files_are_read_in_order(tmp_path: Path) -> None:
+    manifest = write_shards(tmp_path / "shards", 300, file_cells=25)
     entries = manifest.splits["train"].files
-    assert len(entries) > 1
-    assert sum(entry.rows for entry in entries) == CELLS
+    assert [entry.rows for entry in entries] == [25, 25, 10]
     assert verify(tmp_path / "shards") == []
     assert (read_split(tmp_path / "shards", manifest, "train", 300).counts == counts_of(300)).all()
 
@@ -256,7 +258,7 @@ def test_directories_without_a_whole_manifest_are_refused(shards: Path, tmp_path
     text = (shards / "manifest.json").read_text()
     for broken in (
         text[: len(text) // 2],
-        text.replace('"version": 1', '"version": 2'),
+        text.replace('"version": 2', '"version": 3'),
         text.replace('"name"', '"nome"'),
     ):
         (shards / "manifest.json").write_text(broken)

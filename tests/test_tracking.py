@@ -80,6 +80,7 @@ def manifest() -> ShardManifest:
         data_hash="d" * 64,
         genes=64,
         block_genes=256,
+        row_group_cells=16_384,
         split_by="donor_id",
         data={},
         census={"uri": "planted"},

@@ -1,16 +1,16 @@
-"""Which cells, in which split, in which order, and which genes: decided before any count is written.
+"""Which cells, in which split, in which order: decided from obs alone, before any count is read.
 
-Splits come first; genes are ranked on training cells alone, from mergeable histograms of counts.
+Splits come first, so that genes can be ranked on training cells. Everything is integers: a hundred million cells take
+about 50 bytes each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
-from skmisc.loess import loess
 
 from scaling_ray.errors import BadInput
 from scaling_ray.shards.format import CODE_COLUMNS, SPLITS
@@ -21,13 +21,22 @@ MANY_GROUPS = 1_000
 """Above this many groups each one's split is read off its own hash; below, groups are placed greedily."""
 TRIED_ORDERS = 32
 """Orders in which few groups are placed, to come near the wanted fractions."""
+MANY_VALUES = " || "
+"""Between the values of an obs field that holds several, as ``disease`` may."""
+_CAP_KEY = 0xCA9
 
 Ints = NDArray[np.int64]
+Coded = tuple[NDArray[np.int32], list[str]]
+"""An obs column: a code per cell, and the label of each code."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen cells by joinid: split (N,) index into SPLITS, position (N,) within its split's permutation."""
+    """The chosen cells by rising joinid.
+
+    joinid (N,); split (N,) index into SPLITS; position (N,) within the split's permutation; codes (N,) and labels per
+    column of CODE_COLUMNS; groups per split; dropped: cells that each rule took, in the order of the rules.
+    """
 
     joinid: Ints
     split: NDArray[np.int8]
@@ -38,12 +47,23 @@ class Selection:
     dropped: dict[str, int]
 
 
-def split_groups(sizes: dict[str, int], fractions: dict[str, float], salt: int) -> dict[str, str]:
+def columns_needed(data: DataSpec) -> list[str]:
+    """The obs columns that ``select_cells`` reads."""
+    caps = [data.cap_by] if data.cap_cells is not None else []
+    return list(dict.fromkeys([*CODE_COLUMNS, *data.keep, *caps]))
+
+
+def split_groups(
+    sizes: Mapping[str, int], fractions: Mapping[str, float], salt: int, carried: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Group -> split, never leaving a split empty.
 
-    Many groups: by their hash. Few: in hash order, each to the split that is least full for its share, the last groups
-    being kept for splits that are still empty; of TRIED_ORDERS such fillings the one nearest to ``fractions`` is taken.
-    BadInput where there are fewer groups than splits.
+    Groups in ``carried`` keep the split named there. Of the others, many are placed by their hash; few in hash order,
+    each to the split that is least full for its share, the last groups being kept for splits that are still empty; of
+    TRIED_ORDERS such fillings the one nearest to ``fractions`` is taken.
+
+    Raises:
+        BadInput: fewer groups than splits, or all carried and a split empty.
     """
     if len(sizes) < len(fractions):
         raise BadInput(
@@ -51,25 +71,37 @@ def split_groups(sizes: dict[str, int], fractions: dict[str, float], salt: int) 
             sorted(sizes),
             f"gives {len(sizes)} groups for {len(fractions)} splits; split by another column",
         )
-    names = sorted(sizes)
+    kept = {name: split for name, split in (carried or {}).items() if name in sizes}
+    names = sorted(set(sizes) - set(kept))
     hashes = keyed_hash(salt, np.array([_text_key(name) for name in names], dtype=np.uint64))
     if len(names) > MANY_GROUPS:
         edges = np.cumsum(list(fractions.values()))
         where = np.minimum(np.searchsorted(edges, hashes / 2.0**64, side="right"), len(fractions) - 1)
-        if len(np.unique(where)) == len(fractions):
-            return {name: list(fractions)[int(index)] for name, index in zip(names, where, strict=True)}
+        assigned = kept | {name: list(fractions)[int(index)] for name, index in zip(names, where, strict=True)}
+        if set(assigned.values()) == set(fractions):
+            return assigned
     fillings = []
     for order in range(TRIED_ORDERS):
         ranked = np.argsort(keyed_hash(order, hashes), kind="stable")
-        fillings.append(_fill([names[int(index)] for index in ranked], sizes, fractions))
-    return min(fillings, key=lambda filling: filling[0])[1]
+        fillings.append(_fill([names[int(index)] for index in ranked], sizes, fractions, kept))
+    best = min(fillings, key=lambda filling: filling[0])[1]
+    empty = sorted(set(fractions) - set(best.values()))
+    if empty:
+        raise BadInput(
+            "data.split_from", empty, "would be left without a group: too few of this Census are new; split anew"
+        )
+    return best
 
 
-def _fill(names: list[str], sizes: dict[str, int], fractions: dict[str, float]) -> tuple[float, dict[str, str]]:
+def _fill(
+    names: list[str], sizes: Mapping[str, int], fractions: Mapping[str, float], kept: Mapping[str, str]
+) -> tuple[float, dict[str, str]]:
     """Place groups one after the other: (sum over splits of |share - wanted| / wanted, group -> split)."""
     total = sum(sizes.values())
     filled = dict.fromkeys(fractions, 0)
-    assigned: dict[str, str] = {}
+    for name, split in kept.items():
+        filled[split] += sizes[name]
+    assigned = dict(kept)
     for done, name in enumerate(names):
         empty = [split for split in fractions if not filled[split]]
         candidates = empty if len(empty) >= len(names) - done else list(fractions)
@@ -88,34 +120,97 @@ def _text_key(text: str) -> int:
     return value
 
 
-def select_cells(obs: pd.DataFrame, data: DataSpec, census_cells: int) -> Selection:
-    """Split and permute the cells of ``obs`` (soma_joinid, the code columns), those that passed the value filter."""
-    if not len(obs):
+def select_cells(
+    joinid: Ints,
+    columns: Mapping[str, Coded],
+    data: DataSpec,
+    census_cells: int,
+    carried: Mapping[str, str] | None = None,
+) -> Selection:
+    """Filter, cap, split and permute the cells that passed the value filter.
+
+    Args:
+        joinid: (N,), rising.
+        columns: those of ``columns_needed``.
+        data: the rules.
+        census_cells: cells of the whole Census.
+        carried: group -> split of an older assignment.
+
+    Raises:
+        BadInput: a rule that leaves nothing, naming it.
+    """
+    if not len(joinid):
         raise BadInput("data.value_filter", data.value_filter, "matches no cell of this Census; correct it")
-    obs = obs.sort_values("soma_joinid")
-    joinid = obs["soma_joinid"].to_numpy().astype(np.int64)
     salt = _text_key(data.salt)
+    dropped = {"value_filter": census_cells - len(joinid)}
+    chosen = np.arange(len(joinid))
+    for name, wanted in data.keep.items():
+        kept = _has_one_of(*columns[name], wanted)[chosen]
+        dropped[f"keep.{name}"] = int((~kept).sum())
+        chosen = chosen[kept]
+        if not len(chosen):
+            raise BadInput(f"data.keep.{name}", wanted, "matches no cell that the rules before it left; correct it")
+    if data.cap_cells is not None:
+        kept = _within_caps(joinid[chosen], columns[data.cap_by], chosen, data, salt)
+        dropped["cap_cells"] = int((~kept).sum())
+        chosen = chosen[kept]
+    joinid = joinid[chosen]
+    coded = {name: _recoded(columns[name][0][chosen], columns[name][1]) for name in CODE_COLUMNS}
     fractions = data.fractions.model_dump()
-    index_of = {split: index for index, split in enumerate(SPLITS)}
     if data.split_by == "cell":
         split = _split_cells(joinid, fractions, salt)
         groups: dict[str, list[str]] = {name: [] for name in SPLITS}
     else:
-        column = obs[data.split_by].astype(str)
-        sizes = {str(name): int(count) for name, count in column.value_counts().items()}
-        assigned = split_groups(sizes, fractions, salt)
-        split = column.map(assigned).map(index_of).to_numpy().astype(np.int8)
-        groups = {name: sorted(g for g, s in assigned.items() if s == name) for name in SPLITS}
+        codes, labels = coded[data.split_by]
+        sizes = dict(zip(labels, np.bincount(codes, minlength=len(labels)).tolist(), strict=True))
+        assigned = split_groups(sizes, fractions, salt, carried)
+        split = np.array([SPLITS.index(assigned[label]) for label in labels], dtype=np.int8)[codes]
+        groups = {name: sorted(group for group, place in assigned.items() if place == name) for name in SPLITS}
     position = np.empty(len(joinid), dtype=np.int64)
     for index in range(len(SPLITS)):
         members = np.flatnonzero(split == index)
         position[members[keyed_permutation(salt ^ index, joinid[members])]] = np.arange(len(members))
-    codes, labels = {}, {}
-    for name in CODE_COLUMNS:
-        values, found = pd.factorize(obs[name].astype(str), sort=True)
-        codes[name], labels[name] = values.astype(np.int32), [str(label) for label in found]
-    dropped = {"value_filter": census_cells - len(joinid)}
-    return Selection(joinid, split, position, codes, labels, groups, dropped)
+    return Selection(
+        joinid,
+        split,
+        position,
+        {name: codes for name, (codes, _) in coded.items()},
+        {name: labels for name, (_, labels) in coded.items()},
+        groups,
+        dropped,
+    )
+
+
+def _has_one_of(codes: NDArray[np.int32], labels: list[str], wanted: list[str]) -> NDArray[np.bool_]:
+    """Cells of which one value is wanted: whole labels count, and each of several values in one."""
+    named = set(wanted)
+    good = [label in named or bool(named & set(label.split(MANY_VALUES))) for label in labels]
+    return np.array(good, dtype=bool)[codes]
+
+
+def _within_caps(joinid: Ints, column: Coded, chosen: Ints, data: DataSpec, salt: int) -> NDArray[np.bool_]:
+    """Whether each cell is among the first so many of its value, in the order of a keyed hash."""
+    codes, labels = column[0][chosen], column[1]
+    if isinstance(data.cap_cells, dict):
+        unknown = sorted(set(data.cap_cells) - set(labels) - {"default"})
+        if unknown:
+            raise BadInput(f"data.cap_cells.{unknown[0]}", data.cap_cells[unknown[0]], f"is no {data.cap_by} here")
+        most = [data.cap_cells.get(label, data.cap_cells.get("default", len(joinid))) for label in labels]
+    else:
+        most = [data.cap_cells or len(joinid)] * len(labels)
+    order = np.lexsort((keyed_hash(salt ^ _CAP_KEY, joinid), codes))
+    rank = np.arange(len(order)) - np.searchsorted(codes[order], codes[order])
+    kept = np.empty(len(order), dtype=bool)
+    kept[order] = rank < np.array(most)[codes[order]]
+    return kept
+
+
+def _recoded(codes: NDArray[np.int32], labels: list[str]) -> Coded:
+    """The same column with only the labels that occur; sorted labels stay sorted."""
+    used = np.flatnonzero(np.bincount(codes, minlength=len(labels)))
+    place = np.zeros(len(labels), np.int32)
+    place[used] = np.arange(len(used), dtype=np.int32)
+    return place[codes], [labels[int(index)] for index in used]
 
 
 def _split_cells(joinid: Ints, fractions: dict[str, float], salt: int) -> NDArray[np.int8]:
@@ -129,81 +224,3 @@ def _split_cells(joinid: Ints, fractions: dict[str, float], salt: int) -> NDArra
     split[order[: held_out[0]]] = 1
     split[order[held_out[0] : sum(held_out)]] = 2
     return split
-
-
-@dataclass(frozen=True)
-class CountHistogram:
-    """How many training cells hold each non-zero (gene, count): three parallel arrays; sums of histograms add up."""
-
-    gene: Ints
-    count: Ints
-    cells: Ints
-
-    @classmethod
-    def merged(cls, parts: list[CountHistogram]) -> CountHistogram:
-        """The sum of histograms."""
-        gene = np.concatenate([part.gene for part in parts])
-        count = np.concatenate([part.count for part in parts])
-        cells = np.concatenate([part.cells for part in parts])
-        keys, inverse = np.unique((gene << 32) | count, return_inverse=True)
-        return cls(keys >> 32, keys & 0xFFFFFFFF, np.bincount(inverse, weights=cells).astype(np.int64))
-
-
-@dataclass(frozen=True)
-class GeneRanking:
-    """order (V,) gene joinids, best first; mean and score (n_genes,) by joinid."""
-
-    order: Ints
-    mean: NDArray[np.float64]
-    score: NDArray[np.float64]
-
-
-def rank_genes(histogram: CountHistogram, n_cells: int, n_genes: int, data: DataSpec) -> GeneRanking:
-    """Rank genes by ``data.gene_rule`` and keep ``data.genes``.
-
-    seurat_v3 (Stuart et al. 2019): variance of counts standardised by a loess fit of log variance on log mean and
-    clipped at sqrt(n); ``by_mean``: highest mean first; ``first_n``: the order of var (as arXiv 2602.15253 did).
-    Ties go to the lower joinid.
-    """
-    if data.genes > n_genes:
-        raise BadInput("data.genes", data.genes, f"is more than the {n_genes} genes of this Census; lower it")
-    if n_cells < 2:
-        raise BadInput("data.fractions.train", data.fractions.train, f"leaves {n_cells} training cells; use more cells")
-    total = _per_gene(histogram.gene, histogram.count * histogram.cells, n_genes)
-    mean = total / n_cells
-    if data.gene_rule == "first_n":
-        score = -np.arange(n_genes, dtype=np.float64)
-    elif data.gene_rule == "by_mean":
-        score = mean
-    else:
-        score = _standardised_variance(histogram, mean, n_cells)
-    order = np.argsort(-score, kind="stable")[: data.genes].astype(np.int64)
-    return GeneRanking(order, mean, score)
-
-
-def _per_gene(gene: Ints, weights: NDArray[np.number], n_genes: int) -> NDArray[np.float64]:
-    return np.bincount(gene, weights=weights.astype(np.float64), minlength=n_genes).astype(np.float64, copy=False)
-
-
-def _standardised_variance(histogram: CountHistogram, mean: NDArray[np.float64], n_cells: int) -> NDArray[np.float64]:
-    n_genes = len(mean)
-    squares = _per_gene(histogram.gene, histogram.count.astype(np.float64) ** 2 * histogram.cells, n_genes)
-    variance = (squares - n_cells * mean**2) / (n_cells - 1)
-    varies = variance > 1e-12
-    if varies.sum() < 10:
-        raise BadInput(
-            "data.gene_rule", "seurat_v3", f"needs genes that vary; only {int(varies.sum())} do here; use by_mean"
-        )
-    fit = loess(np.log10(mean[varies]), np.log10(variance[varies]), span=0.3, degree=2)
-    fit.fit()
-    deviation = np.zeros(n_genes)
-    deviation[varies] = np.sqrt(10.0**fit.outputs.fitted_values)
-    clip = deviation * np.sqrt(n_cells) + mean
-    clipped = np.minimum(histogram.count, clip[histogram.gene])
-    sum_clipped = _per_gene(histogram.gene, clipped * histogram.cells, n_genes)
-    squares_clipped = _per_gene(histogram.gene, clipped**2 * histogram.cells, n_genes)
-    score = np.zeros(n_genes)
-    score[varies] = (
-        (n_cells * mean**2 + squares_clipped - 2 * mean * sum_clipped)[varies] / (n_cells - 1) / deviation[varies] ** 2
-    )
-    return score

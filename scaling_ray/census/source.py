@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,12 +20,17 @@ from urllib.parse import unquote, urlparse
 import cellxgene_census
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import requests
 import scipy.sparse as sp
 import tiledbsoma as soma
 
 from scaling_ray.census.layout import RECORD_NAME, check_whole
 from scaling_ray.errors import BadInput
+from scaling_ray.places import patiently
+
+SCHEMA_MAJOR = 2
+"""The Census schema this reader knows; its tables and columns are those of 2.x."""
 
 _RELEASE = re.compile(r"stable|latest|\d{4}-\d{2}-\d{2}")
 _PUBLIC_BUCKET = re.compile(r"cellxgene-census-public-(?P<region>[a-z]+-[a-z]+-\d)")
@@ -60,6 +65,13 @@ class Census:
         labels = dict(zip(summary["label"], summary["value"], strict=True))
         self.census_version: str = labels["census_build_date"]
         self.schema_version: str = labels["census_schema_version"]
+        if not self.schema_version.startswith(f"{SCHEMA_MAJOR}."):
+            root.close()
+            raise BadInput(
+                "census schema",
+                self.schema_version,
+                f"is not the {SCHEMA_MAJOR}.x this version reads; upgrade scaling-ray, or name an older release",
+            )
         self.n_cells: int = self._obs.count
         self.n_genes: int = self._rna.var.count
         dimensions = json.loads(self._x.schema_config_options().dims)
@@ -75,6 +87,7 @@ class Census:
         buffer_bytes: int = 64 * 2**20,
         region: str | None = None,
         anonymous: bool | None = None,
+        check: bool = True,
     ) -> Census:
         """Opens a Census.
 
@@ -86,6 +99,7 @@ class Census:
                 beside its result.
             region: AWS region, where it is neither in the bucket's name nor in the environment.
             anonymous: send unsigned requests; default: only to the public Census buckets.
+            check: look whether a local Census has lost files.
 
         Raises:
             BadInput: nothing there, not a Census, an incomplete local one, or an unknown release.
@@ -102,7 +116,7 @@ class Census:
         try:
             if _RELEASE.fullmatch(where) and not Path(where).exists():
                 return cls._open_release(where, organism, config)
-            uri = _local_path(where)
+            uri = _local_path(where, check)
             if uri is None:
                 if not where.startswith("s3://"):
                     raise BadInput("census", where, f"is neither; {_WAYS}")
@@ -112,6 +126,12 @@ class Census:
             return cls(cellxgene_census.open_soma(uri=uri, context=context), uri, organism)
         except soma.DoesNotExistError as error:
             raise BadInput("census", where, f"holds no Census; {_WAYS}") from error
+        except ValueError as error:
+            if isinstance(error, BadInput) or "encoding" not in str(error):
+                raise
+            raise BadInput(
+                "census", where, f"cannot be read by this tiledbsoma ({_first_line(error)}); upgrade it"
+            ) from error
         except soma.SOMAError as error:
             raise BadInput("census", where, f"cannot be read ({_first_line(error)}); {_WAYS}") from error
 
@@ -140,6 +160,70 @@ class Census:
         """Closes every handle."""
         self._root.close()
 
+    def obs_codes(
+        self, columns: Sequence[str], value_filter: str | None = None
+    ) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, list[str]]]]:
+        """Cell metadata as integers, so that a hundred million cells fit in memory.
+
+        Returns:
+            soma_joinid (N,) int64, rising; and for each column its codes (N,) int32 and its labels, sorted.
+
+        Raises:
+            BadInput: as ``obs``.
+        """
+        self._check_columns(columns)
+        joinids: list[np.ndarray] = []
+        codes: dict[str, list[np.ndarray]] = {name: [] for name in columns}
+        known: dict[str, dict[str, int]] = {name: {} for name in columns}
+        names = list(dict.fromkeys(["soma_joinid", *columns]))
+        for table in self._obs_tables(names, value_filter):
+            joinids.append(table["soma_joinid"].to_numpy())
+            for name in columns:
+                column = table[name].combine_chunks()
+                if not pa.types.is_dictionary(column.type):
+                    column = column.cast(pa.string()).dictionary_encode()
+                seen = known[name]
+                labels = ["" if label is None else str(label) for label in column.dictionary.to_pylist()]
+                place = np.array([seen.setdefault(label, len(seen)) for label in labels], np.int32)
+                codes[name].append(place[column.indices.to_numpy()])
+        joinid = np.concatenate([np.empty(0, np.int64), *joinids])
+        order = None if (np.diff(joinid) > 0).all() else np.argsort(joinid, kind="stable")
+        found = {}
+        for name in columns:
+            column = np.concatenate([np.empty(0, np.int32), *codes.pop(name)])
+            used = np.flatnonzero(np.bincount(column, minlength=len(known[name])))
+            every = list(known[name])
+            rising = sorted(used.tolist(), key=lambda code: every[code])
+            rank = np.zeros(len(every), np.int32)
+            rank[rising] = np.arange(len(rising), dtype=np.int32)
+            column = rank[column]
+            found[name] = (column if order is None else column[order], [every[code] for code in rising])
+        return joinid if order is None else joinid[order], found
+
+    def _check_columns(self, columns: Sequence[str]) -> None:
+        known = list(self._obs.keys())
+        for name in columns:
+            if name not in known:
+                raise BadInput("obs column", name, f"is not in this Census; it has {', '.join(known)}")
+
+    def _obs_tables(self, columns: Sequence[str] | None, value_filter: str | None) -> Iterator[pa.Table]:
+        try:
+            yield from self._obs.read(column_names=columns, value_filter=value_filter or None)
+        except soma.SOMAError as error:
+            raise BadInput(
+                "value_filter",
+                value_filter,
+                f"is not understood ({_first_line(error)}); write e.g. tissue_general == 'lung' and "
+                "is_primary_data == True, with obs columns of this Census",
+            ) from error
+
+    def nnz(self, value_filter: str | None = None) -> np.ndarray:
+        """Genes with a count, (N,) int64 by rising soma_joinid, as the Census itself tells it."""
+        tables = list(self._obs_tables(["soma_joinid", "nnz"], value_filter))
+        joinid = np.concatenate([np.empty(0, np.int64), *(table["soma_joinid"].to_numpy() for table in tables)])
+        nnz = np.concatenate([np.empty(0, np.int64), *(table["nnz"].to_numpy() for table in tables)])
+        return nnz[np.argsort(joinid, kind="stable")]
+
     def obs(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
         """Cell metadata, sorted by ``soma_joinid`` (always included), as plain numpy and object columns.
 
@@ -150,21 +234,10 @@ class Census:
         Raises:
             BadInput: an unknown column, or a condition that SOMA does not understand.
         """
-        known = list(self._obs.keys())
         if columns is not None:
-            for name in columns:
-                if name not in known:
-                    raise BadInput("obs column", name, f"is not in this Census; it has {', '.join(known)}")
+            self._check_columns(columns)
             columns = list(dict.fromkeys(["soma_joinid", *columns]))
-        try:
-            table = self._obs.read(column_names=columns, value_filter=value_filter or None).concat()
-        except soma.SOMAError as error:
-            raise BadInput(
-                "value_filter",
-                value_filter,
-                f"is not understood ({_first_line(error)}); write e.g. tissue_general == 'lung' and "
-                "is_primary_data == True, with obs columns of this Census",
-            ) from error
+        table = pa.concat_tables(list(self._obs_tables(columns, value_filter)))
         frame = _plain(table.to_pandas())
         return frame if columns is None else frame[list(columns)]  # the condition's own columns come along
 
@@ -200,7 +273,9 @@ class Census:
         """
         if not 0 <= start < stop <= self.n_cells:
             raise BadInput("cell range", (start, stop), f"choose 0 <= start < stop <= {self.n_cells}")
-        table = self._x.read((slice(start, stop - 1), slice(None))).tables().concat()
+        table = patiently(
+            lambda: self._x.read((slice(start, stop - 1), slice(None))).tables().concat(), self._may_come_back
+        )
         values = table["soma_data"].to_numpy()
         right = (values >= 0) & (values < 2**31) & (values == np.floor(values))  # nan is none of them
         if not right.all():
@@ -216,8 +291,12 @@ class Census:
         matrix.sort_indices()
         return matrix
 
+    def _may_come_back(self, error: Exception) -> bool:
+        """Whether a failed read is worth another try: an object store may be away for a while, a disk is not."""
+        return "://" in self.uri and isinstance(error, soma.SOMAError | OSError)
 
-def _local_path(where: str) -> str | None:
+
+def _local_path(where: str, check: bool) -> str | None:
     """The absolute path of a local Census, checked for lost files; None for a remote URI."""
     if "://" in where and not where.startswith("file://"):
         return None
@@ -225,7 +304,7 @@ def _local_path(where: str) -> str | None:
     if not path.exists():
         raise BadInput("census", where, f"does not exist; {_WAYS}")
     record = path / RECORD_NAME
-    if record.is_file():
+    if check and record.is_file():
         check_whole(path, json.loads(record.read_text()))
     return str(path)
 

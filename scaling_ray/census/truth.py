@@ -233,8 +233,13 @@ def load_truth(path: str | Path) -> PlantedTruth:
         path = path / TRUTH_NAME
     if not path.is_file():
         raise BadInput("truth", str(path), "does not exist; only a planted Census has one")
+    return parse_truth(path.read_text(), str(path))
+
+
+def parse_truth(plant_json: str, source: str) -> PlantedTruth:
+    """The truth in the text of a plant.json; BadInput as ``load_truth``, naming ``source``."""
     try:
-        text = json.loads(path.read_text())
+        text = json.loads(plant_json)
         version, stored = text["truth_version"], dict(text["spec"])
         if version != TRUTH_VERSION:
             raise BadInput("truth_version", version, f"this version reads {TRUTH_VERSION}; plant the Census again")
@@ -242,13 +247,13 @@ def load_truth(path: str | Path) -> PlantedTruth:
         spec = PlantSpec(**fields)
         n_cells, expected = int(text["n_cells"]), text["table_sha256"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise BadInput("truth", str(path), f"is no plant.json ({error}); plant the Census again") from error
+        raise BadInput("truth", source, f"is no plant.json ({error}); plant the Census again") from error
     truth = PlantedTruth(spec, n_cells)
     if truth.table_sha256 != expected:
         raise BadInput(
             "table_sha256",
             truth.table_sha256,
-            f"differs from {expected} in {path}: this machine does not derive the table the Census was drawn from; "
+            f"differs from {expected} in {source}: this machine does not derive the table the Census was drawn from; "
             "plant the Census again here",
         )
     return truth

@@ -27,7 +27,17 @@ LEAK_Z = -4.0
 MIN_RESIDUAL_FREEDOM = 8  # without repeated cells, residuals stand in for seed noise from here on
 
 # What must be the same in all runs of one law, and what may follow the size and the data but not change within a cell.
-COHORT_COLUMNS = ("genes", "recipe", "objective", "schedule", "data_hash", "micro_batch", "accumulation")
+COHORT_COLUMNS = (
+    "genes",
+    "donors",
+    "recipe",
+    "umi_fraction",
+    "objective",
+    "schedule",
+    "data_hash",
+    "micro_batch",
+    "accumulation",
+)
 PER_CELL_COLUMNS = ("max_cells_seen", "lr", "micro_steps")
 
 _AXIS_WORDS = {"params": ("sizes", "parameters"), "cells": ("data sizes", "training cells")}

@@ -7,6 +7,7 @@ values (B, V), masked (B, V) bool (targets), hidden (B, V) bool (masked or unmea
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,19 +29,26 @@ class Moments:
     covariance: Floats
 
 
-def training_moments(values: NDArray[np.floating], measured: Bools) -> Moments:
-    """Moments of (N, V) training values, each pair of genes over the cells that measured both (0 where none did).
+def training_moments(chunks: Callable[[], Iterable[tuple[NDArray[np.floating], Bools]]]) -> Moments:
+    """Moments of training values, each pair of genes over the cells that measured both (0 where none did).
 
+    ``chunks`` is gone through twice and gives (values, measured), both (cells of the chunk, V), over all cells.
     Pairwise covariances need not belong to any distribution; where they do not, negative eigenvalues are set to zero
     and the variances restored. Where every cell measured every gene they are the plain sample moments.
     """
-    present = measured.astype(np.float64)
-    cells = np.maximum(present.sum(0), 1.0)
-    mean = (values * present).sum(0) / cells
-    centred = (values - mean) * present
-    pairs = present.T @ present
-    covariance = (centred.T @ centred) / np.maximum(pairs - 1.0, 1.0)
-    return Moments(mean, covariance if measured.all() else _nearest_semidefinite(covariance))
+    total = cells = products = pairs = np.zeros(())
+    for values, measured in chunks():
+        present = measured.astype(np.float64)
+        total, cells = total + (values * present).sum(0), cells + present.sum(0)
+    mean = total / np.maximum(cells, 1.0)
+    everywhere = True
+    for values, measured in chunks():
+        present = measured.astype(np.float64)
+        centred = (values - mean) * present
+        products, pairs = products + centred.T @ centred, pairs + present.T @ present
+        everywhere = everywhere and bool(measured.all())
+    covariance = products / np.maximum(pairs - 1.0, 1.0)
+    return Moments(mean, covariance if everywhere else _nearest_semidefinite(covariance))
 
 
 def _nearest_semidefinite(covariance: Floats) -> Floats:

@@ -32,7 +32,7 @@ class Masks:
         return Masks(self.positions[start:stop], self.weights[start:stop], self.hidden[start:stop])
 
 
-def _mix32(x: Tensor) -> Tensor:
+def mix32(x: Tensor) -> Tensor:
     """A 32-bit integer hash with low bias (constants found by C. Wellons' search), on int64 tensors."""
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & _LOW_32
@@ -45,9 +45,9 @@ def gene_hash(seed: int, epochs: Tensor, cells: Tensor, genes: int) -> Tensor:
     """(B, V) int64 in [0, 2^32): the hash of every gene of every cell. epochs, cells: (B,) int64."""
     key = torch.full_like(cells, seed & _LOW_32)
     for word in (epochs, cells & _LOW_32, cells >> 32):
-        key = _mix32((_mix32(key) + word + 0x9E3779B9) & _LOW_32)
+        key = mix32((mix32(key) + word + 0x9E3779B9) & _LOW_32)
     gene = torch.arange(genes, dtype=torch.int64, device=cells.device) * 0x9E3779B1 & _LOW_32
-    return _mix32(_mix32(key[:, None] ^ gene[None, :]) ^ key[:, None])
+    return mix32(mix32(key[:, None] ^ gene[None, :]) ^ key[:, None])
 
 
 def draw_masks(recipe: Recipe, fraction: float, seed: int, epochs: Tensor, cells: Tensor, measured: Tensor) -> Masks:

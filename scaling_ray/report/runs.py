@@ -14,10 +14,10 @@ from scaling_ray.errors import BadInput
 
 _NEEDED = ("run_id", "role", "status", "size", "params", "genes", "cells", "seed", "val_mse", "test_mse")
 _OPTIONAL = (
-    "failure width layers heads feedforward params_without_embedding cells_requested lr lr_at_edge recipe objective "
-    "schedule max_cells_seen cells_seen masked_genes_seen optimizer_steps flops wall_seconds final_val_mse "
-    "best_cells_seen stop_reason undertrained baseline_mse gaussian_mse attainable_mse bound_mse attainable_bits "
-    "bound_bits bound_z attempts mlflow_run_id data_hash workers engine"
+    "failure width layers heads feedforward params_without_embedding cells_requested donors lr lr_at_edge recipe "
+    "umi_fraction objective schedule max_cells_seen cells_seen masked_genes_seen optimizer_steps flops "
+    "wall_seconds final_val_mse best_cells_seen stop_reason undertrained baseline_mse gaussian_mse attainable_mse "
+    "bound_mse attainable_bits bound_bits bound_z attempts mlflow_run_id data_hash workers engine"
 ).split()
 
 Run = dict[str, Any]

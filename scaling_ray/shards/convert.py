@@ -1,292 +1,543 @@
-"""From a Census to shards by Ray Data.
+"""From a Census to shards under Ray: one pass over the Census, then a gather into the permutation.
 
-Obs decides cells, splits and order. One pass over contiguous joinid ranges counts training cells into histograms that
-rank the genes; a second writes raw counts of the ranked genes, which Ray Data sorts into the permutation.
+Each step is a function of files (``prepare``, ``parts``) and leaves one; what is there is never made again, so a call
+after a kill goes on where the last one stopped, and ends with the same bytes. The manifest, written last, makes shards
+of a directory or an S3 prefix.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import os
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scaling_ray.census.select import CountHistogram, GeneRanking, Selection, rank_genes, select_cells
+from scaling_ray.census.genes import Batch, CountHistogram, GeneRanking, HistogramSum, rank_genes
 from scaling_ray.census.source import Census
 from scaling_ray.cluster import own_errors, ray, ray_session
-from scaling_ray.errors import BadInput, DamagedFiles
-from scaling_ray.records import ShardManifest, SplitEntry
+from scaling_ray.errors import BadInput
+from scaling_ray.places import LocalPlace, Place, patiently, place
+from scaling_ray.records import FileEntry, Record, ShardManifest, SplitEntry
 from scaling_ray.shards.format import (
     BLOCK_GENES,
-    CODE_COLUMNS,
+    FILE_CELLS,
     LARGEST_COUNT,
+    MANIFEST,
     ROW_GROUP_CELLS,
     SPLITS,
-    block_name,
-    block_widths,
     encode_block,
     file_entry,
     read_manifest,
+    split_content,
     verify,
-    write_split,
+    write_file,
     write_table,
 )
-from scaling_ray.spec import DataSpec, SweepSpec, content_hash
-from scaling_ray.storage import output_directory, partial_directory, publish_directory, write_atomic
+from scaling_ray.shards.parts import (
+    Range,
+    bucket_names,
+    convert_range,
+    gather_file,
+    histograms_of,
+    histograms_of_cells,
+    read_piece,
+    unpack,
+)
+from scaling_ray.shards.prepare import (
+    PLAN,
+    PRESENCE,
+    BuildPlan,
+    beside,
+    census_identity,
+    check_memory,
+    prepare,
+    reading_rules,
+)
+from scaling_ray.spec import SweepSpec, content_hash
+from scaling_ray.storage import output_directory, sweep_partial_files
 
-RANGE_CELLS = 4_096
-"""Cells one task reads at a time; all their genes are in memory as a sparse matrix."""
+BUILDING = "building/"
+"""Below the target: what an unfinished conversion has made so far."""
+TASK_RETRIES = 20
+"""Lost processes or nodes that one task outlives within a call."""
+WAITING_TASKS = 64
+"""Tasks handed to Ray beyond what it can run at once: the demand an autoscaler sees."""
+REPORT_SECONDS = 5.0
+MADE_WITH = ("scaling-ray", "pyarrow", "tiledbsoma", "cellxgene-census", "numpy", "scikit-misc", "ray")
+SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
 Progress = Callable[[str], None]
+Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _Range:
-    """The chosen cells of one contiguous joinid range, as a task receives it."""
+class GatheredFile(Record):
+    """One shard file that is done; no entry where no cell was left for it."""
 
-    census: str
-    start: int
-    stop: int
+    split: str
+    entry: FileEntry | None
+    donor_cells: list[int]
+    below_min_counts: int
 
 
-def build_shards(spec: SweepSpec, census: str, out: Path, progress: Progress = lambda line: None) -> ShardManifest:
+def build_shards(
+    spec: SweepSpec, census: str, out: Path | str, progress: Progress = lambda line: None
+) -> ShardManifest:
     """Convert the cells that ``spec.data`` asks for into shards at ``out``; returns at once where they are there.
 
-    ``out`` appears whole or not at all. BadInput where it holds other shards or other files.
+    Args:
+        spec: its ``data`` and ``resources`` count.
+        census: directory, URI or release.
+        out: a directory or an ``s3://`` URI.
+        progress: called with one line of text now and then.
+
+    Raises:
+        BadInput: rules the Census cannot serve, ``out`` holding something else, a medium that cannot be written.
+        LeaseHeld: another conversion writes to ``out``.
     """
+    target = place(out)
+    if isinstance(target, LocalPlace):
+        output_directory(target.path.parent)
+        if target.path.is_file():
+            raise BadInput("--out", str(out), "is a file; name a directory")
+    there = target.names()
+    if MANIFEST in there:
+        return _existing(target, spec, census, any(name.startswith(BUILDING) for name in there))
+    if there and not any(name.startswith(BUILDING) for name in there):
+        read_manifest(target)
+    return _Build(spec, census, target, progress).complete()
+
+
+def _existing(target: Place, spec: SweepSpec, census: str, unswept: bool) -> ShardManifest:
     rules = spec.data.model_dump(mode="json")
-    output_directory(out.parent)
-    if out.is_file():
-        raise BadInput("--out", str(out), "is a file; name a directory")
-    if out.exists() and any(out.iterdir()):
-        return _existing(out, rules, census)
-    with Census.open(census) as source:
-        progress(f"reading cells of {census}")
-        obs = source.obs(["soma_joinid", *CODE_COLUMNS], spec.data.value_filter)
-        var = source.var()
-        datasets, presence = source.presence()
-        facts: dict[str, Any] = {
-            **_census_identity(census),
-            "census_version": source.census_version,
-            "schema_version": source.schema_version,
-            "cells": source.n_cells,
-            "genes": source.n_genes,
-        }
-    selection = select_cells(obs, spec.data, facts["cells"])
-    if spec.data.genes > len(var):
-        raise BadInput("data.genes", spec.data.genes, f"is more than the {len(var)} genes of this Census; lower it")
-    with ray_session(spec.resources.cpus), own_errors():
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        ranges = _ranges(census, selection.joinid)
-        progress(f"counting genes of {int((selection.split == 0).sum())} training cells in {len(ranges)} ranges")
-        ranking = _rank(ranges, selection, len(var), spec.data)
-        building = partial_directory(out)
-        progress(f"writing {len(selection.joinid)} cells x {spec.data.genes} genes")
-        splits = _write_splits(ranges, selection, ranking, building)
-    tables = [
-        write_table(building / "genes.parquet", _genes_table(var, ranking)),
-        write_table(building / "presence.parquet", _presence_table(selection, datasets, presence, ranking)),
-    ]
-    planted = (Path(census) / "plant.json").is_file()
-    if planted:
-        write_atomic(building / "plant.json", (Path(census) / "plant.json").read_bytes())
-        tables.append(file_entry(building / "plant.json", 0))
-    feature_ids = var["feature_id"].astype(str).to_numpy()[ranking.order].tolist()
-    manifest = ShardManifest(
-        name=spec.name,
-        data_hash=content_hash(
-            {
-                "rules": rules,
-                "genes": feature_ids,
-                "splits": {name: entry.content_sha256 for name, entry in splits.items()},
-            }
-        ),
-        genes=spec.data.genes,
-        block_genes=BLOCK_GENES,
-        split_by=spec.data.split_by,
-        data=rules,
-        census=facts,
-        planted=planted,
-        dropped=selection.dropped,
-        splits=splits,
-        tables=tables,
-        codes=selection.labels,
-        made_with={name: importlib.metadata.version(name) for name in ("scaling-ray", "pyarrow", "tiledbsoma", "ray")},
-    )
-    write_atomic(building / "manifest.json", manifest.to_json())
-    publish_directory(building, out)
-    return manifest
-
-
-def _census_identity(census: str) -> dict[str, Any]:
-    """What tells one Census from another: a local one by the record of its making, any other by its URI or version."""
-    record = Path(census) / "census.json"
-    if not record.is_file():
-        return {"uri": census, "about_sha256": None}
-    about = json.loads(record.read_text(encoding="utf-8"))["about"]
-    return {"uri": Path(census).name, "about_sha256": content_hash(about)}
-
-
-def _existing(out: Path, rules: dict[str, Any], census: str) -> ShardManifest:
-    manifest = read_manifest(out)
+    manifest = read_manifest(target)
     if manifest.data != rules:
         differing = sorted(key for key in rules if manifest.data.get(key) != rules[key])
         raise BadInput(
-            "--out", str(out), f"holds shards made by other rules ({', '.join(differing)}); name another place"
+            "--out", str(target), f"holds shards made by other rules ({', '.join(differing)}); name another place"
         )
-    wanted = _census_identity(census)
+    wanted = census_identity(census)
     if {key: manifest.census.get(key) for key in wanted} != wanted:
         there = manifest.census.get("uri")
-        raise BadInput("--out", str(out), f"holds shards of another Census ({there}); name another place, or remove it")
-    problems = verify(out)
+        remedy = f"holds shards of another Census ({there}); name another place, or remove it"
+        raise BadInput("--out", str(target), remedy)
+    if unswept:
+        target.remove(BUILDING)
+    problems = verify(target)
     if problems:
-        raise BadInput("--out", str(out), f"{problems[0]}; remove the directory and build again")
+        raise BadInput("--out", str(target), f"{problems[0]}; remove the directory and build again")
     return manifest
 
 
-def _ranges(census: str, joinid: NDArray[np.int64]) -> list[_Range]:
-    """Contiguous ranges of RANGE_CELLS joinids that hold at least one chosen cell."""
-    return [
-        _Range(census, int(index) * RANGE_CELLS, (int(index) + 1) * RANGE_CELLS)
-        for index in np.unique(joinid // RANGE_CELLS)
-    ]
+@dataclass
+class _Facts:
+    """What the ranges say, put together: cells in the order of the selection, pieces by shard file."""
+
+    key: NDArray[np.uint64]
+    raw_sum: Ints
+    beyond: Ints
+    pieces: Ints
+    """(pieces, 4): bucket, range, first byte, bytes."""
 
 
-def _read_range(
-    item: dict[str, Any], selection: Selection, split: int | None
-) -> tuple[NDArray[np.int64], sp.csr_matrix]:
-    """Indices into the selection of a range's chosen cells, and their counts over all genes."""
-    first, last = np.searchsorted(selection.joinid, [item["start"], item["stop"]])
-    chosen = np.arange(first, last)
-    if split is not None:
-        chosen = chosen[selection.split[chosen] == split]
-    with Census.open(item["census"]) as source:
-        counts = source.counts(item["start"], min(item["stop"], source.n_cells))
-    return chosen, counts[selection.joinid[chosen] - item["start"]]
+@dataclass
+class _Duplicates:
+    """Cells left out because another has the same counts; their places by bucket, their histograms by range."""
+
+    cells: int = 0
+    places: dict[int, list[Ints]] = field(default_factory=dict)
+    histograms: dict[int, list[tuple[int, CountHistogram]]] = field(default_factory=dict)
+    of_batch: dict[int, int] = field(default_factory=dict)
 
 
-def _over_ranges(ranges: list[_Range], task: Callable[[dict[str, Any]], pa.Table], **options: Any) -> ray.data.Dataset:
-    """A Ray Data pipeline with one task per range; each gives one Arrow block."""
-    items = [vars(item) for item in ranges]
-    source = ray.data.from_items(items, override_num_blocks=len(items))
+class _Build:
+    """One call's work on an unfinished target."""
 
-    def per_block(batch: pa.Table) -> pa.Table:
-        (item,) = batch.to_pylist()
-        return task(item)
+    def __init__(self, spec: SweepSpec, census: str, target: Place, progress: Progress) -> None:
+        self.spec, self.census, self.target, self.progress = spec, census, target, progress
+        self.building = target.below(BUILDING.rstrip("/"))
+        self.memory_bytes = int(spec.resources.task_memory_gib * 2**30)
+        self.peak_bytes = 0
 
-    return source.map_batches(per_block, batch_size=1, batch_format="pyarrow", zero_copy_batch=True, **options)
+    def complete(self) -> ShardManifest:
+        with ExitStack() as stack:
+            plan = self._plan(stack)
+            if plan is None:
+                return _existing(self.target, self.spec, self.census, False)
+            stack.enter_context(ray_session(self.spec.resources.cpus))
+            stack.enter_context(own_errors())
+            self._check_cluster()
+            self._read_ranges(plan)
+            facts = self._facts(plan)
+            duplicates = self._duplicates(plan, facts) if self.spec.data.drop_duplicates else _Duplicates()
+            ranking = self._rank(plan, duplicates)
+            _refuse_large_counts(facts.beyond, ranking.order, plan)
+            gathered = self._gather(plan, facts, duplicates, ranking)
+        return self._publish(plan, duplicates, ranking, gathered)
 
+    def _plan(self, stack: ExitStack) -> BuildPlan | None:
+        """The plan, made now or by an earlier call, with the target's lease held; None where another made shards."""
+        check_memory(self.spec.data, self.memory_bytes)
+        if self.building.size(PLAN) is None:
+            with Census.open(self.census) as census:
+                self.progress(f"reading cells of {self.census}")
+                prepared = prepare(census, self.census, self.spec.data, self.memory_bytes)
+                self._hold(stack)
+                if self.building.size(PLAN) is None:
+                    prepared.write(self.building)
+        else:
+            self._hold(stack)
+        if self.target.size(MANIFEST) is not None:
+            return None
+        plan = BuildPlan.parse(self.building.read(PLAN), f"{self.building}/{PLAN}")
+        self._check_same(plan)
+        return plan
 
-def _rank(ranges: list[_Range], selection: Selection, n_genes: int, data: DataSpec) -> GeneRanking:
-    shared = ray.put(selection)
+    def _hold(self, stack: ExitStack) -> None:
+        stack.enter_context(self.target.lease(f"{BUILDING}.lease"))
+        if isinstance(self.target, LocalPlace):
+            sweep_partial_files(self.target.path)
 
-    def histogram(item: dict[str, Any]) -> pa.Table:
-        _, counts = _read_range(item, ray.get(shared), split=0)
-        entries = counts.tocoo()
-        keys, cells = np.unique(
-            (entries.col.astype(np.int64) << 32) | entries.data.astype(np.int64), return_counts=True
+    def _check_same(self, plan: BuildPlan) -> None:
+        rules = reading_rules(self.spec.data)
+        if plan.rules != rules:
+            differing = sorted(key for key in rules if plan.rules.get(key) != rules[key])
+            raise BadInput(
+                "--out",
+                str(self.target),
+                f"holds an unfinished build by other rules ({', '.join(differing)}); finish it, or remove it",
+            )
+        wanted = census_identity(self.census)
+        if {key: plan.census.get(key) for key in wanted} != wanted:
+            there = plan.census.get("uri")
+            raise BadInput(
+                "--out", str(self.target), f"holds an unfinished build of another Census ({there}); finish or remove it"
+            )
+
+    def _check_cluster(self) -> None:
+        largest = max((float(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]), default=0.0)
+        if not os.environ.get("RAY_ADDRESS") and largest < self.memory_bytes:
+            raise BadInput(
+                "resources.task_memory_gib",
+                self.spec.resources.task_memory_gib,
+                f"is more than the {largest / 2**30:.2f} GiB that Ray may use here; lower it",
+            )
+
+    def _tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """(number of the call, its result) of ``function`` on each of ``arguments``, in the order they end."""
+        remote = ray.remote(num_cpus=1, memory=self.memory_bytes, max_retries=TASK_RETRIES)(function)
+        left = iter(enumerate(arguments))
+        running: dict[Any, int] = {}
+        try:
+            while True:
+                most = 2 * int(ray.cluster_resources().get("CPU", 1)) + WAITING_TASKS
+                while len(running) < most and (following := next(left, None)) is not None:
+                    running[remote.remote(*following[1])] = following[0]
+                if not running:
+                    return
+                done, _ = ray.wait(list(running), timeout=REPORT_SECONDS)
+                for reference in done:
+                    result, peak = ray.get(reference)
+                    self.peak_bytes = max(self.peak_bytes, peak)
+                    yield running.pop(reference), result
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+    def _read_ranges(self, plan: BuildPlan) -> None:
+        done = self.building.names("ranges/")
+        waiting = [part for part in plan.parts if part.facts_name not in done]
+        if not waiting:
+            return
+        rate = _Rate("read", sum(part.cells for part in waiting), plan.cells, self.progress)
+        arguments = [(self.census, self.building, part, self.memory_bytes) for part in waiting]
+        for number, _ in self._tasks(_range_task, arguments):
+            rate.add(waiting[number].cells)
+
+    def _facts(self, plan: BuildPlan) -> _Facts:
+        keys, sums, beyond, pieces = [], [], [np.empty((0, 3), np.int64)], []
+        for part in plan.parts:
+            facts = unpack(self.building.read(part.facts_name), part.facts_name)
+            keys.append(facts["key"])
+            sums.append(facts["raw_sum"])
+            beyond.append(facts["beyond"])
+            bucket = facts["piece_bucket"].astype(np.int64)
+            own = np.full(len(bucket), part.index)
+            pieces.append(np.stack([bucket, own, facts["piece_start"], facts["piece_bytes"]], axis=1))
+        return _Facts(np.concatenate(keys), np.concatenate(sums), np.concatenate(beyond), np.concatenate(pieces))
+
+    def _duplicates(self, plan: BuildPlan, facts: _Facts) -> _Duplicates:
+        order = np.argsort(facts.key, kind="stable")
+        key, raw_sum = facts.key[order], facts.raw_sum[order]
+        # cells without a count are alike for want of evidence, and left to min_counts
+        again = np.flatnonzero((key[1:] == key[:-1]) & (raw_sum[1:] == raw_sum[:-1]) & (raw_sum[1:] > 0)) + 1
+        repeated = np.sort(order[again])
+        found = _Duplicates(cells=len(repeated))
+        ends = np.cumsum([part.cells for part in plan.parts])
+        range_of = np.searchsorted(ends, repeated, side="right")
+        arguments = []
+        for index in np.unique(range_of):
+            part = plan.parts[int(index)]
+            rows = repeated[range_of == index] - (ends[index] - part.cells)
+            cells = unpack(self.building.read(part.slice_name), part.slice_name)
+            for bucket in np.unique(cells["bucket"][rows]):
+                places = cells["place"][rows][cells["bucket"][rows] == bucket].astype(np.int64)
+                found.places.setdefault(int(bucket), []).append(places)
+            train = rows[cells["split"][rows] == 0]
+            if len(train):
+                own = facts.pieces[facts.pieces[:, 1] == index]
+                pieces = own[np.isin(own[:, 0], cells["bucket"][train])]
+                joinids = cells["joinid"][train].astype(np.int64)
+                arguments.append((self.building, part, pieces, joinids, len(plan.feature_ids)))
+                for batch, count in zip(*np.unique(cells["batch"][train], return_counts=True), strict=True):
+                    found.of_batch[int(batch)] = found.of_batch.get(int(batch), 0) + int(count)
+        if arguments:
+            self.progress(f"leaving out {found.cells:,} duplicates")
+        for number, histograms in self._tasks(_duplicates_task, arguments):
+            found.histograms[arguments[number][1].index] = histograms
+        return found
+
+    def _rank(self, plan: BuildPlan, duplicates: _Duplicates) -> GeneRanking:
+        self.progress(f"ranking {len(plan.feature_ids):,} genes on {plan.split_cells[0]:,} training cells")
+        return rank_genes(self._batches(plan, duplicates), len(plan.feature_ids), self.spec.data, plan.feature_ids)
+
+    def _batches(self, plan: BuildPlan, duplicates: _Duplicates) -> Iterator[Batch]:
+        """The training cells of each batch, handed on as soon as the last range that holds some was added."""
+        sums: dict[int, HistogramSum] = {}
+        for part in plan.parts:
+            arrays = unpack(self.building.read(part.counts_name), part.counts_name)
+            for batch, histogram in histograms_of(arrays):
+                sums.setdefault(batch, HistogramSum(len(plan.feature_ids))).add(histogram)
+            for batch, histogram in duplicates.histograms.get(part.index, []):
+                sums[batch].add(histogram, -1)
+            for batch in sorted(batch for batch in sums if plan.batch_ends[batch] == part.index):
+                cells = plan.batch_cells[batch] - duplicates.of_batch.get(batch, 0)
+                yield Batch(plan.batches[batch], sums.pop(batch).result(), cells)
+
+    def _gather(
+        self, plan: BuildPlan, facts: _Facts, duplicates: _Duplicates, ranking: GeneRanking
+    ) -> list[GatheredFile]:
+        names, sizes = bucket_names(plan.split_cells), _bucket_cells(plan.split_cells)
+        folder = f"files/{content_hash(self.spec.data.model_dump(mode='json'))[:16]}/"
+        done = self.building.names(folder)
+        waiting = [bucket for bucket, (_, name) in enumerate(names) if f"{folder}{name}.json" not in done]
+        by_bucket = facts.pieces[np.argsort(facts.pieces[:, 0], kind="stable")]
+        edges = np.searchsorted(by_bucket[:, 0], np.arange(len(names) + 1))
+        common = ray.put((ranking.order, plan.parts, len(plan.feature_ids), len(plan.labels["donor_id"])))
+        arguments = [
+            (
+                self.target,
+                self.building,
+                f"{folder}{names[bucket][1]}.json",
+                names[bucket],
+                by_bucket[edges[bucket] : edges[bucket + 1], 1:],
+                np.concatenate([np.empty(0, np.int64), *duplicates.places.get(bucket, [])]),
+                self.spec.data.min_counts,
+                common,
+            )
+            for bucket in waiting
+        ]
+        rate = _Rate("written", sum(sizes[bucket] for bucket in waiting), plan.cells, self.progress)
+        for number, _ in self._tasks(_gather_task, arguments):
+            rate.add(sizes[waiting[number]])
+        records = [f"{folder}{name}.json" for _, name in names]
+        return [GatheredFile.parse(self.building.read(record), f"{self.building}/{record}") for record in records]
+
+    def _publish(
+        self, plan: BuildPlan, duplicates: _Duplicates, ranking: GeneRanking, gathered: list[GatheredFile]
+    ) -> ShardManifest:
+        """Write the tables and, last, the manifest; then remove what is no longer needed."""
+        dropped = dict(plan.dropped)
+        if self.spec.data.drop_duplicates:
+            dropped["drop_duplicates"] = duplicates.cells
+        if self.spec.data.min_counts:
+            dropped["min_counts"] = sum(file.below_min_counts for file in gathered)
+        splits = _splits(plan, gathered, dropped)
+        tables = [
+            write_table(self.target, "genes.parquet", _genes_table(plan, ranking)),
+            write_table(self.target, "presence.parquet", self._presence_table(plan, ranking)),
+        ]
+        planted = beside(self.census, "plant.json")
+        if planted is not None:
+            self.target.write("plant.json", planted)
+            tables.append(file_entry("plant.json", planted, 0))
+        rules = self.spec.data.model_dump(mode="json")
+        manifest = ShardManifest(
+            name=self.spec.name,
+            data_hash=content_hash(
+                {
+                    "rules": rules | {"split_from": plan.split_from},
+                    "genes": [plan.feature_ids[gene] for gene in ranking.order],
+                    "splits": {name: entry.content_sha256 for name, entry in splits.items()},
+                }
+            ),
+            genes=self.spec.data.genes,
+            block_genes=BLOCK_GENES,
+            row_group_cells=ROW_GROUP_CELLS,
+            split_by=self.spec.data.split_by,
+            data=rules,
+            census=plan.census,
+            planted=planted is not None,
+            dropped=dropped,
+            batches_left_out=ranking.batches_left_out,
+            split_from=plan.split_from,
+            splits=splits,
+            tables=tables,
+            codes=plan.labels,
+            made_with={name: importlib.metadata.version(name) for name in MADE_WITH}
+            | {"spec_sha256": content_hash(self.spec.model_dump(mode="json"))},
         )
-        return pa.table({"gene": keys >> 32, "count": keys & 0xFFFFFFFF, "cells": cells.astype(np.int64)})
+        wanted = {entry.path for split in splits.values() for entry in split.files}
+        for name in self.target.names():
+            if SHARD_FILE.fullmatch(name) and name not in wanted:  # of an earlier call with other genes
+                self.target.remove(name)
+        self.target.write(MANIFEST, manifest.to_json().encode())
+        self.target.remove(BUILDING)
+        if self.peak_bytes:
+            self.progress(
+                f"most memory of a task: {self.peak_bytes / 2**20:,.0f} MiB of {self.memory_bytes / 2**20:,.0f}"
+            )
+        return manifest
 
-    merged = CountHistogram(*(np.empty(0, dtype=np.int64) for _ in range(3)))
-    for batch in _over_ranges(ranges, histogram).iter_batches(batch_format="numpy", batch_size=None):
-        merged = CountHistogram.merged([merged, CountHistogram(batch["gene"], batch["count"], batch["cells"])])
-    return rank_genes(merged, int((selection.split == 0).sum()), n_genes, data)
+    def _presence_table(self, plan: BuildPlan, ranking: GeneRanking) -> pa.Table:
+        packed = unpack(self.building.read(PRESENCE), PRESENCE)["measured"]
+        measured = np.unpackbits(packed, axis=1, count=len(plan.feature_ids))[:, ranking.order]
+        return pa.table({"dataset_id": plan.labels["dataset_id"], "measured": encode_block(measured.astype(np.uint16))})
 
 
-def _write_splits(
-    ranges: list[_Range], selection: Selection, ranking: GeneRanking, building: Path
-) -> dict[str, SplitEntry]:
-    shared = ray.put((selection, ranking.order))
+class _Rate:
+    """Lines of progress with a rate and the time that is left, now and then and at the end."""
 
-    def gather(item: dict[str, Any]) -> pa.Table:
-        chosen_cells, order = ray.get(shared)
-        return _shard_rows(item, chosen_cells, order)
+    def __init__(self, done: str, cells: int, of: int, progress: Progress) -> None:
+        self._verb, self._left, self._total, self._progress = done, cells, of, progress
+        self._began = self._last = time.monotonic()
+        self._cells = 0
 
-    rows = _over_ranges(ranges, gather).sort(["split", "position"]).materialize()
-    entries = {}
-    for index, name in enumerate(SPLITS):
-        files, content, cells = write_split(building, name, len(ranking.order), _split_tables(rows, index))
-        chosen = int((selection.split == index).sum())
-        if cells != chosen:
-            raise DamagedFiles([f"{name}: {cells} cells were written, {chosen} were chosen"])
-        share = cells / len(selection.joinid)
-        entries[name] = SplitEntry(
-            cells=cells, fraction=share, groups=selection.groups[name], content_sha256=content, files=files
+    def add(self, cells: int) -> None:
+        """So many more cells are done."""
+        self._cells += cells
+        self._left -= cells
+        now = time.monotonic()
+        if self._left and now - self._last < REPORT_SECONDS:
+            return
+        self._last = now
+        rate = self._cells / max(now - self._began, 1e-9)
+        remaining = f", {self._left / rate:,.0f} s left" if self._left else ""
+        done = self._total - self._left
+        self._progress(f"{self._verb} {done:,} of {self._total:,} cells, {rate:,.0f} cells/s{remaining}")
+
+
+def _bucket_cells(split_cells: Sequence[int]) -> list[int]:
+    """Cells of each shard file before any is left out, in the order of ``bucket_names``."""
+    return [min(FILE_CELLS, cells - first) for cells in split_cells for first in range(0, cells, FILE_CELLS)]
+
+
+def _refuse_large_counts(beyond: Ints, order: Ints, plan: BuildPlan) -> None:
+    """BadInput where a ranked gene has a count that its two bytes cannot hold; nothing is ever wrapped."""
+    wrong = beyond[np.isin(beyond[:, 1], order)]
+    if len(wrong):
+        cell, gene, count = (int(value) for value in wrong[np.argmax(wrong[:, 2])])
+        raise BadInput(
+            "counts",
+            count,
+            f"of gene {plan.feature_ids[gene]} in cell {cell} ({len(wrong)} such) is more than {LARGEST_COUNT}; "
+            "keep other assays with data.keep, or leave the gene out with data.gene_list",
         )
-    return entries
 
 
-def _shard_rows(item: dict[str, Any], selection: Selection, order: NDArray[np.int64]) -> pa.Table:
-    chosen, counts = _read_range(item, selection, split=None)
-    raw_sum = np.asarray(counts.sum(axis=1), dtype=np.int64).ravel()
-    panel = counts[:, order].toarray()
-    if panel.size and panel.max() > LARGEST_COUNT:
-        cell, gene = np.unravel_index(int(panel.argmax()), panel.shape)
-        where = f"cell {selection.joinid[chosen[cell]]}, gene {order[gene]}"
-        raise BadInput("counts", int(panel.max()), f"at {where} is more than {LARGEST_COUNT}; filter that assay out")
-    columns: dict[str, Any] = {
-        "split": selection.split[chosen],
-        "position": selection.position[chosen],
-        "cell": selection.joinid[chosen],
-        "raw_sum": raw_sum,
-    }
-    columns |= {name: selection.codes[name][chosen] for name in CODE_COLUMNS}
-    start = 0
-    for index, width in enumerate(block_widths(len(order))):
-        columns[block_name(index)] = encode_block(panel[:, start : start + width].astype(np.uint16))
-        start += width
-    return pa.table(columns)
+def _splits(plan: BuildPlan, gathered: list[GatheredFile], dropped: dict[str, int]) -> dict[str, SplitEntry]:
+    """The splits of the manifest; BadInput where the rules on counts have left one empty."""
+    whole = sum(file.entry.rows for file in gathered if file.entry)
+    splits = {}
+    for name in SPLITS:
+        own = [file for file in gathered if file.split == name]
+        files = [file.entry for file in own if file.entry]
+        cells = sum(entry.rows for entry in files)
+        if not cells:
+            taken = {rule: dropped[rule] for rule in ("drop_duplicates", "min_counts") if rule in dropped}
+            raise BadInput("data.min_counts", taken, f"cells dropped leave none in {name}; ask for less")
+        splits[name] = SplitEntry(
+            cells=cells,
+            fraction=cells / whole,
+            groups=plan.groups[name],
+            donor_cells=np.sum([file.donor_cells for file in own], axis=0).tolist(),
+            content_sha256=split_content(files),
+            files=files,
+        )
+    return splits
 
 
-def _split_tables(rows: ray.data.Dataset, split: int) -> Iterator[pa.Table]:
-    """The sorted rows of one split, in tables of one row group."""
-    waiting: list[pa.Table] = []
-    blocks: Iterable[Any] = rows.iter_batches(batch_format="pyarrow", batch_size=None)
-    for block in blocks:
-        part = block.filter(pc.equal(block["split"], split))
-        if part.num_rows:
-            waiting.append(part)
-        while sum(table.num_rows for table in waiting) >= ROW_GROUP_CELLS:
-            whole = pa.concat_tables(waiting)
-            yield whole.slice(0, ROW_GROUP_CELLS)
-            waiting = [whole.slice(ROW_GROUP_CELLS)]
-    if sum(table.num_rows for table in waiting):
-        yield pa.concat_tables(waiting)
-
-
-def _genes_table(var: Any, ranking: GeneRanking) -> pa.Table:
-    chosen = var.iloc[ranking.order]
+def _genes_table(plan: BuildPlan, ranking: GeneRanking) -> pa.Table:
+    order = ranking.order
     return pa.table(
         {
-            "rank": np.arange(len(ranking.order)),
-            "soma_joinid": ranking.order,
-            "feature_id": chosen["feature_id"].astype(str).tolist(),
-            "feature_name": chosen["feature_name"].astype(str).tolist(),
-            "train_mean_count": ranking.mean[ranking.order],
-            "score": ranking.score[ranking.order],
+            "rank": np.arange(len(order)),
+            "soma_joinid": order,
+            "feature_id": [plan.feature_ids[gene] for gene in order],
+            "feature_name": [plan.feature_names[gene] for gene in order],
+            "train_mean_count": ranking.mean[order],
+            "score": ranking.score[order],
         }
     )
 
 
-def _presence_table(
-    selection: Selection, datasets: list[str], presence: sp.csr_matrix, ranking: GeneRanking
-) -> pa.Table:
-    row_of = {name: row for row, name in enumerate(datasets)}
-    rows = []
-    for name in selection.labels["dataset_id"]:
-        if name not in row_of:
-            raise BadInput(
-                "census.dataset_id", name, "is in obs and not in the presence matrix; this Census is damaged"
-            )
-        rows.append(row_of[name])
-    measured = presence[rows][:, ranking.order].toarray().astype(np.uint16)
-    return pa.table({"dataset_id": selection.labels["dataset_id"], "measured": encode_block(measured)})
+def _peak_bytes() -> int:
+    """Most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _range_task(census: str, building: Place, part: Range, memory_bytes: int) -> tuple[None, int]:
+    """Read one range and leave its files; the facts come last and say that it is done."""
+    cells = unpack(building.read(part.slice_name), part.slice_name)
+    rows, counts, facts = convert_range(_open_census(census), part, cells, memory_bytes)
+    building.write(part.rows_name, rows)
+    building.write(part.counts_name, counts)
+    building.write(part.facts_name, facts)
+    return None, _peak_bytes()
+
+
+@lru_cache(maxsize=1)
+def _open_census(census: str) -> Census:
+    """The Census, opened once in each process; the driver has looked whether it is whole."""
+    # The driver has opened it too: where a task cannot, the store is away for a while.
+    away = (lambda error: isinstance(error, BadInput)) if "://" in census else (lambda error: False)
+    return patiently(lambda: Census.open(census, check=False), away)
+
+
+def _duplicates_task(
+    building: Place, part: Range, pieces: Ints, joinids: Ints, n_genes: int
+) -> tuple[list[tuple[int, CountHistogram]], int]:
+    read = (read_piece(building, part, int(start), int(size)) for _, _, start, size in pieces)
+    return histograms_of_cells(read, joinids, n_genes), _peak_bytes()
+
+
+def _gather_task(
+    target: Place,
+    building: Place,
+    record: str,
+    file: tuple[str, str],
+    pieces: Ints,
+    dropped: Ints,
+    min_counts: int,
+    common: tuple[Ints, list[Range], int, int],
+) -> tuple[None, int]:
+    """Write one shard file and leave its entry, which says that it is done."""
+    split, name = file
+    order, parts, n_genes, donors = common
+    read = (read_piece(building, parts[index], int(start), int(size)) for index, start, size in pieces)
+    table, below = gather_file(read, order, n_genes, dropped, min_counts)
+    entry = write_file(target, name, table, len(order)) if table.num_rows else None
+    donor_cells = np.bincount(table["donor_id"].to_numpy(), minlength=donors).tolist()
+    done = GatheredFile(split=split, entry=entry, donor_cells=donor_cells, below_min_counts=below)
+    building.write(record, done.to_json().encode())
+    return None, _peak_bytes()

@@ -1,15 +1,14 @@
 """The shard format: Parquet with raw counts in gene blocks, small tables beside it, a manifest with hashes.
 
-A directory holds ``manifest.json``, ``<split>-NNNNN.parquet`` (row groups of 16,384 cells), ``genes.parquet`` (one row
-per gene in rank order), ``presence.parquet`` (one row per dataset: which genes it measured) and, for planted cells,
-``plant.json``. A counts block is FixedSizeBinary of 256 little-endian uint16, so the first V genes are a prefix of
-columns and the first D cells a prefix of rows.
+A directory or S3 prefix holds ``manifest.json``, ``<split>-NNNNN.parquet`` (131,072 cells or fewer, row groups of
+16,384), ``genes.parquet`` (one row per gene in rank order), ``presence.parquet`` (one row per dataset: which genes it
+measured) and, for planted cells, ``plant.json``. A counts block is FixedSizeBinary of 256 little-endian uint16, so the
+first V genes are a prefix of columns and the first D cells a prefix of rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scaling_ray.errors import BadInput, DamagedFiles
+from scaling_ray.places import Place, place
 from scaling_ray.records import FileEntry, ShardManifest
+
+MANIFEST = "manifest.json"
+"""Written last: a directory without it holds no shards."""
 
 BLOCK_GENES = 256
 ROW_GROUP_CELLS = 16_384
-FILE_CELLS = 262_144
+FILE_CELLS = 131_072
 SPLITS = ("train", "val", "test")
 CODE_COLUMNS = ("dataset_id", "donor_id", "cell_type", "disease", "tissue", "assay")
 LARGEST_COUNT = int(np.iinfo(np.uint16).max)
@@ -64,69 +67,78 @@ def decode_block(column: pa.ChunkedArray | pa.Array, width: int) -> NDArray[np.u
     return np.concatenate(parts) if parts else np.empty((0, width), dtype=np.uint16)
 
 
-def file_entry(path: Path, rows: int) -> FileEntry:
-    """Size and sha256 of a file that was just written."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return FileEntry(path=path.name, rows=rows, bytes=path.stat().st_size, sha256=digest.hexdigest())
-
-
-def write_table(path: Path, table: pa.Table) -> FileEntry:
-    """Write a small table next to the shards."""
-    pq.write_table(table, path, compression="zstd", compression_level=1)
-    return file_entry(path, table.num_rows)
-
-
-def write_split(
-    directory: Path, split: str, genes: int, tables: Iterable[pa.Table]
-) -> tuple[list[FileEntry], str, int]:
-    """Write the cells of one split in the order given: its files, the sha256 of its contents, its number of cells.
-
-    The hash runs over the columns one by one, so it does not depend on how the cells were cut into tables.
-    """
+def content_of(table: pa.Table, genes: int) -> str:
+    """sha256 of what a table of cells says, column by column: the same however the cells are chunked or compressed."""
     schema = shard_schema(genes)
-    content = {name: hashlib.sha256(name.encode()) for name in schema.names}
-    entries: list[FileEntry] = []
-    cells = 0
-    writer: pq.ParquetWriter | None = None
-    path, rows = directory, 0
-    for table in tables:
-        table = table.select(schema.names).cast(schema).combine_chunks()
-        for name in ("cell", "raw_sum", *CODE_COLUMNS):
-            content[name].update(np.ascontiguousarray(table[name].to_numpy(), dtype="<i8").tobytes())
-        for index, width in enumerate(block_widths(genes)):
-            content[block_name(index)].update(decode_block(table[block_name(index)], width).tobytes())
-        if writer is None:
-            path, rows = directory / f"{split}-{len(entries):05d}.parquet", 0
-            writer = pq.ParquetWriter(path, schema, compression="zstd", compression_level=1)
-        writer.write_table(table, row_group_size=ROW_GROUP_CELLS)
-        rows += table.num_rows
-        cells += table.num_rows
-        if rows >= FILE_CELLS:
-            writer.close()
-            writer = None
-            entries.append(file_entry(path, rows))
-    if writer is not None:
-        writer.close()
-        entries.append(file_entry(path, rows))
-    return entries, hashlib.sha256(b"".join(column.digest() for column in content.values())).hexdigest(), cells
+    digest = hashlib.sha256()
+    for name in schema.names:
+        column = hashlib.sha256(name.encode())
+        if pa.types.is_fixed_size_binary(schema.field(name).type):
+            width = schema.field(name).type.byte_width // 2
+            column.update(np.ascontiguousarray(decode_block(table[name], width)).data)
+        else:
+            column.update(np.ascontiguousarray(table[name].to_numpy(), dtype="<i8").data)
+        digest.update(column.digest())
+    return digest.hexdigest()
 
 
-def read_manifest(directory: Path) -> ShardManifest:
+def write_file(
+    place: Place, name: str, table: pa.Table, genes: int, row_group_cells: int = ROW_GROUP_CELLS
+) -> FileEntry:
+    """Write cells as one shard file, in the order given; its entry for the manifest."""
+    table = table.select(shard_schema(genes).names).cast(shard_schema(genes)).combine_chunks()
+    return _write(place, name, table, content_of(table, genes), row_group_cells)
+
+
+def write_table(place: Place, name: str, table: pa.Table) -> FileEntry:
+    """Write a small table beside the shards."""
+    return _write(place, name, table, None, ROW_GROUP_CELLS)
+
+
+def _write(place: Place, name: str, table: pa.Table, content: str | None, row_group_cells: int) -> FileEntry:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", compression_level=1, row_group_size=row_group_cells)
+    data = sink.getvalue().to_pybytes()
+    place.write(name, data)
+    return file_entry(name, data, table.num_rows, content)
+
+
+def file_entry(name: str, data: bytes, rows: int, content: str | None = None) -> FileEntry:
+    """A file that was just written, for the manifest."""
+    sha256 = hashlib.sha256(data).hexdigest()
+    return FileEntry(path=name, rows=rows, bytes=len(data), sha256=sha256, content_sha256=content)
+
+
+def split_content(files: list[FileEntry]) -> str:
+    """What a split holds, from its files' contents in their order."""
+    return hashlib.sha256("".join(f"{file.rows} {file.content_sha256}\n" for file in files).encode()).hexdigest()
+
+
+def row_groups(manifest: ShardManifest, split: str) -> NDArray[np.int64]:
+    """First row of each row group of a split and, last, its number of cells: (groups + 1,), rising."""
+    edges = [0]
+    for entry in manifest.splits[split].files:
+        begin = edges[-1]
+        edges += range(begin + manifest.row_group_cells, begin + entry.rows, manifest.row_group_cells)
+        edges.append(begin + entry.rows)
+    return np.array(edges, dtype=np.int64)
+
+
+def read_manifest(where: Path | str | Place) -> ShardManifest:
     """The manifest of a shard directory; BadInput if there is none, DamagedFiles where a group is in two splits."""
-    manifest = _manifest(directory)
+    manifest = _manifest(place(where, "shards"))
     overlaps = _groups_in_two_splits(manifest)
     if overlaps:
         raise DamagedFiles(overlaps)
     return manifest
 
 
-def _manifest(directory: Path) -> ShardManifest:
-    if not (directory / "manifest.json").is_file():
-        raise BadInput("shards", str(directory), "holds no manifest.json; make shards with `scaling-ray shards build`")
-    return ShardManifest.read(directory / "manifest.json")
+def _manifest(shards: Place) -> ShardManifest:
+    try:
+        return ShardManifest.parse(shards.read(MANIFEST), f"{shards}/{MANIFEST}")
+    except FileNotFoundError as error:
+        remedy = f"holds no {MANIFEST}; make shards with `scaling-ray shards build`"
+        raise BadInput("shards", str(shards), remedy) from error
 
 
 def _groups_in_two_splits(manifest: ShardManifest) -> list[str]:
@@ -135,27 +147,25 @@ def _groups_in_two_splits(manifest: ShardManifest) -> list[str]:
     for split, entry in manifest.splits.items():
         for group in entry.groups:
             if group in seen:
-                problems.append(f"manifest.json: {manifest.split_by} {group!r} is in {seen[group]} and in {split}")
+                problems.append(f"{MANIFEST}: {manifest.split_by} {group!r} is in {seen[group]} and in {split}")
             seen[group] = split
     return problems
 
 
-def verify(directory: Path) -> list[str]:
+def verify(where: Path | str | Place) -> list[str]:
     """Each file that is missing, damaged or not in the manifest, one sentence each; empty where all is well."""
-    manifest = _manifest(directory)
-    problems = []
+    shards = place(where, "shards")
+    manifest = _manifest(shards)
     expected = {entry.path: entry for split in manifest.splits.values() for entry in split.files}
     expected |= {entry.path: entry for entry in manifest.tables}
+    found = shards.names()
+    problems = []
     for name, entry in expected.items():
-        path = directory / name
-        if not path.is_file():
+        if name not in found:
             problems.append(f"{name}: is missing")
-        elif path.stat().st_size != entry.bytes:
-            problems.append(f"{name}: has {path.stat().st_size} bytes, the manifest says {entry.bytes}")
-        elif file_entry(path, entry.rows).sha256 != entry.sha256:
+        elif found[name] != entry.bytes:
+            problems.append(f"{name}: has {found[name]} bytes, the manifest says {entry.bytes}")
+        elif hashlib.sha256(shards.read(name)).hexdigest() != entry.sha256:
             problems.append(f"{name}: its contents changed since it was written (sha256 differs)")
-    known = set(expected) | {"manifest.json"}
-    problems += [
-        f"{path.name}: is not in the manifest" for path in sorted(directory.iterdir()) if path.name not in known
-    ]
+    problems += [f"{name}: is not in the manifest" for name in found if name not in expected and name != MANIFEST]
     return problems + _groups_in_two_splits(manifest)

@@ -1,17 +1,29 @@
 """The order of cells as a pure function of integers: no state, no Ray, the same on every worker and after any restart.
 
-A run reads the ``n_cells`` rows of the training permutation that start at its replicate's offset. Epoch e visits them
-in a keyed permutation; batch k is positions [k B, (k+1) B) of the endless sequence epoch 0, epoch 1, ... so that every
-row appears exactly once per epoch, the remainder included, and every batch is full.
+A run reads the ``n_cells`` rows of the training permutation that start at its replicate's offset. Every epoch visits
+each once: up to WINDOW_ROWS of them in one keyed permutation; more in windows of whole stored row groups, the groups in
+a keyed order and the rows of a window in another, so that a stream reads each row group once. (What is stored is itself
+permuted: a window is a random sample of the run's cells.) Batch k is positions [k B, (k+1) B) of the endless sequence
+epoch 0, epoch 1, ...: every row appears once per epoch, the remainder included, and every batch is full.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scaling_ray.errors import BadInput
+
+WINDOW_ROWS = 32_768
+"""Rows shuffled together, at most: two row groups, which a stream holds at a time."""
+KEPT_WINDOWS = 3
+"""Windows whose order is kept between batches; a batch may straddle two."""
+
+_CHUNKS = 0xC4A27
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -37,27 +49,172 @@ def keyed_permutation(key: int, ids: NDArray[np.integer]) -> NDArray[np.int64]:
     return np.argsort(keyed_hash(key, ids), kind="stable").astype(np.int64)
 
 
-def replicate_rows(n_train: int, n_cells: int | None, seed: int) -> NDArray[np.int64]:
-    """Rows of the training permutation that replicate ``seed`` reads: ``n_cells`` from its own offset, wrapping."""
+@dataclass(frozen=True)
+class RunRows:
+    """Which rows of the training permutation a run reads, by their number in the run: i -> row.
+
+    Either ``n_cells`` rows from ``offset`` on, wrapping round ``n_train``, or the rows in ``listed``.
+    """
+
+    n_train: int
+    n_cells: int
+    offset: int = 0
+    listed: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def at(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of the training permutation."""
+        return (self.offset + index) % self.n_train if self.listed is None else self.listed[index]
+
+    def all(self) -> NDArray[np.int64]:
+        """Every row, in the run's order."""
+        return self.at(np.arange(self.n_cells, dtype=np.int64))
+
+    def cuts(self, edges: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the run's rows pass from one row group (``edges``) to another: rising from 0 to ``n_cells``."""
+        if self.listed is None:
+            inner = (edges - self.offset) % self.n_train
+        else:
+            group = np.searchsorted(edges, self.listed, side="right")
+            inner = np.flatnonzero(np.diff(group)) + 1
+        return np.unique(np.concatenate([[0], inner[inner < self.n_cells], [self.n_cells]]))
+
+
+def replicate_rows(n_train: int, n_cells: int | None, seed: int) -> RunRows:
+    """The rows that replicate ``seed`` reads: ``n_cells`` from its own offset, wrapping; all where it asks for all."""
     if n_cells is None or n_cells >= n_train:
-        return np.arange(n_train, dtype=np.int64)
-    offset = int(keyed_hash(0x0FF5E7, np.array([seed]))[0] % np.uint64(n_train))
-    return (offset + np.arange(n_cells, dtype=np.int64)) % n_train
+        return RunRows(n_train, n_train)
+    return RunRows(n_train, n_cells, _offset(n_train, seed))
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(n_cells: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    order = keyed_permutation((seed << 32) ^ epoch, np.arange(n_cells))
-    order.setflags(write=False)
-    return order
+def _offset(n_train: int, seed: int) -> int:
+    return int(keyed_hash(0x0FF5E7, np.array([seed]))[0] % np.uint64(n_train))
 
 
-def batch_rows(step: int, cells_per_step: int, n_cells: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Global batch number ``step``: (indices into the run's rows, epoch of each), both of length ``cells_per_step``."""
-    position = step * cells_per_step + np.arange(cells_per_step, dtype=np.int64)
-    epochs, within = position // n_cells, position % n_cells
-    rows = np.empty(cells_per_step, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        rows[chosen] = _epoch_order(n_cells, seed, int(epoch))[within[chosen]]
-    return rows, epochs
+def chosen_donors(n_donors: int, present: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """The ``n_donors`` donors that replicate ``seed`` reads, of the codes in ``present``; fewer are a part of more."""
+    return np.sort(present[keyed_permutation(0xD0405 ^ (seed << 20), present)][:n_donors])
+
+
+def donor_rows(donor: NDArray[np.int32], n_donors: int, n_cells: int | None, seed: int) -> RunRows:
+    """The rows of ``chosen_donors`` that replicate ``seed`` reads: the first ``n_cells`` from its offset, wrapping.
+
+    Args:
+        donor: (n_train,) donor code of each row of the training permutation.
+        n_donors: how many donors.
+        n_cells: how many cells; None for all of theirs.
+        seed: of the replicate.
+
+    Raises:
+        BadInput: those donors hold fewer cells.
+    """
+    n_train = len(donor)
+    chosen = chosen_donors(n_donors, np.unique(donor).astype(np.int64), seed)
+    offset = 0 if n_cells is None else _offset(n_train, seed)
+    order = np.roll(np.arange(n_train, dtype=np.int64), -offset)
+    listed = order[np.isin(donor[order], chosen)]
+    check_donors(n_donors, len(chosen), n_cells, len(listed), seed)
+    listed = listed if n_cells is None else listed[:n_cells]
+    return RunRows(n_train, len(listed), listed=listed)
+
+
+def check_donors(n_donors: int, chosen: int, n_cells: int | None, cells: int, seed: int) -> None:
+    """BadInput where there are fewer donors, or they hold fewer cells, than a run asks for."""
+    if chosen < n_donors:
+        raise BadInput("grid.donors", n_donors, f"is more than the {chosen} donors of the training split; lower it")
+    if n_cells is not None and cells < n_cells:
+        remedy = f"hold {cells} training cells at seed {seed}, fewer than {n_cells}; take more donors"
+        raise BadInput("grid.donors", n_donors, remedy)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows that are shuffled together: number of the window in its epoch, first position, chunks in visiting order."""
+
+    epoch: int
+    number: int
+    first: int
+    rows: int
+    chunks: tuple[int, ...]
+
+
+class RunOrder:
+    """The endless sequence of a run's rows, epoch by epoch; what is asked of it depends on nothing asked before.
+
+    Args:
+        rows: those of the run.
+        edges: first row of each row group of the training split, and their total.
+        seed: of the run.
+    """
+
+    def __init__(self, rows: RunRows, edges: NDArray[np.int64], seed: int) -> None:
+        self.rows, self.cuts, self.seed = rows, rows.cuts(edges), seed
+        self._windows: tuple[int, list[Window]] = (-1, [])
+        self._visits: dict[tuple[int, int], NDArray[np.int64]] = {}
+
+    def windows(self, epoch: int) -> list[Window]:
+        """The windows of an epoch in the order they are visited."""
+        if self._windows[0] != epoch:
+            self._windows = (epoch, list(self._cut(epoch)))
+        return self._windows[1]
+
+    def _cut(self, epoch: int) -> Iterator[Window]:
+        sizes = np.diff(self.cuts)
+        if len(self.rows) <= WINDOW_ROWS:
+            yield Window(epoch, 0, 0, len(self.rows), tuple(range(len(sizes))))
+            return
+        key = int(keyed_hash(_CHUNKS ^ self._key(epoch), np.zeros(1, np.int64))[0])
+        first = rows = number = 0
+        chunks: list[int] = []
+        for chunk in keyed_permutation(key, np.arange(len(sizes))).tolist():
+            if chunks and rows + sizes[chunk] > WINDOW_ROWS:
+                yield Window(epoch, number, first, rows, tuple(chunks))
+                first, rows, number, chunks = first + rows, 0, number + 1, []
+            chunks.append(chunk)
+            rows += int(sizes[chunk])
+        yield Window(epoch, number, first, rows, tuple(chunks))
+
+    def _key(self, epoch: int) -> int:
+        return (self.seed << 32) ^ epoch
+
+    def stored(self, window: Window) -> NDArray[np.int64]:
+        """The window's rows by their number in the run, chunk after chunk, as they are stored."""
+        parts = [np.arange(self.cuts[chunk], self.cuts[chunk + 1], dtype=np.int64) for chunk in window.chunks]
+        return np.concatenate(parts)
+
+    def shuffle(self, window: Window) -> NDArray[np.int64]:
+        """In which order the window's stored rows are visited: (rows,) indices into ``stored``."""
+        key = self._key(window.epoch)
+        if window.number:
+            key = int(keyed_hash(key, np.array([window.number]))[0])
+        return keyed_permutation(key, np.arange(window.rows))
+
+    def _visit(self, window: Window) -> NDArray[np.int64]:
+        name = (window.epoch, window.number)
+        if name not in self._visits:
+            while len(self._visits) >= KEPT_WINDOWS:
+                del self._visits[next(iter(self._visits))]
+            self._visits[name] = self.stored(window)[self.shuffle(window)]
+        return self._visits[name]
+
+    def batch(self, step: int, cells_per_step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Global batch number ``step``: (numbers of rows in the run, epoch of each), both (cells_per_step,)."""
+        at, n_cells = step * cells_per_step, len(self.rows)
+        index = np.empty(cells_per_step, dtype=np.int64)
+        epochs = (at + np.arange(cells_per_step, dtype=np.int64)) // n_cells
+        filled = 0
+        while filled < cells_per_step:
+            epoch, within = divmod(at + filled, n_cells)
+            window = self.window_at(epoch, within)
+            start = within - window.first
+            taken = min(window.rows - start, cells_per_step - filled)
+            index[filled : filled + taken] = self._visit(window)[start : start + taken]
+            filled += taken
+        return index, epochs
+
+    def window_at(self, epoch: int, within: int) -> Window:
+        """The window that holds position ``within`` of an epoch."""
+        windows = self.windows(epoch)
+        return windows[bisect.bisect_right(windows, within, key=lambda window: window.first) - 1]

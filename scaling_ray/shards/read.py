@@ -1,9 +1,10 @@
-"""Rows of shards as arrays, without Ray."""
+"""Rows of shards as arrays, without Ray, from a directory or an S3 prefix."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -11,21 +12,26 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scaling_ray.errors import BadInput, DamagedFiles
+from scaling_ray.places import Place, place
 from scaling_ray.records import ShardManifest
-from scaling_ray.shards.format import block_name, block_widths, decode_block
+from scaling_ray.shards.format import BLOCK_GENES, block_name, block_widths, decode_block, row_groups
+from scaling_ray.shards.order import RunOrder, RunRows, donor_rows, replicate_rows
+from scaling_ray.spec import RunSpec
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Raw counts of some cells over the first V genes, in the order of the permutation.
+    """Raw counts of some cells over the first V genes.
 
     counts (N, V) uint16; raw_sum (N,) int64 over all genes of the Census; cell (N,) int64 soma_joinids; dataset and
     donor (N,) int32 codes; measured (datasets, V) bool: which of these genes each dataset measured.
     """
 
     counts: NDArray[np.uint16]
-    raw_sum: NDArray[np.int64]
-    cell: NDArray[np.int64]
+    raw_sum: Ints
+    cell: Ints
     dataset: NDArray[np.int32]
     donor: NDArray[np.int32]
     measured: NDArray[np.bool_]
@@ -33,10 +39,10 @@ class Cells:
     def __len__(self) -> int:
         return len(self.cell)
 
-    def rows(self, index: NDArray[np.int64] | slice) -> Cells:
+    def rows(self, index: Ints | slice) -> Cells:
         """The cells at ``index`` (copied where it is an array)."""
         return Cells(
-            self.counts[index],
+            self.counts[index] if isinstance(index, slice) else self.counts.take(index, axis=0),
             self.raw_sum[index],
             self.cell[index],
             self.dataset[index],
@@ -44,46 +50,217 @@ class Cells:
             self.measured,
         )
 
+    def narrowed(self, genes: int) -> Cells:
+        """The same cells over the first ``genes`` genes (a view)."""
+        return Cells(
+            self.counts[:, :genes], self.raw_sum, self.cell, self.dataset, self.donor, self.measured[:, :genes]
+        )
+
+
+ID_COLUMNS = ("cell", "raw_sum", "dataset_id", "donor_id")
+
 
 def columns_for(genes: int) -> list[str]:
     """Parquet columns that hold the first ``genes`` genes and what a batch needs besides."""
-    return ["cell", "raw_sum", "dataset_id", "donor_id", *(block_name(i) for i in range(len(block_widths(genes))))]
+    return [*ID_COLUMNS, *(block_name(i) for i in range(len(block_widths(genes))))]
 
 
 def decode_cells(table: pa.Table, genes: int, stored_genes: int, measured: NDArray[np.bool_]) -> Cells:
     """Cells from a table with ``columns_for(genes)``."""
     counts = np.empty((table.num_rows, genes), dtype=np.uint16)
+    _decode_into(counts, table, stored_genes, slice(None))
+    ids = {name: table[name].to_numpy() for name in ID_COLUMNS}
+    return Cells(counts, ids["raw_sum"], ids["cell"], ids["dataset_id"], ids["donor_id"], measured)
+
+
+def _decode_into(counts: NDArray[np.uint16], table: pa.Table, stored_genes: int, rows: Ints | slice) -> None:
+    """Write the given rows of a table's blocks side by side into ``counts`` (rows, V)."""
+    genes = counts.shape[1]
     for index, width in enumerate(block_widths(stored_genes)[: len(block_widths(genes))]):
-        start = index * block_widths(stored_genes)[0]
+        start = index * BLOCK_GENES
         wanted = min(width, genes - start)
-        counts[:, start : start + wanted] = decode_block(table[block_name(index)], width)[:, :wanted]
-    column = {name: table[name].to_numpy() for name in ("cell", "raw_sum", "dataset_id", "donor_id")}
-    return Cells(counts, column["raw_sum"], column["cell"], column["dataset_id"], column["donor_id"], measured)
+        counts[:, start : start + wanted] = decode_block(table[block_name(index)], width)[rows, :wanted]
 
 
-def read_measured(directory: Path, manifest: ShardManifest, genes: int) -> NDArray[np.bool_]:
+def read_measured(where: Path | str | Place, manifest: ShardManifest, genes: int) -> NDArray[np.bool_]:
     """(datasets, genes) bool from presence.parquet."""
-    try:
-        table = pq.read_table(directory / "presence.parquet")
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DamagedFiles([f"presence.parquet: {error}"]) from error
+    table = _ShardFile(place(where, "shards"), "presence.parquet").table()
     packed = decode_block(table["measured"], manifest.genes)
     return packed[:, :genes].astype(bool)
 
 
-def read_split(directory: Path, manifest: ShardManifest, split: str, genes: int) -> Cells:
-    """All cells of a split over the first ``genes`` genes."""
+class _ShardFile:
+    """A Parquet file of a shard directory; what is wrong with it rises as DamagedFiles with its name."""
+
+    def __init__(self, shards: Place, name: str) -> None:
+        self.name = name
+        try:
+            self._file = pq.ParquetFile(shards.parquet_source(name), pre_buffer=True)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DamagedFiles([f"{name}: {error}"]) from error
+
+    def table(self, columns: list[str] | None = None) -> pa.Table:
+        try:
+            return self._file.read(columns=columns, use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DamagedFiles([f"{self.name}: {error}"]) from error
+
+    def row_group(self, index: int, columns: list[str]) -> pa.Table:
+        try:
+            return self._file.read_row_group(index, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DamagedFiles([f"{self.name}: {error}"]) from error
+
+
+def check_genes(genes: int, manifest: ShardManifest) -> None:
+    """BadInput where the shards hold fewer genes."""
     if genes > manifest.genes:
         raise BadInput(
             "grid.genes", genes, f"is more than the {manifest.genes} genes of the shards; build them with more"
         )
+
+
+def read_split(where: Path | str | Place, manifest: ShardManifest, split: str, genes: int) -> Cells:
+    """All cells of a split over the first ``genes`` genes, in the order of the permutation."""
+    check_genes(genes, manifest)
+    shards = place(where, "shards")
     tables = []
     for entry in manifest.splits[split].files:
-        try:
-            table = pq.read_table(directory / entry.path, columns=columns_for(genes))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DamagedFiles([f"{entry.path}: {error}"]) from error
+        table = _ShardFile(shards, entry.path).table(columns_for(genes))
         if table.num_rows != entry.rows:
             raise DamagedFiles([f"{entry.path}: holds {table.num_rows} cells, the manifest says {entry.rows}"])
         tables.append(table)
-    return decode_cells(pa.concat_tables(tables), genes, manifest.genes, read_measured(directory, manifest, genes))
+    return decode_cells(pa.concat_tables(tables), genes, manifest.genes, read_measured(shards, manifest, genes))
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row group of a split: its file, its number in the file, the rows of the split it holds."""
+
+    file: str
+    number: int
+    start: int
+    stop: int
+
+
+def groups_of(manifest: ShardManifest, split: str) -> list[Group]:
+    """Every row group of a split, in order."""
+    entry = manifest.splits[split]
+    edges = row_groups(manifest, split).tolist()
+    firsts = np.cumsum([0, *(file.rows for file in entry.files)]).tolist()
+    groups = []
+    for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+        file = int(np.searchsorted(firsts, start, side="right")) - 1
+        number = index - int(np.searchsorted(edges, firsts[file]))
+        groups.append(Group(entry.files[file].path, number, start, stop))
+    return groups
+
+
+def read_rows(
+    shards: Place, manifest: ShardManifest, split: str, genes: int, rows: Ints, measured: NDArray[np.bool_]
+) -> Cells:
+    """The cells at ``rows`` of a split's permutation, in the order given; each row group they touch is read once.
+
+    Rows that run on within a row group cost least.
+    """
+    groups = groups_of(manifest, split)
+    edges = np.array([group.start for group in groups] + [groups[-1].stop if groups else 0])
+    of = np.searchsorted(edges, rows, side="right") - 1
+    counts = np.empty((len(rows), genes), dtype=np.uint16)
+    ids = {name: np.empty(len(rows), np.int64) for name in ID_COLUMNS}
+    files: dict[str, _ShardFile] = {}
+    columns = columns_for(genes)
+    for index in dict.fromkeys(of.tolist()):
+        group = groups[index]
+        if group.file not in files:
+            files = {group.file: _ShardFile(shards, group.file)}
+        table = files[group.file].row_group(group.number, columns)
+        if table.num_rows != group.stop - group.start:
+            message = f"row group {group.number} holds {table.num_rows} cells, {group.stop - group.start} were written"
+            raise DamagedFiles([f"{group.file}: {message}"])
+        there = _as_slice(np.flatnonzero(of == index))
+        here = _as_slice(rows[there] - group.start)
+        if isinstance(there, slice):
+            _decode_into(counts[there], table, manifest.genes, here)
+        else:
+            part = np.empty((len(there), genes), dtype=np.uint16)
+            _decode_into(part, table, manifest.genes, here)
+            counts[there] = part
+        for name, values in ids.items():
+            values[there] = table[name].to_numpy()[here]
+    dataset, donor = ids["dataset_id"].astype(np.int32), ids["donor_id"].astype(np.int32)
+    return Cells(counts, ids["raw_sum"], ids["cell"], dataset, donor, measured)
+
+
+def _as_slice(index: Ints) -> Ints | slice:
+    """The same selection as a slice where it runs on without a gap."""
+    if len(index) and index[-1] - index[0] + 1 == len(index) and (np.diff(index) == 1).all():
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return index
+
+
+def read_donors(where: Path | str | Place, manifest: ShardManifest) -> NDArray[np.int32]:
+    """(n_train,) donor code of each row of the training permutation."""
+    shards = place(where, "shards")
+    tables = [_ShardFile(shards, entry.path).table(["donor_id"]) for entry in manifest.splits["train"].files]
+    return pa.concat_tables(tables)["donor_id"].to_numpy()
+
+
+def run_order(
+    run: RunSpec, n_train: int, edges: Ints | None = None, donor: NDArray[np.int32] | None = None
+) -> RunOrder:
+    """The order in which a run visits its training cells.
+
+    Args:
+        run: its seed, cells and donors.
+        n_train: cells of the training split.
+        edges: ``row_groups`` of the training split; None for cells that lie in no shards: one group.
+        donor: (n_train,) donor codes, where the run takes some donors only.
+
+    Raises:
+        BadInput: the split, or the run's donors, hold fewer cells than the run asks for.
+    """
+    if run.cells is not None and run.cells > n_train:
+        raise BadInput("grid.cells", run.cells, f"is more than the {n_train} training cells; lower it")
+    rows: RunRows
+    if run.donors is not None:
+        if donor is None:
+            raise ValueError("donor: None: a run of some donors needs their codes")
+        rows = donor_rows(donor, run.donors, run.cells, run.seed)
+    else:
+        rows = replicate_rows(n_train, run.cells, run.seed)
+    return RunOrder(rows, np.array([0, n_train]) if edges is None else edges, run.seed)
+
+
+def shards_order(shards: Place, manifest: ShardManifest, run: RunSpec) -> RunOrder:
+    """``run_order`` of a run on the training split of some shards; donors are read only where the run takes some."""
+    donor = read_donors(shards, manifest) if run.donors is not None else None
+    return run_order(run, manifest.splits["train"].cells, row_groups(manifest, "train"), donor)
+
+
+class Feed(Protocol):
+    """Where a training loop takes its batches from."""
+
+    order: RunOrder
+
+    def batch(self, step: int, cells_per_step: int, share: slice = ...) -> tuple[Cells, Ints]:
+        """Global batch number ``step``, or a share of it: (its cells, the epoch of each)."""
+
+
+class ResidentFeed:
+    """Batches of a run out of memory.
+
+    Args:
+        cells: of the whole training split, or, ``own``, of the run's rows alone in the run's order.
+        order: of the run.
+        own: which of the two.
+    """
+
+    def __init__(self, cells: Cells, order: RunOrder, own: bool = False) -> None:
+        self._cells, self.order, self._own = cells, order, own
+
+    def batch(self, step: int, cells_per_step: int, share: slice = slice(None)) -> tuple[Cells, Ints]:
+        """Global batch number ``step``, or a share of it: (its cells, the epoch of each)."""
+        index, epochs = self.order.batch(step, cells_per_step)
+        index = index[share]
+        return self._cells.rows(index if self._own else self.order.rows.at(index)), epochs[share]

@@ -27,6 +27,7 @@ def run_cost(run: RunSpec, gflops_per_cpu: float) -> dict[str, Any]:
         "params_without_embedding": parameters_without_embedding(run.shape),
         "genes": run.genes,
         "cells": run.cells if run.cells is not None else "all",
+        "donors": run.donors if run.donors is not None else "all",
         "seed": run.seed,
         "lr": run.lr,
         "lr_candidates": run.lr_candidates,

@@ -6,6 +6,7 @@ The gene mean and the shrunk Gaussian always; where the cells were planted, the 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,39 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from scaling_ray.census.oracle import load_truth, oracle
+from scaling_ray.census.oracle import oracle
+from scaling_ray.census.truth import parse_truth
 from scaling_ray.model.baselines import choose_shrinkage, gaussian_errors, gene_mean_errors, training_moments
 from scaling_ray.model.masking import EVALUATION_MASK_SEED, draw_masks, log_normalise
+from scaling_ray.places import Place
 from scaling_ray.records import ShardManifest
-from scaling_ray.shards.order import replicate_rows
+from scaling_ray.shards.order import RunOrder
 from scaling_ray.shards.read import Cells
 from scaling_ray.spec import RunSpec, TrainSpec, content_hash
 from scaling_ray.storage import write_atomic, write_json
 
 SHRINKAGE_CELLS = 512
 """Validation cells on which the Gaussian's shrinkage is chosen."""
+CHUNK_CELLS = 16_384
+"""Training cells that are in memory as float64 at a time."""
+
+Ints = NDArray[np.int64]
 
 
 def reference_name(run: RunSpec, train_cells: int) -> str:
     """Runs of one name share training cells, genes and masks, and so their references."""
     partial = run.cells is not None and run.cells < train_cells
     cells = f"d{run.cells}-s{run.seed}" if partial else "dall"
-    return f"v{run.genes}-{cells}-{_masks_and_values(run.train)}"
+    donors = f"-n{run.donors}-s{run.seed}" if run.donors is not None else ""
+    return f"v{run.genes}-{cells}{donors}-{_masks_and_values(run.train)}"
 
 
 def _masks_and_values(train: TrainSpec) -> str:
-    """A short name for what decides masks and normalisation besides the cells and genes."""
-    return content_hash({"recipe": train.recipe, "mask_fraction": train.mask_fraction})[:8]
+    """A short name for what decides masks and values besides the cells and genes."""
+    named: dict[str, Any] = {"recipe": train.recipe, "mask_fraction": train.mask_fraction}
+    if train.umi_fraction < 1:
+        named["umi_fraction"] = train.umi_fraction
+    return content_hash(named)[:8]
 
 
 def _values(cells: Cells, train: TrainSpec) -> NDArray[np.float64]:
@@ -56,14 +67,33 @@ def evaluation_masks(cells: Cells, train: TrainSpec) -> tuple[NDArray[np.bool_],
     return hidden & measured, hidden
 
 
-def closed_form_references(run: RunSpec, train: Cells, val: Cells, test: Cells) -> dict[str, Any]:
-    """Gene mean and shrunk Gaussian of a run's training cells: val and test MSE per masked gene."""
-    rows = train.rows(replicate_rows(len(train), run.cells, run.seed))
-    moments = training_moments(_values(rows, run.train), rows.measured[rows.dataset])
-    facts: dict[str, Any] = {"training_cells": len(rows)}
-    some = val.rows(slice(0, SHRINKAGE_CELLS))
-    masked, hidden = evaluation_masks(some, run.train)
-    shrinkage, _ = choose_shrinkage(moments, _values(some, run.train), masked, hidden)
+def training_chunks(order: RunOrder, read: Callable[[Ints], Cells]) -> Iterator[Cells]:
+    """A run's training cells, window by window. read: the cells at some rows of the training permutation."""
+    for window in order.windows(0):
+        stored = order.stored(window)
+        for start in range(0, len(stored), CHUNK_CELLS):
+            yield read(order.rows.at(stored[start : start + CHUNK_CELLS]))
+
+
+def closed_form_references(
+    run: RunSpec, order: RunOrder, read: Callable[[Ints], Cells], val: Cells, test: Cells
+) -> dict[str, Any]:
+    """Gene mean and shrunk Gaussian of a run's training cells: val and test MSE per masked gene.
+
+    No Gaussian where the network sees thinned cells: this one would see them whole.
+    """
+
+    def chunks() -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:
+        for cells in training_chunks(order, read):
+            yield _values(cells, run.train), cells.measured[cells.dataset]
+
+    moments = training_moments(chunks)
+    facts: dict[str, Any] = {"training_cells": len(order.rows)}
+    shrinkage = None
+    if run.train.umi_fraction == 1:
+        some = val.rows(slice(0, SHRINKAGE_CELLS))
+        masked, hidden = evaluation_masks(some, run.train)
+        shrinkage, _ = choose_shrinkage(moments, _values(some, run.train), masked, hidden)
     facts["gaussian_shrinkage"] = shrinkage
     for split, cells in (("val", val), ("test", test)):
         values = _values(cells, run.train)
@@ -72,17 +102,18 @@ def closed_form_references(run: RunSpec, train: Cells, val: Cells, test: Cells) 
         facts[f"{split}_masked_genes"] = int(count)
         facts[f"{split}_gene_mean_mse"] = float(gene_mean_errors(moments.mean, values, masked).sum()) / count
         if split == "test":
-            facts["test_gaussian_mse"] = (
-                float(gaussian_errors(moments, shrinkage, values, masked, hidden).sum()) / count
-            )
+            errors = gaussian_errors(moments, shrinkage, values, masked, hidden) if shrinkage is not None else None
+            facts["test_gaussian_mse"] = float(errors.sum()) / count if errors is not None else None
     return facts
 
 
-def write_closed_form(directory: Path, run: RunSpec, train: Cells, val: Cells, test: Cells) -> None:
+def write_closed_form(
+    directory: Path, run: RunSpec, order: RunOrder, read: Callable[[Ints], Cells], val: Cells, test: Cells
+) -> None:
     """Compute and publish ``directory/<name>.json`` unless it is there."""
-    path = directory / f"{reference_name(run, len(train))}.json"
+    path = directory / f"{reference_name(run, order.rows.n_train)}.json"
     if not path.is_file():
-        write_json(path, closed_form_references(run, train, val, test))
+        write_json(path, closed_form_references(run, order, read, val, test))
 
 
 def floor_path(directory: Path, genes: int, train: TrainSpec) -> Path:
@@ -91,14 +122,15 @@ def floor_path(directory: Path, genes: int, train: TrainSpec) -> Path:
 
 
 def write_planted_floor(
-    directory: Path, shards: Path, manifest: ShardManifest, genes: int, test: Cells, train: TrainSpec
+    directory: Path, shards: Place, manifest: ShardManifest, genes: int, test: Cells, train: TrainSpec
 ) -> None:
     """Compute and publish, per test cell, the squared error and bits of the bound and of the attainable oracle."""
     path = floor_path(directory, genes, train)
     if path.is_file():
         return
-    truth = load_truth(shards / "plant.json")
-    panel = pq.read_table(shards / "genes.parquet", columns=["soma_joinid"])["soma_joinid"].to_numpy()[:genes]
+    truth = parse_truth(shards.read("plant.json").decode(), f"{shards}/plant.json")
+    panel = pq.read_table(shards.parquet_source("genes.parquet"), columns=["soma_joinid"])["soma_joinid"]
+    panel = panel.to_numpy()[:genes]
     effect = truth.effect_of_donor([manifest.codes["donor_id"][code] for code in test.donor])
     dataset = truth.dataset_index([manifest.codes["dataset_id"][code] for code in test.dataset])
     masked, _ = evaluation_masks(test, train)

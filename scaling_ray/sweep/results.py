@@ -34,10 +34,12 @@ SCHEMA = pa.schema(
         ("genes", pa.int64()),
         ("cells", pa.int64()),
         ("cells_requested", pa.string()),
+        ("donors", pa.int64()),
         ("seed", pa.int64()),
         ("lr", pa.float64()),
         ("lr_at_edge", pa.bool_()),
         ("recipe", pa.string()),
+        ("umi_fraction", pa.float64()),
         ("objective", pa.string()),
         ("schedule", pa.string()),
         ("max_cells_seen", pa.int64()),
@@ -73,7 +75,7 @@ def run_row(sweep: Path, run: RunSpec, train_cells: int) -> dict[str, Any]:
     directory = sweep / "runs" / run.run_id
     row: dict[str, Any] = {name: None for name in SCHEMA.names}
     row |= run.model_dump(
-        include={"run_id", "role", "size", "width", "layers", "heads", "feedforward", "genes", "seed", "lr"}
+        include={"run_id", "role", "size", "width", "layers", "heads", "feedforward", "genes", "donors", "seed", "lr"}
     )
     row |= {
         "status": "waiting",
@@ -82,6 +84,7 @@ def run_row(sweep: Path, run: RunSpec, train_cells: int) -> dict[str, Any]:
         "cells": min(run.cells or train_cells, train_cells),
         "cells_requested": "all" if run.cells is None else str(run.cells),
         "recipe": run.train.recipe,
+        "umi_fraction": run.train.umi_fraction,
         "objective": run.train.objective,
         "schedule": run.train.schedule,
         "max_cells_seen": run.train.max_cells_seen,

@@ -13,14 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from scaling_ray.cluster import own_errors, ray, ray_session  # before ray.tune: it sets what ray reads once
 from scaling_ray.errors import BadInput, RunsFailed
+from scaling_ray.places import Place, place
 from scaling_ray.records import ShardManifest
-from scaling_ray.shards.format import SPLITS, read_manifest, verify
-from scaling_ray.shards.read import Cells
-from scaling_ray.shards.stream import read_resident
+from scaling_ray.shards.format import SPLITS, read_manifest, row_groups, verify
+from scaling_ray.shards.order import check_donors, chosen_donors
+from scaling_ray.shards.read import Cells, read_measured, read_rows, shards_order
+from scaling_ray.shards.stream import open_feed, read_resident
 from scaling_ray.spec import RunSpec, SweepSpec, TrainSpec, load_spec
 from scaling_ray.storage import Lease, output_directory, partial_directory, write_atomic, write_json
 from scaling_ray.sweep.failures import guarded, record_failure, recorded_failure
@@ -35,18 +39,23 @@ from scaling_ray.train.loop import RunData, run_to_result
 Progress = Callable[[str], None]
 
 
-def run_sweep(spec_path: Path, shards: Path, out: Path, progress: Progress = lambda line: None) -> list[dict[str, Any]]:
+def run_sweep(
+    spec_path: Path, shards: Path | str | Place, out: Path, progress: Progress = lambda line: None
+) -> list[dict[str, Any]]:
     """Run what the spec asks for and ``out`` does not hold yet; the rows of the results table.
+
+    ``shards`` is a directory or an ``s3://`` URI.
 
     BadInput for a spec that the shards cannot serve; LeaseHeld where another driver works on ``out``; RunsFailed at
     the end where runs have no result (the others do).
     """
     spec = load_spec(spec_path)
-    manifest = read_manifest(shards)
+    source = place(shards, "--shards")
+    manifest = read_manifest(source)
     _check_serves(spec, manifest)
     sweep = output_directory(out)
     with Lease(sweep):
-        return _Sweep(spec, manifest, shards, sweep, progress).complete(Path(spec_path).read_bytes())
+        return _Sweep(spec, manifest, source, sweep, progress).complete(Path(spec_path).read_bytes())
 
 
 def _check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
@@ -56,6 +65,11 @@ def _check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
         there = manifest.data[key]
         if there != wanted:
             raise BadInput(f"data.{key}", wanted, f"the shards were made with {there!r}; build shards from this spec")
+    for run in spec.runs():
+        if run.donors is not None:
+            donor_cells = np.array(manifest.splits["train"].donor_cells)
+            chosen = chosen_donors(run.donors, np.flatnonzero(donor_cells), run.seed)
+            check_donors(run.donors, len(chosen), run.cells, int(donor_cells[chosen].sum()), run.seed)
     train_cells = manifest.splits["train"].cells
     for cells in spec.grid.cells:
         if cells != "all" and cells > train_cells:
@@ -67,7 +81,9 @@ def _check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
 class _Sweep:
     """One call's work on a sweep directory, under its lease."""
 
-    def __init__(self, spec: SweepSpec, manifest: ShardManifest, shards: Path, sweep: Path, progress: Progress) -> None:
+    def __init__(
+        self, spec: SweepSpec, manifest: ShardManifest, shards: Place, sweep: Path, progress: Progress
+    ) -> None:
         self.spec, self.manifest, self.shards, self.sweep, self.progress = spec, manifest, shards, sweep, progress
         self.runs = spec.runs()
         self.train_cells = manifest.splits["train"].cells
@@ -137,8 +153,12 @@ class _Sweep:
         directory = self.sweep / "references"
         names = {reference_name(run, self.train_cells) for run in self.runs}
         missing = any(not (directory / f"{name}.json").is_file() for name in names)
-        floors = {floor_path(directory, run.genes, run.train) for run in self.runs} if self.manifest.planted else set()
+        floors = {floor_path(directory, run.genes, run.train) for run in self.runs} if self._has_floors() else set()
         return missing or any(not path.is_file() for path in floors)
+
+    def _has_floors(self) -> bool:
+        """Floors are exact for cells that were planted, and for a network that sees them whole."""
+        return self.manifest.planted and self.spec.train.umi_fraction == 1
 
     def _run_waiting(self) -> None:
         problems = verify(self.shards)
@@ -150,7 +170,8 @@ class _Sweep:
             with ray_session(self.spec.resources.cpus), own_errors():
                 most_genes = max(run.genes for run in self.runs)
                 self.progress("reading shards into the object store")
-                splits = {name: ray.put(read_resident(self.shards, self.manifest, name, most_genes)) for name in SPLITS}
+                shared = [name for name in SPLITS if name != "train" or self._train_is_resident(most_genes)]
+                splits = {name: ray.put(read_resident(self.shards, self.manifest, name, most_genes)) for name in shared}
                 references = self._start_references(splits)
                 for role in ("rate", "law"):
                     self.runs = self._with_chosen_rates()
@@ -160,6 +181,15 @@ class _Sweep:
             rows = write_results(self.sweep, self.runs, self.train_cells)
             follower.finish(failed=any(is_failure(row) for row in rows))
 
+    def _train_is_resident(self, genes: int) -> bool:
+        """Whether all runs share one copy of the training split; else each opens what it needs."""
+        return 2 * genes * self.train_cells <= self.spec.resources.resident_gib * 2**30
+
+    def _own_bytes(self) -> float:
+        """Bytes of counts that one of the runs that train at the same time may hold for itself."""
+        resources = self.spec.resources
+        return resources.resident_gib * 2**30 / max(1, resources.cpus // self.spec.train.threads)
+
     def _start_references(self, splits: dict[str, Any]) -> list[Any]:
         directory = self.sweep / "references"
         directory.mkdir(exist_ok=True)
@@ -167,13 +197,21 @@ class _Sweep:
         floor = ray.remote(num_cpus=1)(_floor_task)
         one_per_name = {reference_name(run, self.train_cells): run for run in self.runs}
         tasks = [
-            closed_form.remote(str(directory), run.model_dump_json(), *(splits[name] for name in SPLITS))
+            closed_form.remote(
+                str(directory),
+                run.model_dump_json(),
+                self.shards,
+                self.manifest.to_json(),
+                splits.get("train"),
+                splits["val"],
+                splits["test"],
+            )
             for name, run in one_per_name.items()
             if not (directory / f"{name}.json").is_file()
         ]
-        if self.manifest.planted:
+        if self._has_floors():
             for genes in sorted({run.genes for run in self.runs}):
-                arguments = (str(directory), str(self.shards.resolve()), self.manifest.to_json(), genes)
+                arguments = (str(directory), self.shards, self.manifest.to_json(), genes)
                 tasks.append(floor.remote(*arguments, splits["test"], self.runs[0].train.model_dump_json()))
         return tasks
 
@@ -207,7 +245,12 @@ class _Sweep:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         trainable = tune.with_resources(
             tune.with_parameters(
-                _trial, splits=splits, sweep=str(self.sweep.resolve()), data_hash=self.manifest.data_hash
+                _trial,
+                splits=splits,
+                sweep=str(self.sweep.resolve()),
+                shards=self.shards,
+                manifest=self.manifest.to_json(),
+                own_bytes=self._own_bytes(),
             ),
             {"cpu": threads, "gpu": gpus},
         )
@@ -233,18 +276,22 @@ class _Sweep:
                 record_failure(self.directory(run), run, "lost", f"its worker process died {attempts} times")
 
     def _worker_group(self, run: RunSpec) -> None:
-        from scaling_ray.train.worker import train_in_worker_group
-
         directory = self.directory(run)
         scratch = partial_directory(self.sweep / "workers")
         use_gpu = bool(ray.cluster_resources().get("GPU"))
         began = time.monotonic()
         try:
-            guarded(run, directory, lambda: train_in_worker_group(run, self.shards, directory, use_gpu, scratch))
+            guarded(run, directory, lambda: self._train_in_group(run, use_gpu, scratch))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         publish_winner(directory)
         self.announce(run, time.monotonic() - began)
+
+    def _train_in_group(self, run: RunSpec, use_gpu: bool, scratch: Path) -> None:
+        from scaling_ray.train.worker import train_in_worker_group
+
+        resident_bytes = self.spec.resources.resident_gib * 2**30
+        train_in_worker_group(run, self.shards, self.directory(run), use_gpu, scratch, resident_bytes)
 
     def announce(self, run: RunSpec, seconds: float) -> None:
         """One line for a run that ended; the results table is brought up to date."""
@@ -273,13 +320,9 @@ def is_failure(row: dict[str, Any]) -> bool:
     return row["status"] != "done" and (row["role"], row["failure"]) != ("rate", "diverged")
 
 
-def _narrow(cells: Cells, genes: int) -> Cells:
-    return Cells(
-        cells.counts[:, :genes], cells.raw_sum, cells.cell, cells.dataset, cells.donor, cells.measured[:, :genes]
-    )
-
-
-def _trial(config: dict[str, str], splits: dict[str, Any], sweep: str, data_hash: str) -> None:
+def _trial(
+    config: dict[str, str], splits: dict[str, Any], sweep: str, shards: Place, manifest: str, own_bytes: float
+) -> None:
     """What runs in a Tune trial: one run, to its committed result or its recorded failure."""
     from ray import tune
 
@@ -289,8 +332,10 @@ def _trial(config: dict[str, str], splits: dict[str, Any], sweep: str, data_hash
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def work() -> None:
-        train, val, test = (_narrow(ray.get(splits[name]), run.genes) for name in SPLITS)
-        data = RunData(train, val, test, data_hash)
+        held = {name: ray.get(reference).narrowed(run.genes) for name, reference in splits.items()}
+        record = ShardManifest.model_validate_json(manifest)
+        train = held["train"] if "train" in held else open_feed(shards, record, run, own_bytes, cpus=0.0)
+        data = RunData(train, held["val"], held["test"], record.data_hash, row_groups(record, "train"))
         run_to_result(run, data, PlainEngine(run, device), directory)
         publish_winner(directory)
 
@@ -311,16 +356,24 @@ def _progress_callback(sweep: _Sweep) -> Any:
     return Announce()
 
 
-def _closed_form_task(directory: str, run: str, train: Cells, val: Cells, test: Cells) -> None:
-    spec = RunSpec.model_validate_json(run)
+def _closed_form_task(
+    directory: str, run: str, shards: Place, manifest: str, train: Cells | None, val: Cells, test: Cells
+) -> None:
+    spec, record = RunSpec.model_validate_json(run), ShardManifest.model_validate_json(manifest)
     torch.set_num_threads(1)
-    narrowed = (_narrow(cells, spec.genes) for cells in (train, val, test))
-    write_closed_form(Path(directory), spec, *narrowed)
+    measured = read_measured(shards, record, spec.genes)
+
+    def read(rows: NDArray[np.int64]) -> Cells:
+        if train is not None:
+            return train.narrowed(spec.genes).rows(rows)
+        return read_rows(shards, record, "train", spec.genes, rows, measured)
+
+    order = shards_order(shards, record, spec)
+    write_closed_form(Path(directory), spec, order, read, val.narrowed(spec.genes), test.narrowed(spec.genes))
 
 
-def _floor_task(directory: str, shards: str, manifest: str, genes: int, test: Cells, train: str) -> None:
+def _floor_task(directory: str, shards: Place, manifest: str, genes: int, test: Cells, train: str) -> None:
     torch.set_num_threads(1)
     record = ShardManifest.model_validate_json(manifest)
-    write_planted_floor(
-        Path(directory), Path(shards), record, genes, _narrow(test, genes), TrainSpec.model_validate_json(train)
-    )
+    spec = TrainSpec.model_validate_json(train)
+    write_planted_floor(Path(directory), shards, record, genes, test.narrowed(genes), spec)

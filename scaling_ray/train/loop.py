@@ -26,9 +26,9 @@ from scaling_ray.errors import BadInput, Diverged
 from scaling_ray.model.masking import EVALUATION_MASK_SEED, Masks, draw_masks, log_normalise
 from scaling_ray.model.objectives import squared_error_sums
 from scaling_ray.model.sizes import training_flops_per_cell
+from scaling_ray.model.thinning import thin
 from scaling_ray.records import MetricSums, RunResult
-from scaling_ray.shards.order import batch_rows, replicate_rows
-from scaling_ray.shards.read import Cells
+from scaling_ray.shards.read import Cells, Feed, ResidentFeed, run_order
 from scaling_ray.spec import RunSpec, TrainSpec
 from scaling_ray.train.checkpoint import Attempt, Progress, commit_result
 from scaling_ray.train.engine import Engine, model_tensors
@@ -42,17 +42,27 @@ RANK_SEED_STRIDE = 1_000_003
 
 @dataclass(frozen=True)
 class RunData:
-    """The three splits over the run's genes, and the hash of what they came from."""
+    """The three splits over the run's genes, and the hash of what they came from.
 
-    train: Cells
+    ``train`` is the whole training split, with its row groups' ``edges`` where it comes from shards, or a feed.
+    """
+
+    train: Cells | Feed
     val: Cells
     test: Cells
     data_hash: str
+    edges: NDArray[np.int64] | None = None
+
+    def feed(self, run: RunSpec) -> Feed:
+        """The batches of ``run``."""
+        if not isinstance(self.train, Cells):
+            return self.train
+        return ResidentFeed(self.train, run_order(run, len(self.train), self.edges, self.train.donor))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """values (B, V) normalised; masks; targets (B, K)."""
+    """values (B, V) normalised, at the depth the network sees; masks; targets (B, K) at full depth."""
 
     values: Tensor
     masks: Masks
@@ -66,13 +76,19 @@ class Batch:
 def make_batch(
     cells: Cells, epochs: NDArray[np.int64], train: TrainSpec, mask_seed: int, device: torch.device
 ) -> Batch:
-    """Normalise and mask cells on the device."""
+    """Normalise, mask and, where the spec says so, thin cells on the device."""
     measured = torch.from_numpy(cells.measured[cells.dataset]).to(device)
     counts = torch.from_numpy(cells.counts.astype(np.int32)).to(device)
-    values = log_normalise(counts, torch.from_numpy(cells.raw_sum.copy()).to(device), train.recipe)
-    ids = torch.from_numpy(cells.cell.copy()).to(device)
-    masks = draw_masks(train.recipe, train.mask_fraction, mask_seed, torch.from_numpy(epochs).to(device), ids, measured)
-    return Batch(values, masks, values.gather(1, masks.positions))
+    raw_sum = torch.from_numpy(cells.raw_sum.copy()).to(device)
+    values = log_normalise(counts, raw_sum, train.recipe)
+    ids, when = torch.from_numpy(cells.cell.copy()).to(device), torch.from_numpy(epochs).to(device)
+    masks = draw_masks(train.recipe, train.mask_fraction, mask_seed, when, ids, measured)
+    targets = values.gather(1, masks.positions)
+    if train.umi_fraction < 1:
+        most = int(cells.counts.max(initial=0)), int(cells.raw_sum.max(initial=0))
+        seen = thin(counts.to(torch.int64), raw_sum, train.umi_fraction, mask_seed, when, ids, most)
+        values = log_normalise(*seen, train.recipe)
+    return Batch(values, masks, targets)
 
 
 def learning_rate(train: TrainSpec, peak: float, step: int) -> float:
@@ -127,10 +143,8 @@ class TrainingLoop:
     def __init__(self, run: RunSpec, data: RunData, engine: Engine) -> None:
         if run.lr is None:
             raise BadInput("lr", None, "has not been chosen yet; sweep the learning-rate runs first")
-        if run.cells is not None and run.cells > len(data.train):
-            raise BadInput("grid.cells", run.cells, f"is more than the {len(data.train)} training cells; lower it")
         self.run, self.data, self.engine, self.lr = run, data, engine, run.lr
-        self.rows = replicate_rows(len(data.train), run.cells, run.seed)
+        self.feed = data.feed(run)
         self.total_steps = run.train.total_steps
         self.progress = Progress()
         torch.manual_seed(run.seed + RANK_SEED_STRIDE * engine.rank)
@@ -139,11 +153,10 @@ class TrainingLoop:
     def global_batch(self, step: int) -> Batch:
         """The slice of global batch ``step`` that falls to this rank."""
         train = self.run.train
-        index, epochs = batch_rows(step, train.cells_per_step, len(self.rows), self.run.seed)
         share = train.cells_per_step // self.engine.ranks
         own = slice(self.engine.rank * share, (self.engine.rank + 1) * share)
-        cells = self.data.train.rows(self.rows[index[own]])
-        return make_batch(cells, epochs[own], train, self.run.seed, self.engine.device)
+        cells, epochs = self.feed.batch(step, train.cells_per_step, own)
+        return make_batch(cells, epochs, train, self.run.seed, self.engine.device)
 
     def train_one_update(self) -> tuple[MetricSums, float, float]:
         """One optimizer step: (sums of its global batch, learning rate, gradient norm)."""
@@ -266,7 +279,7 @@ def run_to_result(
         attempts=attempt.number,
         data_hash=data.data_hash,
         lr=loop.lr,
-        cells_resolved=len(loop.rows),
+        cells_resolved=len(loop.feed.order.rows),
         cells_seen=progress.cells_seen,
         masked_genes_seen=progress.masked_genes_seen,
         optimizer_steps=progress.optimizer_steps,

@@ -1,7 +1,7 @@
 """One run in a Ray Train worker group: the loop of ``train.loop`` on several processes, with DDP or DeepSpeed.
 
-Every worker reads the shards itself and takes its slice of the global plan, so nothing is fed to the group and no
-rank waits for rows. Progress is in the run's own files; Ray keeps no checkpoints of it.
+Every worker reads the shards itself, or streams them, and takes its slice of the global plan, so nothing is fed to the
+group and no rank waits for another's rows. Progress is in the run's own files; Ray keeps no checkpoints of it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import RayTrainError
 
 from scaling_ray.errors import ScalingRayError
-from scaling_ray.shards.format import SPLITS, read_manifest
+from scaling_ray.places import Place
+from scaling_ray.shards.format import read_manifest
 from scaling_ray.shards.read import read_split
+from scaling_ray.shards.stream import open_feed
 from scaling_ray.spec import RunSpec
 from scaling_ray.train.engine import build_engine
 from scaling_ray.train.loop import RunData, run_to_result
@@ -62,12 +64,15 @@ def preflight(run: RunSpec, cluster_resources: Mapping[str, float], driver_cpus:
     return None
 
 
-def train_in_worker_group(run: RunSpec, shards: Path, run_directory: Path, use_gpu: bool, storage_path: Path) -> None:
+def train_in_worker_group(
+    run: RunSpec, shards: Place, run_directory: Path, use_gpu: bool, storage_path: Path, resident_bytes: float
+) -> None:
     """Train ``run`` on ``run.workers`` workers of the connected cluster; ``run_directory`` then holds its result.
 
-    ``shards`` and ``run_directory`` must be the same directories on every node. Ray writes below ``storage_path``
-    only. An error of a worker rises here as itself (BadInput, Diverged, a bug's own class), at once and without
-    another try; a group that cannot be started or died with a process rises as Ray's TrainingFailedError.
+    ``shards`` and ``run_directory`` must be the same places on every node. Ray writes below ``storage_path`` only. A
+    worker holds training cells of up to its part of ``resident_bytes`` and streams more. An error of a worker rises
+    here as itself (BadInput, Diverged, a bug's own class), at once and without another try; a group that cannot be
+    started or died with a process rises as Ray's TrainingFailedError.
     """
     if not ray.is_initialized():
         raise RuntimeError("no connection to Ray; call this within cluster.ray_session")
@@ -76,7 +81,8 @@ def train_in_worker_group(run: RunSpec, shards: Path, run_directory: Path, use_g
         _work,
         train_loop_config={
             "run": run.model_dump_json(),
-            "shards": str(shards.resolve()),
+            "shards": shards.uri,
+            "resident_bytes": resident_bytes / run.workers,
             "run_directory": str(run_directory.resolve()),
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -122,8 +128,9 @@ def _work(config: dict[str, Any]) -> None:
     run = RunSpec.model_validate_json(config["run"])
     torch.set_num_threads(run.train.threads)
     context = get_context()
-    shards = Path(config["shards"])
+    shards = config["shards"]
     manifest = read_manifest(shards)
-    splits = {name: read_split(shards, manifest, name, run.genes) for name in SPLITS}
+    train = open_feed(shards, manifest, run, config["resident_bytes"], cpus=0.0)
+    val, test = (read_split(shards, manifest, name, run.genes) for name in ("val", "test"))
     engine = build_engine(run, get_device(), context.get_world_rank(), context.get_world_size())
-    run_to_result(run, RunData(**splits, data_hash=manifest.data_hash), engine, Path(config["run_directory"]))
+    run_to_result(run, RunData(train, val, test, manifest.data_hash), engine, Path(config["run_directory"]))
