@@ -11,14 +11,16 @@ from typing import NoReturn
 from scaling_ray.errors import BadInput, ScalingRayError
 
 
-def place(given: str | None) -> Path:
-    """The directory for results, from ``--out`` or the environment's SCALING_RAY_OUT.
+def place(given: str | None, s3: bool = False) -> str:
+    """Where results go, from ``--out`` or the environment's SCALING_RAY_OUT.
 
     Raises:
-        BadInput: none given, relative (a job's working directory is deleted with its package), or on S3, which the
-            package cannot write to.
+        BadInput: none given, relative (a job's working directory is deleted with its package), or on S3 where only
+            directories will do.
     """
     value = given or os.environ.get("SCALING_RAY_OUT") or ""
+    if value.startswith("s3://") and s3:
+        return value
     if value.startswith("s3://"):
         raise BadInput("--out", value, "results cannot go to S3 yet; name an absolute directory that every node mounts")
     if not Path(value).is_absolute():
@@ -26,7 +28,7 @@ def place(given: str | None) -> Path:
             "name an absolute directory with --out or SCALING_RAY_OUT; a relative one vanishes with the job's package"
         )
         raise BadInput("--out", value or None, remedy)
-    return Path(value)
+    return value
 
 
 def say(line: str) -> None:

@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("sweep", help="absolute directory of a sweep")
     parser.add_argument("--out", help="absolute directory for the report (default: SCALING_RAY_OUT)")
     options = parser.parse_args(argv)
-    out = output.place(options.out)
+    out = Path(output.place(options.out))
 
     from scaling_ray.report.build import build_report
 

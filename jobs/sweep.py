@@ -15,11 +15,11 @@ def main(argv: list[str]) -> int:
     """Run the sweep of SPEC to its report. Returns the exit code; RunsFailed, after the report, where runs failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path, help="the sweep's TOML file")
-    parser.add_argument("--shards", type=Path, help="shards built before (default: built below OUT from the Census)")
+    parser.add_argument("--shards", help="directory or s3:// URI of shards (default: built below OUT from the Census)")
     parser.add_argument("--census", help="directory, s3:// URI or release of a Census (default: planted below OUT)")
     parser.add_argument("--out", help="absolute directory for everything (default: SCALING_RAY_OUT)")
     options = parser.parse_args(argv)
-    out = output.place(options.out)
+    out = Path(output.place(options.out))
 
     from scaling_ray.errors import RunsFailed
     from scaling_ray.report.build import build_report

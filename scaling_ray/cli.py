@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from scaling_ray import __version__
-from scaling_ray.errors import DamagedFiles, ScalingRayError
+from scaling_ray.errors import BadInput, DamagedFiles, ScalingRayError
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -41,11 +41,19 @@ def _shards_build(options: argparse.Namespace) -> int:
     from scaling_ray.spec import load_spec
 
     spec = load_spec(options.spec)
+    if options.dry_run:
+        from scaling_ray.shards.estimate import estimate, format_estimate
+
+        found = estimate(spec, options.census)
+        print(json.dumps(found, indent=1) if options.json else format_estimate(found))
+        return 0
+    if options.out is None:
+        raise BadInput("--out", None, "name a directory or an s3:// URI for the shards (or ask for --dry-run)")
     from scaling_ray.shards.convert import build_shards
 
     manifest = build_shards(spec, options.census, options.out, say)
     for name, split in manifest.splits.items():
-        say(f"{name}: {split.cells} cells ({split.fraction:.1%})")
+        say(f"{name}: {split.cells:,} cells ({split.fraction:.1%})")
     print(options.out)
     return 0
 
@@ -128,6 +136,20 @@ def _track_replay(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_stream(options: argparse.Namespace) -> int:
+    from scaling_ray.shards.bench import bench_stream
+
+    found = bench_stream(options.shards, options.genes, options.batch, options.cells, options.cpus)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for name in ("pyarrow", "", "resident"):
+            rate = found[f"{name}_cells_per_second" if name else "cells_per_second"]
+            shown = f"{rate:,.0f} cells/s" if rate else "not measured: too much for this machine's memory"
+            print(f"{name or 'stream':9} {shown} of {found['genes']} genes")
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from scaling_ray.doctor import check_machine, format_findings
 
@@ -173,16 +195,18 @@ def build_parser() -> argparse.ArgumentParser:
     build = verb(shards, "build", _shards_build, "convert the cells a spec asks for into Parquet shards")
     build.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec; its [data] table is used")
     build.add_argument("--census", required=True, help="directory, URI or version (such as 2025-11-08) of a Census")
-    build.add_argument("--out", type=Path, required=True, help="directory of the shards")
+    build.add_argument("--out", default=None, help="directory or s3:// URI of the shards; the same one again goes on")
+    build.add_argument("--dry-run", action="store_true", help="say what it would read, write and take; build nothing")
+    build.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
     check = verb(shards, "verify", _shards_verify, "name each missing, damaged or foreign file")
-    check.add_argument("directory", type=Path, metavar="DIR", help="directory of the shards")
+    check.add_argument("directory", metavar="DIR", help="directory or s3:// URI of the shards")
 
     plan = verb(verbs, "plan", _plan, "what a sweep will do and cost: grid, parameters, TFLOP, MiB, hours")
     plan.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec")
     plan.add_argument("--json", action="store_true", help="as JSON")
     sweep = verb(verbs, "sweep", _sweep, "run every cell of the grid that has no result yet")
     sweep.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec")
-    sweep.add_argument("--shards", type=Path, required=True, help="directory of the shards")
+    sweep.add_argument("--shards", required=True, help="directory or s3:// URI of the shards")
     sweep.add_argument("--out", type=Path, required=True, help="directory of the sweep; the same one again goes on")
     fit = verb(verbs, "fit", _fit, "fit scaling laws to a sweep or to any table: verdict, intervals, declared choices")
     fit.add_argument(
@@ -197,6 +221,16 @@ def build_parser() -> argparse.ArgumentParser:
     track = group("track", "MLflow tracking of a sweep")
     replay = verb(track, "replay", _track_replay, "log to MLflow what a sweep's files hold and MLflow does not")
     replay.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
+    bench = group("bench", "measure this machine")
+    stream = verb(
+        bench, "stream", _bench_stream, "cells a second out of shards: streamed, resident, and by bare pyarrow"
+    )
+    stream.add_argument("shards", metavar="SHARDS", help="directory or s3:// URI of the shards")
+    stream.add_argument("--genes", type=int, default=None, help="genes to read (all of the shards' if left out)")
+    stream.add_argument("--batch", type=int, default=256, help="cells of a batch")
+    stream.add_argument("--cells", type=int, default=400_000, help="cells to read, steady state, at the least")
+    stream.add_argument("--cpus", type=int, default=2, help="CPUs of the private Ray")
+    stream.add_argument("--json", action="store_true", help="as JSON")
     doctor = verb(verbs, "doctor", _doctor, "what this machine has and lacks")
     doctor.add_argument("--write-to", type=Path, default=Path("."), help="a directory that must be writable")
     return parser

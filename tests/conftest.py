@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +77,7 @@ def write_cells_as_shards(
         }
         table = pa.table(columns)
         files = [
-            write_file(target, f"{split}-{n:05d}.parquet", table.slice(start, file_cells), genes, row_group_cells)
+            write_file(target, f"{split}-{n:05d}.parquet", [table.slice(start, file_cells)], genes, row_group_cells)
             for n, start in enumerate(range(0, len(cells), file_cells))
         ]
         entries[split] = SplitEntry(
@@ -178,3 +184,197 @@ def tiny_shards(planted_census: Path, tmp_path_factory: pytest.TempPathFactory, 
     out = tmp_path_factory.mktemp("shards") / "shards"
     build_shards(parse_spec(TINY_SWEEP), str(planted_census), out)
     return out
+
+
+S3_SERVER = r'''
+import os, random, re, sys, threading, time
+port, log, share = int(sys.argv[1]), open(sys.argv[2], "a", buffering=1), float(sys.argv[3])
+os.environ["MOTO_PORT"] = str(port)
+os.environ["MOTO_S3_DEFAULT_MAX_KEYS"] = "100"  # a server may list fewer names in an answer than the most, 1,000
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
+moto = DomainDispatcherApplication(create_backend_app)
+one_at_a_time, chance, being_put, already = threading.Lock(), random.Random(1), set(), {}
+
+
+def fault_of(method, path):
+    """What goes wrong with a request: by chance, or as often as its name asks for."""
+    with one_at_a_time:
+        if chance.random() < share:
+            return chance.choice(("refused", "lost", "cut"))
+        asked = re.search("(refused|lost|cut)-([0-9]+)-times", path)
+        if not asked or method != ("GET" if asked[1] == "cut" else "PUT"):
+            return ""
+        already[path] = already.get(path, 0) + 1
+        return asked[1] if already[path] <= int(asked[2]) else ""
+
+
+def claim(path):
+    with one_at_a_time:
+        free = path not in being_put
+        being_put.add(path)
+        return free
+
+
+def error(status, code):
+    text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+    return status, [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))], text
+
+
+def ask_moto(environ):
+    said = []
+    parts = moto(environ, lambda status, headers, _=None: said.append((status, headers)))
+    try:
+        return *said[0], b"".join(parts)
+    finally:
+        parts.close()
+
+
+def answer_to(environ, path, fault):
+    conditional = environ["REQUEST_METHOD"] == "PUT" and {"HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"} & set(environ)
+    refusal = None
+    if fault == "refused":
+        refusal = error("500 Internal Server Error", "InternalError")
+    elif conditional and not claim(path):
+        refusal = error("409 Conflict", "ConditionalRequestConflict")
+    if refusal:
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        return refusal
+    try:
+        if conditional:  # moto looks first and puts after; S3 does both at once, and says so to who comes meanwhile
+            time.sleep(0.05)
+        return ask_moto(environ)
+    finally:
+        if conditional:
+            being_put.discard(path)
+
+
+def broken(body):
+    yield body[: len(body) // 2]
+    raise ConnectionResetError
+
+
+def application(environ, start_response):
+    method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+    fault = fault_of(method, path)
+    status, headers, body = answer_to(environ, path, fault)
+    if fault == "cut" and not (method == "GET" and len(body) > 1):
+        fault = "lost"
+    if fault == "lost":
+        status, headers, body = error("500 Internal Server Error", "InternalError")
+    with one_at_a_time:
+        log.write(f"{method} {path} {status[:3]} {len(body)} {fault or '-'}\n")
+    start_response(status, headers)
+    return broken(body) if fault == "cut" else [body]
+
+
+make_server("127.0.0.1", port, application, threaded=True, request_handler=MotoRequestHandler).serve_forever()
+'''
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def serving(port: int, program: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python program that listens on ``port`` of this machine, until the block ends."""
+    command = [sys.executable, "-c", program, *arguments]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield server
+    finally:
+        server.kill()
+        server.wait(timeout=20)
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server of this machine and the log of what it was asked."""
+
+    port: int
+    log: Path
+    client: Any
+    """A boto3 client."""
+
+    @property
+    def endpoint(self) -> str:
+        """Its URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def environment(self, endpoint: str | None = None) -> dict[str, str]:
+        """The variables by which AWS tools find it, and nothing else of this machine's settings."""
+        return {
+            "AWS_ENDPOINT_URL": endpoint or self.endpoint,
+            "AWS_ACCESS_KEY_ID": "for-the-test-server",
+            "AWS_SECRET_ACCESS_KEY": "for-the-test-server",
+            "AWS_SHARED_CREDENTIALS_FILE": "/no/such/file",
+            "AWS_CONFIG_FILE": "/no/such/file",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def requests(self) -> list[list[str]]:
+        """What it was asked so far: method, path, status, bytes of the answer, what went wrong on purpose or "-"."""
+        return [line.split() for line in self.log.read_text().splitlines()]
+
+    def objects(self, bucket: str, prefix: str) -> dict[str, bytes]:
+        """Every object below a prefix, by its name there, asked past the package."""
+        found = {}
+        for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for entry in page.get("Contents", []):
+                body = self.client.get_object(Bucket=bucket, Key=entry["Key"])["Body"]
+                found[entry["Key"].removeprefix(prefix)] = body.read()
+        return found
+
+
+@contextmanager
+def running_s3(folder: Path, failing: float = 0.0) -> Iterator[S3Server]:
+    """moto's S3 with a bucket named "shards"; of every ``failing`` share of requests the answer is an error or cut."""
+    import boto3
+
+    port, log = free_port(), folder / "requests.log"
+    with serving(port, S3_SERVER, str(port), str(log), str(failing)):
+        client = boto3.client(
+            "s3",
+            endpoint_url=f"http://127.0.0.1:{port}",
+            region_name="us-west-2",
+            aws_access_key_id="for-the-test-server",
+            aws_secret_access_key="for-the-test-server",
+        )
+        try:
+            client.create_bucket(Bucket="shards", CreateBucketConfiguration={"LocationConstraint": "us-west-2"})
+            yield S3Server(port, log, client)
+        finally:
+            client.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for every test that asks for it; a process of its own, as a client may hold the interpreter."""
+    with running_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """The same, and this process's environment leads to it."""
+    from scaling_ray import places
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    places._client_of.cache_clear()
+    yield s3_server
+    places._client_of.cache_clear()

@@ -276,24 +276,34 @@ class Census:
         table = patiently(
             lambda: self._x.read((slice(start, stop - 1), slice(None))).tables().concat(), self._may_come_back
         )
-        values = table["soma_data"].to_numpy()
-        right = (values >= 0) & (values < 2**31) & (values == np.floor(values))  # nan is none of them
-        if not right.all():
-            where = f"cells {start} to {stop}"
-            raise BadInput(
-                "X/raw", float(values[~right][0]), f"is no count ({where}); a Census of raw counts is needed"
-            )
-        counts = values.astype(np.int32)
-        rows = table["soma_dim_0"].to_numpy() - start
-        matrix = sp.csr_matrix(
-            (counts, (rows, table["soma_dim_1"].to_numpy())), shape=(stop - start, self.n_genes), dtype=np.int32
-        )
+        counts = _as_counts(table["soma_data"].to_numpy(), f"cells {start} to {stop}")
+        rows = (table["soma_dim_0"].to_numpy() - start).astype(np.int32)
+        genes = table["soma_dim_1"].to_numpy().astype(np.int32)
+        shape = (stop - start, self.n_genes)
+        if not len(rows) or (np.diff(rows) >= 0).all():
+            # one tile across: the entries come row by row
+            first = np.zeros(shape[0] + 1, dtype=np.int32)
+            np.cumsum(np.bincount(rows, minlength=shape[0]), out=first[1:])
+            matrix = sp.csr_matrix((counts, genes, first), shape=shape)
+        else:
+            matrix = sp.coo_matrix((counts, (rows, genes)), shape=shape).tocsr()
         matrix.sort_indices()
         return matrix
 
     def _may_come_back(self, error: Exception) -> bool:
         """Whether a failed read is worth another try: an object store may be away for a while, a disk is not."""
         return "://" in self.uri and isinstance(error, soma.SOMAError | OSError)
+
+
+def _as_counts(values: np.ndarray, where: str) -> np.ndarray:
+    """The same as int32; BadInput for what is negative, fractional, infinite or beyond int32."""
+    with np.errstate(invalid="ignore"):  # nan and what is beyond become the smallest int32
+        counts = values.astype(np.int32)
+    wrong = counts.astype(values.dtype) != values
+    if wrong.any() or (len(counts) and counts.min() < 0):
+        first = float(values[np.argmax(wrong | (counts < 0))])
+        raise BadInput("X/raw", first, f"is no count ({where}); a Census of raw counts is needed")
+    return counts
 
 
 def _local_path(where: str, check: bool) -> str | None:

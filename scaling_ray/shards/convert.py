@@ -7,6 +7,7 @@ of a directory or an S3 prefix.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -74,6 +75,9 @@ TASK_RETRIES = 20
 WAITING_TASKS = 64
 """Tasks handed to Ray beyond what it can run at once: the demand an autoscaler sees."""
 REPORT_SECONDS = 5.0
+TASK_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
+"""Of the processes that run tasks. TileDB's threads else leave memory behind in arenas of glibc's allocator, up to
+eight for each core of the machine, and a task's memory grows with the tasks before it."""
 MADE_WITH = ("scaling-ray", "pyarrow", "tiledbsoma", "cellxgene-census", "numpy", "scikit-misc", "ray")
 SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
@@ -167,7 +171,7 @@ class _Build:
         self.spec, self.census, self.target, self.progress = spec, census, target, progress
         self.building = target.below(BUILDING.rstrip("/"))
         self.memory_bytes = int(spec.resources.task_memory_gib * 2**30)
-        self.peak_bytes = 0
+        self.peak_bytes: dict[str, int] = {}
 
     def complete(self) -> ShardManifest:
         with ExitStack() as stack:
@@ -235,7 +239,13 @@ class _Build:
 
     def _tasks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """(number of the call, its result) of ``function`` on each of ``arguments``, in the order they end."""
-        remote = ray.remote(num_cpus=1, memory=self.memory_bytes, max_retries=TASK_RETRIES)(function)
+        name = function.__name__.strip("_").replace("_", " ")
+        remote = ray.remote(
+            num_cpus=1,
+            memory=self.memory_bytes,
+            max_retries=TASK_RETRIES,
+            runtime_env={"env_vars": TASK_ENVIRONMENT},
+        )(function)
         left = iter(enumerate(arguments))
         running: dict[Any, int] = {}
         try:
@@ -248,7 +258,7 @@ class _Build:
                 done, _ = ray.wait(list(running), timeout=REPORT_SECONDS)
                 for reference in done:
                     result, peak = ray.get(reference)
-                    self.peak_bytes = max(self.peak_bytes, peak)
+                    self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak)
                     yield running.pop(reference), result
         finally:
             for reference in running:
@@ -403,10 +413,8 @@ class _Build:
                 self.target.remove(name)
         self.target.write(MANIFEST, manifest.to_json().encode())
         self.target.remove(BUILDING)
-        if self.peak_bytes:
-            self.progress(
-                f"most memory of a task: {self.peak_bytes / 2**20:,.0f} MiB of {self.memory_bytes / 2**20:,.0f}"
-            )
+        for task, peak in self.peak_bytes.items():
+            self.progress(f"most memory of a {task}: {peak / 2**20:,.0f} MiB of {self.memory_bytes / 2**20:,.0f}")
         return manifest
 
     def _presence_table(self, plan: BuildPlan, ranking: GeneRanking) -> pa.Table:
@@ -491,13 +499,25 @@ def _genes_table(plan: BuildPlan, ranking: GeneRanking) -> pa.Table:
     )
 
 
+def _begin_task() -> None:
+    """Give back what earlier tasks of this process left unused, and begin to measure: its high-water mark falls."""
+    pa.default_memory_pool().release_unused()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_bytes() -> int:
-    """Most memory this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most memory this process has held since ``_begin_task``; over its whole life where the kernel does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
 
 
 def _range_task(census: str, building: Place, part: Range, memory_bytes: int) -> tuple[None, int]:
     """Read one range and leave its files; the facts come last and say that it is done."""
+    _begin_task()
     cells = unpack(building.read(part.slice_name), part.slice_name)
     rows, counts, facts = convert_range(_open_census(census), part, cells, memory_bytes)
     building.write(part.rows_name, rows)
@@ -517,6 +537,7 @@ def _open_census(census: str) -> Census:
 def _duplicates_task(
     building: Place, part: Range, pieces: Ints, joinids: Ints, n_genes: int
 ) -> tuple[list[tuple[int, CountHistogram]], int]:
+    _begin_task()
     read = (read_piece(building, part, int(start), int(size)) for _, _, start, size in pieces)
     return histograms_of_cells(read, joinids, n_genes), _peak_bytes()
 
@@ -532,12 +553,13 @@ def _gather_task(
     common: tuple[Ints, list[Range], int, int],
 ) -> tuple[None, int]:
     """Write one shard file and leave its entry, which says that it is done."""
+    _begin_task()
     split, name = file
     order, parts, n_genes, donors = common
     read = (read_piece(building, parts[index], int(start), int(size)) for index, start, size in pieces)
-    table, below = gather_file(read, order, n_genes, dropped, min_counts)
-    entry = write_file(target, name, table, len(order)) if table.num_rows else None
-    donor_cells = np.bincount(table["donor_id"].to_numpy(), minlength=donors).tolist()
-    done = GatheredFile(split=split, entry=entry, donor_cells=donor_cells, below_min_counts=below)
+    found = gather_file(read, order, n_genes, dropped, min_counts)
+    entry = write_file(target, name, found.tables(ROW_GROUP_CELLS), len(order))
+    donor_cells = np.bincount(found.columns["donor_id"], minlength=donors).tolist()
+    done = GatheredFile(split=split, entry=entry, donor_cells=donor_cells, below_min_counts=found.below_min_counts)
     building.write(record, done.to_json().encode())
     return None, _peak_bytes()

@@ -9,6 +9,7 @@ first V genes are a prefix of columns and the first D cells a prefix of rows.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -67,40 +68,54 @@ def decode_block(column: pa.ChunkedArray | pa.Array, width: int) -> NDArray[np.u
     return np.concatenate(parts) if parts else np.empty((0, width), dtype=np.uint16)
 
 
-def content_of(table: pa.Table, genes: int) -> str:
-    """sha256 of what a table of cells says, column by column: the same however the cells are chunked or compressed."""
-    schema = shard_schema(genes)
-    digest = hashlib.sha256()
-    for name in schema.names:
-        column = hashlib.sha256(name.encode())
-        if pa.types.is_fixed_size_binary(schema.field(name).type):
-            width = schema.field(name).type.byte_width // 2
-            column.update(np.ascontiguousarray(decode_block(table[name], width)).data)
-        else:
-            column.update(np.ascontiguousarray(table[name].to_numpy(), dtype="<i8").data)
-        digest.update(column.digest())
-    return digest.hexdigest()
+class _Content:
+    """A running sha256 of what cells say, column by column: the same however they are chunked or compressed."""
+
+    def __init__(self, genes: int) -> None:
+        self._schema = shard_schema(genes)
+        self._columns = {name: hashlib.sha256(name.encode()) for name in self._schema.names}
+
+    def add(self, table: pa.Table) -> None:
+        for name, digest in self._columns.items():
+            kind = self._schema.field(name).type
+            if pa.types.is_fixed_size_binary(kind):
+                digest.update(np.ascontiguousarray(decode_block(table[name], kind.byte_width // 2)).data)
+            else:
+                digest.update(np.ascontiguousarray(table[name].to_numpy(), dtype="<i8").data)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._columns.values())).hexdigest()
 
 
 def write_file(
-    place: Place, name: str, table: pa.Table, genes: int, row_group_cells: int = ROW_GROUP_CELLS
-) -> FileEntry:
-    """Write cells as one shard file, in the order given; its entry for the manifest."""
-    table = table.select(shard_schema(genes).names).cast(shard_schema(genes)).combine_chunks()
-    return _write(place, name, table, content_of(table, genes), row_group_cells)
+    place: Place, name: str, tables: Iterable[pa.Table], genes: int, row_group_cells: int = ROW_GROUP_CELLS
+) -> FileEntry | None:
+    """Write cells as one shard file, in the order given; its entry for the manifest, None where there are no cells.
+
+    A row group ends with a table at the latest: tables of ``row_group_cells`` cells, the last one of fewer, are wanted.
+    """
+    schema, content, rows = shard_schema(genes), _Content(genes), 0
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema, compression="zstd", compression_level=1) as writer:
+        for table in tables:
+            table = table.select(schema.names).cast(schema)
+            content.add(table)
+            writer.write_table(table, row_group_size=row_group_cells)
+            rows += table.num_rows
+    return _put(place, name, sink, rows, content.hexdigest()) if rows else None
 
 
 def write_table(place: Place, name: str, table: pa.Table) -> FileEntry:
     """Write a small table beside the shards."""
-    return _write(place, name, table, None, ROW_GROUP_CELLS)
-
-
-def _write(place: Place, name: str, table: pa.Table, content: str | None, row_group_cells: int) -> FileEntry:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", compression_level=1, row_group_size=row_group_cells)
+    pq.write_table(table, sink, compression="zstd", compression_level=1)
+    return _put(place, name, sink, table.num_rows)
+
+
+def _put(place: Place, name: str, sink: pa.BufferOutputStream, rows: int, content: str | None = None) -> FileEntry:
     data = sink.getvalue().to_pybytes()
     place.write(name, data)
-    return file_entry(name, data, table.num_rows, content)
+    return file_entry(name, data, rows, content)
 
 
 def file_entry(name: str, data: bytes, rows: int, content: str | None = None) -> FileEntry:

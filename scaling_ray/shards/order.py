@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from scaling_ray.errors import BadInput
 
-WINDOW_ROWS = 32_768
-"""Rows shuffled together, at most: two row groups, which a stream holds at a time."""
+WINDOW_ROWS = 65_536
+"""Rows shuffled together, at most: four row groups, which a stream holds at a time."""
 KEPT_WINDOWS = 3
 """Windows whose order is kept between batches; a batch may straddle two."""
 

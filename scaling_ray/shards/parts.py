@@ -22,6 +22,7 @@ from scaling_ray.census.source import Census
 from scaling_ray.errors import DamagedFiles
 from scaling_ray.places import Place
 from scaling_ray.shards.format import (
+    BLOCK_GENES,
     CODE_COLUMNS,
     FILE_CELLS,
     LARGEST_COUNT,
@@ -287,10 +288,31 @@ def histograms_of_cells(pieces: Iterator[Arrays], joinids: Ints, n_genes: int) -
     return histograms
 
 
-def gather_file(
-    pieces: Iterable[Arrays], order: Ints, n_genes: int, dropped: Ints, min_counts: int
-) -> tuple[pa.Table, int]:
-    """Phase two for one shard file: its cells in the order of the permutation, over the ranked genes.
+@dataclass(frozen=True)
+class Gathered:
+    """The cells of one shard file in the order of the permutation, over the ranked genes.
+
+    panel (N, V) uint16; columns (N,): joinid, raw_sum and the codes; below_min_counts: cells that were too poor.
+    """
+
+    panel: NDArray[np.uint16]
+    columns: Arrays
+    below_min_counts: int
+
+    def tables(self, cells: int) -> Iterator[pa.Table]:
+        """The cells as tables of ``cells`` each, the last one of fewer."""
+        for start in range(0, len(self.panel), cells):
+            own = slice(start, start + cells)
+            table: dict[str, Any] = {"cell": self.columns["joinid"][own], "raw_sum": self.columns["raw_sum"][own]}
+            table |= {name: self.columns[name][own] for name in CODE_COLUMNS}
+            for index, width in enumerate(block_widths(self.panel.shape[1])):
+                first = index * BLOCK_GENES
+                table[block_name(index)] = encode_block(self.panel[own, first : first + width])
+            yield pa.table(table)
+
+
+def gather_file(pieces: Iterable[Arrays], order: Ints, n_genes: int, dropped: Ints, min_counts: int) -> Gathered:
+    """Phase two for one shard file.
 
     Args:
         pieces: the file's piece of each range that has one.
@@ -298,15 +320,12 @@ def gather_file(
         n_genes: genes of the Census.
         dropped: places of cells to leave out.
         min_counts: cells with fewer counts over the ranked genes are left out too.
-
-    Returns:
-        The table, and how many cells ``min_counts`` took.
     """
     rank = np.full(n_genes, -1, dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
     panel = np.zeros((FILE_CELLS, len(order)), dtype=np.uint16)  # pages that no cell falls on are never touched
     there = np.zeros(len(panel), dtype=bool)
-    columns = {name: np.zeros(len(panel), np.int64) for name in ("joinid", "raw_sum")}
+    columns: Arrays = {name: np.zeros(len(panel), np.int64) for name in ("joinid", "raw_sum")}
     columns |= {name: np.zeros(len(panel), np.int32) for name in CODE_COLUMNS}
     for piece in pieces:
         place = piece["place"].astype(np.int64)
@@ -320,13 +339,9 @@ def gather_file(
     there[dropped] = False
     kept = np.flatnonzero(there)
     before = len(kept)
-    if min_counts:
-        kept = kept[panel[: kept[-1] + 1 if before else 0].sum(axis=1, dtype=np.int64)[kept] >= min_counts]
-    table: dict[str, Any] = {"cell": columns["joinid"][kept], "raw_sum": columns["raw_sum"][kept]}
-    table |= {name: columns[name][kept] for name in CODE_COLUMNS}
-    panel = panel[: len(kept)] if len(kept) and kept[-1] == len(kept) - 1 else panel[kept]
-    start = 0
-    for index, width in enumerate(block_widths(len(order))):
-        table[block_name(index)] = encode_block(panel[:, start : start + width])
-        start += width
-    return pa.table(table), before - len(kept)
+    if min_counts and before:
+        kept = kept[panel[: kept[-1] + 1].sum(axis=1, dtype=np.int64)[kept] >= min_counts]
+    for start in range(0, len(kept), FILE_CELLS >> 4):  # moved up in place, a part at a time: no second panel
+        own = kept[start : start + (FILE_CELLS >> 4)]
+        panel[start : start + len(own)] = panel[own]
+    return Gathered(panel[: len(kept)], {n: values[kept] for n, values in columns.items()}, before - len(kept))

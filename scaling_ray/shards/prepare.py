@@ -88,7 +88,7 @@ def _local(census: str) -> str:
 
 def check_memory(data: DataSpec, memory_bytes: int) -> None:
     """BadInput where a task could not hold one shard file within its bound."""
-    needed = PROCESS_BYTES + int(2.4 * FILE_CELLS * 2 * data.genes)
+    needed = PROCESS_BYTES + int(1.3 * FILE_CELLS * 2 * data.genes)
     if needed > memory_bytes:
         raise BadInput(
             "data.genes",

@@ -36,6 +36,8 @@ PIPELINE_WINDOWS = 2_048
 """Windows of one Ray Data pipeline; a longer run continues with another."""
 READING_TASKS = 2
 """Tasks of one stream that read at the same time."""
+LARGEST_BLOCK = 2**30
+"""Bytes above which Ray Data cuts what a task returns."""
 READ_CPUS = 0.5
 """CPUs that Ray reserves for a task that reads."""
 
@@ -65,6 +67,7 @@ def _pipeline(items: list[dict[str, Any]], read: Any, cpus: float, tasks: int) -
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.target_max_block_size = LARGEST_BLOCK
     source = ray.data.from_items(items, override_num_blocks=len(items))
     # Without a bound on tasks, a stage that asks for no CPU would start one for every item at once.
     pool = ray.data.TaskPoolStrategy(size=min(tasks, len(items)))
