@@ -1,6 +1,7 @@
 # make demo   planted cells -> shards -> sweep -> law -> report; the report's path is the last line printed
 # make cells  the same from your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
+# make bench  measures the data plane into reports/benchmarks/ (half an hour); BENCH='--only stream' for a part
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ READY := $(VENV)/.ready
 DEMO ?= out/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test test-slow check clean
+.PHONY: setup demo cells test test-slow bench check clean
 
 setup: $(READY)
 
@@ -34,6 +35,10 @@ test: setup
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not network and not gpu"
+
+bench: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/peers tiledbsoma-ml==0.1.0
+	@$(BIN)/python benchmarks/data_plane.py --work '$(abspath out/bench)' --peers-path '$(abspath out/peers)' $(BENCH)
 
 check: setup
 	@$(BIN)/ruff check .

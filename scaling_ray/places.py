@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import shutil
 import threading
 import time
 import uuid
@@ -155,13 +156,8 @@ class LocalPlace(Place):
             if not below.endswith("/"):
                 target.unlink(missing_ok=True)
                 return
-            for folder, folders, files in os.walk(target, topdown=False):
-                for file in files:
-                    (Path(folder) / file).unlink(missing_ok=True)
-                for child in folders:
-                    (Path(folder) / child).rmdir()
-            if target.is_dir():
-                target.rmdir()
+            # A writer of an earlier call that outlives its driver by seconds may still add to it.
+            shutil.rmtree(target, ignore_errors=True)
 
     def parquet_source(self, name: str) -> str:
         """See Place."""
@@ -402,7 +398,7 @@ def _is_transient(error: Exception) -> bool:
 
     if isinstance(error, boto.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status in (408, 429)
+        return status >= 500 or status in (408, 409, 429)  # 409: another conditional put is under way
     lost = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ConnectionError, TimeoutError)
     return isinstance(error, lost)
 

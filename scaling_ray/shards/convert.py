@@ -97,7 +97,7 @@ class GatheredFile(Record):
 def build_shards(
     spec: SweepSpec, census: str, out: Path | str, progress: Progress = lambda line: None
 ) -> ShardManifest:
-    """Convert the cells that ``spec.data`` asks for into shards at ``out``; returns at once where they are there.
+    """Convert the cells that ``spec.data`` asks for into shards at ``out``; where they are there, verify them.
 
     Args:
         spec: its ``data`` and ``resources`` count.
@@ -174,41 +174,40 @@ class _Build:
         self.peak_bytes: dict[str, int] = {}
 
     def complete(self) -> ShardManifest:
-        with ExitStack() as stack:
-            plan = self._plan(stack)
+        with ExitStack() as lease:
+            plan = self._plan(lease)
             if plan is None:
                 return _existing(self.target, self.spec, self.census, False)
-            stack.enter_context(ray_session(self.spec.resources.cpus))
-            stack.enter_context(own_errors())
-            self._check_cluster()
-            self._read_ranges(plan)
-            facts = self._facts(plan)
-            duplicates = self._duplicates(plan, facts) if self.spec.data.drop_duplicates else _Duplicates()
-            ranking = self._rank(plan, duplicates)
-            _refuse_large_counts(facts.beyond, ranking.order, plan)
-            gathered = self._gather(plan, facts, duplicates, ranking)
-        return self._publish(plan, duplicates, ranking, gathered)
+            with ray_session(self.spec.resources.cpus), own_errors():
+                self._check_cluster()
+                self._read_ranges(plan)
+                facts = self._facts(plan)
+                duplicates = self._duplicates(plan, facts) if self.spec.data.drop_duplicates else _Duplicates()
+                ranking = self._rank(plan, duplicates)
+                _refuse_large_counts(facts.beyond, ranking.order, plan)
+                gathered = self._gather(plan, facts, duplicates, ranking)
+            return self._publish(plan, duplicates, ranking, gathered)
 
-    def _plan(self, stack: ExitStack) -> BuildPlan | None:
-        """The plan, made now or by an earlier call, with the target's lease held; None where another made shards."""
+    def _plan(self, lease: ExitStack) -> BuildPlan | None:
+        """The plan, made now or by an earlier call, with the target's lease taken; None where another made shards."""
         check_memory(self.spec.data, self.memory_bytes)
         if self.building.size(PLAN) is None:
             with Census.open(self.census) as census:
                 self.progress(f"reading cells of {self.census}")
                 prepared = prepare(census, self.census, self.spec.data, self.memory_bytes)
-                self._hold(stack)
+                self._hold(lease)
                 if self.building.size(PLAN) is None:
                     prepared.write(self.building)
         else:
-            self._hold(stack)
+            self._hold(lease)
         if self.target.size(MANIFEST) is not None:
             return None
         plan = BuildPlan.parse(self.building.read(PLAN), f"{self.building}/{PLAN}")
         self._check_same(plan)
         return plan
 
-    def _hold(self, stack: ExitStack) -> None:
-        stack.enter_context(self.target.lease(f"{BUILDING}.lease"))
+    def _hold(self, lease: ExitStack) -> None:
+        lease.enter_context(self.target.lease(f"{BUILDING}.lease"))
         if isinstance(self.target, LocalPlace):
             sweep_partial_files(self.target.path)
 
@@ -293,11 +292,13 @@ class _Build:
         again = np.flatnonzero((key[1:] == key[:-1]) & (raw_sum[1:] == raw_sum[:-1]) & (raw_sum[1:] > 0)) + 1
         repeated = np.sort(order[again])
         found = _Duplicates(cells=len(repeated))
-        ends = np.cumsum([part.cells for part in plan.parts])
+        parts = plan.parts
+        ends = np.cumsum([part.cells for part in parts])
+        edges = np.searchsorted(facts.pieces[:, 1], np.arange(len(parts) + 1))  # pieces come range by range
         range_of = np.searchsorted(ends, repeated, side="right")
         arguments = []
         for index in np.unique(range_of):
-            part = plan.parts[int(index)]
+            part = parts[int(index)]
             rows = repeated[range_of == index] - (ends[index] - part.cells)
             cells = unpack(self.building.read(part.slice_name), part.slice_name)
             for bucket in np.unique(cells["bucket"][rows]):
@@ -305,7 +306,7 @@ class _Build:
                 found.places.setdefault(int(bucket), []).append(places)
             train = rows[cells["split"][rows] == 0]
             if len(train):
-                own = facts.pieces[facts.pieces[:, 1] == index]
+                own = facts.pieces[edges[index] : edges[index + 1]]
                 pieces = own[np.isin(own[:, 0], cells["bucket"][train])]
                 joinids = cells["joinid"][train].astype(np.int64)
                 arguments.append((self.building, part, pieces, joinids, len(plan.feature_ids)))
@@ -339,7 +340,9 @@ class _Build:
     ) -> list[GatheredFile]:
         names, sizes = bucket_names(plan.split_cells), _bucket_cells(plan.split_cells)
         folder = f"files/{content_hash(self.spec.data.model_dump(mode='json'))[:16]}/"
-        done = self.building.names(folder)
+        done = self.building.names("files/")
+        for other in {name[: name.rindex("/") + 1] for name in done} - {folder}:
+            self.building.remove(other)  # by other rules of genes: their shard files are about to be written over
         waiting = [bucket for bucket, (_, name) in enumerate(names) if f"{folder}{name}.json" not in done]
         by_bucket = facts.pieces[np.argsort(facts.pieces[:, 0], kind="stable")]
         edges = np.searchsorted(by_bucket[:, 0], np.arange(len(names) + 1))
