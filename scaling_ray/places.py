@@ -6,6 +6,7 @@ A write is atomic in both: readers see the old object, the new one, or none. On 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -15,7 +16,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
@@ -141,7 +142,7 @@ class LocalPlace(Place):
         """See Place."""
         found = {}
         with self._named():
-            for folder, _, files in os.walk(self.path):
+            for folder, _, files in os.walk(self.path, onerror=_unless_absent):
                 for file in files:
                     path = Path(folder) / file
                     name = path.relative_to(self.path).as_posix()
@@ -156,8 +157,8 @@ class LocalPlace(Place):
             if not below.endswith("/"):
                 target.unlink(missing_ok=True)
                 return
-            # A writer of an earlier call that outlives its driver by seconds may still add to it.
-            shutil.rmtree(target, ignore_errors=True)
+            if target.is_dir():
+                shutil.rmtree(target, onerror=_unless_in_use)
 
     def parquet_source(self, name: str) -> str:
         """See Place."""
@@ -167,12 +168,27 @@ class LocalPlace(Place):
         """See Place."""
         return LocalPlace(self.path / name, self.field)
 
-    def lease(self, name: str) -> Lease:
+    @contextmanager
+    def lease(self, name: str) -> Iterator[Lease]:
         """See Place."""
         folder = (self.path / name).parent
-        with self._named():
-            folder.mkdir(parents=True, exist_ok=True)
-        return Lease(folder)
+        with ExitStack() as stack:
+            with self._named():
+                folder.mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(Lease(folder))
+            yield held
+
+
+def _unless_absent(error: OSError) -> None:
+    """Pass over a folder that is not there."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _unless_in_use(function: Callable[..., Any], path: str, info: Any) -> None:
+    """Pass over what went, or came, while a folder was being removed: writers outlive a killed driver by seconds."""
+    if not isinstance(info[1], OSError) or info[1].errno not in (errno.ENOENT, errno.ENOTEMPTY):
+        raise info[1]
 
 
 class S3Place(Place):
@@ -206,7 +222,7 @@ class S3Place(Place):
             raise BadInput(
                 self.field, self.uri, f"S3 refuses {operation} ({code}); mend that and call again"
             ) from error
-        except (BotoCoreError, OSError) as error:
+        except (BotoCoreError, OSError, ValueError) as error:  # ValueError: an endpoint that is no URL
             reason = str(error).splitlines()[0][:120]
             remedy = f"cannot be reached ({reason}); nothing is lost: call again when it can"
             raise BadInput(self.field, self.uri, remedy) from error
@@ -256,6 +272,8 @@ class S3Place(Place):
         while True:
             page = self._call("list_objects_v2", Prefix=self.prefix + below, **more)
             for entry in page.get("Contents", []):
+                if entry["Key"].endswith("/"):  # the sign of a folder that the console leaves
+                    continue
                 found[entry["Key"].removeprefix(self.prefix)] = entry["Size"]
             if not page.get("IsTruncated"):
                 return found
@@ -303,7 +321,8 @@ class S3Lease:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._renewer.join(timeout=ANSWER_SECONDS)
-        self._place.remove(self._name)
+        if self._held_by_me():
+            self._place.remove(self._name)
 
     def _put(self, **condition: str) -> bool:
         from botocore.exceptions import ClientError

@@ -60,8 +60,8 @@ from scaling_ray.shards.prepare import (
     PRESENCE,
     BuildPlan,
     beside,
-    census_identity,
     check_memory,
+    other_census,
     prepare,
     reading_rules,
 )
@@ -130,9 +130,8 @@ def _existing(target: Place, spec: SweepSpec, census: str, unswept: bool) -> Sha
         raise BadInput(
             "--out", str(target), f"holds shards made by other rules ({', '.join(differing)}); name another place"
         )
-    wanted = census_identity(census)
-    if {key: manifest.census.get(key) for key in wanted} != wanted:
-        there = manifest.census.get("uri")
+    there = other_census(manifest.census, census)
+    if there is not None:
         remedy = f"holds shards of another Census ({there}); name another place, or remove it"
         raise BadInput("--out", str(target), remedy)
     if unswept:
@@ -220,9 +219,8 @@ class _Build:
                 str(self.target),
                 f"holds an unfinished build by other rules ({', '.join(differing)}); finish it, or remove it",
             )
-        wanted = census_identity(self.census)
-        if {key: plan.census.get(key) for key in wanted} != wanted:
-            there = plan.census.get("uri")
+        there = other_census(plan.census, self.census)
+        if there is not None:
             raise BadInput(
                 "--out", str(self.target), f"holds an unfinished build of another Census ({there}); finish or remove it"
             )

@@ -76,6 +76,13 @@ def census_identity(census: str) -> dict[str, Any]:
     return {"uri": Path(_local(census)).name, "about_sha256": content_hash(json.loads(record)["about"])}
 
 
+def other_census(facts: dict[str, Any], census: str) -> str | None:
+    """The name of the Census that ``facts`` tell of, where it is not ``census``. Moved or renamed it stays the same."""
+    wanted = census_identity(census)
+    key = "uri" if wanted["about_sha256"] is None else "about_sha256"
+    return None if facts.get(key) == wanted[key] else str(facts.get("uri"))
+
+
 def beside(census: str, name: str) -> bytes | None:
     """A file that lies beside a local Census, None where there is none."""
     path = Path(_local(census)) / name

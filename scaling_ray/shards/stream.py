@@ -5,6 +5,7 @@ The source of both pipelines is a plan, so the order is the plan's, and a stream
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import islice
@@ -15,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from scaling_ray import errors
 from scaling_ray.cluster import own_errors, ray
-from scaling_ray.errors import DamagedFiles
+from scaling_ray.errors import BadInput, DamagedFiles, ScalingRayError
 from scaling_ray.places import Place, place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.order import WINDOW_ROWS, RunOrder, Window
@@ -38,6 +40,8 @@ READING_TASKS = 2
 """Tasks of one stream that read at the same time."""
 LARGEST_BLOCK = 2**30
 """Bytes above which Ray Data cuts what a task returns."""
+FAILED = "failed"
+"""Column of a block that tells an error of this package: Ray Data would hand it on without its class and message."""
 READ_CPUS = 0.5
 """CPUs that Ray reserves for a task that reads."""
 
@@ -62,6 +66,13 @@ def _cells(tables: list[pa.Table], genes: int, measured: NDArray[np.bool_]) -> C
     return Cells(counts, ids["raw_sum"], ids["cell"], ids["dataset"], ids["donor"], measured)
 
 
+def _arguments(error: ScalingRayError) -> list[Any]:
+    """What an error of this package is made anew from."""
+    if isinstance(error, BadInput):
+        return [error.field, error.value, error.remedy]
+    return [error.problems] if isinstance(error, DamagedFiles) else [str(error)]
+
+
 def _pipeline(items: list[dict[str, Any]], read: Any, cpus: float, tasks: int) -> Generator[pa.Table, None, None]:
     """Blocks of a Ray Data pipeline with one task per item, in the order of the items."""
     context = ray.data.DataContext.get_current()
@@ -71,9 +82,22 @@ def _pipeline(items: list[dict[str, Any]], read: Any, cpus: float, tasks: int) -
     source = ray.data.from_items(items, override_num_blocks=len(items))
     # Without a bound on tasks, a stage that asks for no CPU would start one for every item at once.
     pool = ray.data.TaskPoolStrategy(size=min(tasks, len(items)))
-    blocks = source.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=cpus, compute=pool)
+
+    def guarded(batch: pa.Table) -> pa.Table:
+        try:
+            table: pa.Table = read(batch)
+        except ScalingRayError as error:
+            return pa.table({FAILED: [json.dumps([type(error).__name__, _arguments(error)], default=str)]})
+        return table
+
+    blocks = source.map_batches(guarded, batch_size=1, batch_format="pyarrow", num_cpus=cpus, compute=pool)
     with own_errors():
-        yield from blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        tables: Any = blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        for table in tables:
+            if table.column_names == [FAILED]:
+                name, arguments = json.loads(table[FAILED][0].as_py())
+                raise getattr(errors, name)(*arguments)
+            yield table
 
 
 def read_resident(where: Path | str | Place, manifest: ShardManifest, split: str, genes: int) -> Cells:

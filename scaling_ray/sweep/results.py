@@ -81,7 +81,7 @@ def run_row(sweep: Path, run: RunSpec, train_cells: int) -> dict[str, Any]:
         "status": "waiting",
         "params": run.params,
         "params_without_embedding": parameters_without_embedding(run.shape),
-        "cells": min(run.cells or train_cells, train_cells),
+        "cells": min(run.cells or train_cells, train_cells) if run.donors is None else run.cells,
         "cells_requested": "all" if run.cells is None else str(run.cells),
         "recipe": run.train.recipe,
         "umi_fraction": run.train.umi_fraction,
@@ -94,6 +94,7 @@ def run_row(sweep: Path, run: RunSpec, train_cells: int) -> dict[str, Any]:
     result = read_result(directory)
     if result is not None:
         row |= {"status": "done", **{k: v for k, v in result.model_dump().items() if k in row and k != "cells"}}
+        row["cells"] = result.cells_resolved
     elif (directory / "failure.json").is_file():
         row |= {"status": "failed", "failure": RunFailure.read(directory / "failure.json").failure}
     elif (directory / "attempts").is_dir():
