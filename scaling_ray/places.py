@@ -223,7 +223,7 @@ class S3Place(Place):
                 self.field, self.uri, f"S3 refuses {operation} ({code}); mend that and call again"
             ) from error
         except (BotoCoreError, OSError, ValueError) as error:  # ValueError: an endpoint that is no URL
-            reason = str(error).splitlines()[0][:120]
+            reason = " ".join(str(error).split())[:160]
             remedy = f"cannot be reached ({reason}); nothing is lost: call again when it can"
             raise BadInput(self.field, self.uri, remedy) from error
 

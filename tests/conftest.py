@@ -195,16 +195,17 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoReque
 from werkzeug.serving import make_server
 
 moto = DomainDispatcherApplication(create_backend_app)
-one_at_a_time, chance, being_put, already = threading.Lock(), random.Random(1), set(), {}
+one_at_a_time, being_put, already = threading.Lock(), set(), {}
+chance = {method: random.Random(f"33 {method}") for method in ("GET", "HEAD", "PUT", "POST", "DELETE")}
 
 
 def fault_of(method, path):
     """What goes wrong with a request: by chance, or as often as its name asks for."""
     with one_at_a_time:
-        if chance.random() < share:
-            return chance.choice(("refused", "lost", "cut"))
-        asked = re.search("(refused|lost|cut)-([0-9]+)-times", path)
-        if not asked or method != ("GET" if asked[1] == "cut" else "PUT"):
+        if chance[method].random() < share:  # the n-th of its kind, whatever comes between
+            return chance[method].choice(("refused", "cut" if method == "GET" else "lost"))
+        asked = re.search("(refused|lost|cut|late)-([0-9]+)-times", path)
+        if not asked or method != {"cut": "GET", "late": "HEAD"}.get(asked[1], "PUT"):
             return ""
         already[path] = already.get(path, 0) + 1
         return asked[1] if already[path] <= int(asked[2]) else ""
@@ -243,7 +244,7 @@ def answer_to(environ, path, fault):
         return refusal
     try:
         if conditional:  # moto looks first and puts after; S3 does both at once, and says so to who comes meanwhile
-            time.sleep(0.05)
+            time.sleep(0.02)
         return ask_moto(environ)
     finally:
         if conditional:
@@ -257,10 +258,12 @@ def broken(body):
 
 def application(environ, start_response):
     method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-    fault = fault_of(method, path)
+    fault = "" if "the-test-itself" in environ.get("HTTP_AUTHORIZATION", "") else fault_of(method, path)
     status, headers, body = answer_to(environ, path, fault)
     if fault == "cut" and not (method == "GET" and len(body) > 1):
         fault = "lost"
+    if fault == "late":
+        time.sleep(0.5)
     if fault == "lost":
         status, headers, body = error("500 Internal Server Error", "InternalError")
     with one_at_a_time:
@@ -306,7 +309,7 @@ class S3Server:
     port: int
     log: Path
     client: Any
-    """A boto3 client."""
+    """A boto3 client of the test itself, for which nothing goes wrong on purpose."""
 
     @property
     def endpoint(self) -> str:
@@ -349,7 +352,7 @@ def running_s3(folder: Path, failing: float = 0.0) -> Iterator[S3Server]:
             "s3",
             endpoint_url=f"http://127.0.0.1:{port}",
             region_name="us-west-2",
-            aws_access_key_id="for-the-test-server",
+            aws_access_key_id="the-test-itself",
             aws_secret_access_key="for-the-test-server",
         )
         try:
