@@ -110,8 +110,8 @@ class Census:
             "soma.init_buffer_bytes": buffer_bytes,
             "py.init_buffer_bytes": buffer_bytes,
             "sm.compute_concurrency_level": threads,
-            # TileDB's merge of tile orders before a read races with itself and now and then ends the process (SIGSEGV in
-            # SparseGlobalOrderReader, seen in 1 of 4 loops of 15 openings); without it, in none of 30
+            # TileDB's merge of tile orders before a read races with itself and now and then ends the process with
+            # SIGSEGV (in SparseGlobalOrderReader: 8 of 30 loops of 15 openings; without it none of 30)
             "sm.query.sparse_global_order.preprocess_tile_merge": 0,
             # reads from S3 wait for the network, so a few more in flight cost no CPU
             "sm.io_concurrency_level": max(4, threads) if remote else threads,
