@@ -136,7 +136,9 @@ class Truth:
 
 
 def truth_of(census: Path) -> Truth:
-    with soma.open(str(census)) as root:
+    # one thread and no merge of tile orders, which races in TileDB and now and then ends the process
+    config = {"sm.compute_concurrency_level": 1, "sm.query.sparse_global_order.preprocess_tile_merge": 0}
+    with soma.open(str(census), context=soma.SOMATileDBContext(tiledb_config=config)) as root:
         human = root["census_data"]["homo_sapiens"]
         obs = human.obs.read().concat().to_pandas().sort_values("soma_joinid", ignore_index=True)
         table = human.ms["RNA"].X["raw"].read().tables().concat()
