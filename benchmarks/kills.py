@@ -75,7 +75,7 @@ def main() -> int:
         while True:
             process = start(options, out)
             try:
-                process.wait(rng.uniform(0.2, 1.0) * seconds if len(landed) < options.kills else None)
+                process.wait(rng.uniform(0.2, 0.8) * seconds if len(landed) < options.kills else None)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()

@@ -25,7 +25,7 @@ import requests
 import scipy.sparse as sp
 import tiledbsoma as soma
 
-from scaling_ray.census.layout import RECORD_NAME, check_whole
+from scaling_ray.census.layout import RECORD_NAME, SAFE_READS, check_whole
 from scaling_ray.errors import BadInput
 from scaling_ray.places import patiently
 
@@ -107,12 +107,10 @@ class Census:
         where = str(uri_or_version)
         remote = "://" in where or _RELEASE.fullmatch(where) is not None
         config: dict[str, Any] = {
+            **SAFE_READS,
             "soma.init_buffer_bytes": buffer_bytes,
             "py.init_buffer_bytes": buffer_bytes,
             "sm.compute_concurrency_level": threads,
-            # TileDB's merge of tile orders before a read races with itself and now and then ends the process with
-            # SIGSEGV (in SparseGlobalOrderReader: 8 of 30 loops of 15 openings; without it none of 30)
-            "sm.query.sparse_global_order.preprocess_tile_merge": 0,
             # reads from S3 wait for the network, so a few more in flight cost no CPU
             "sm.io_concurrency_level": max(4, threads) if remote else threads,
         }

@@ -34,8 +34,8 @@ from scaling_ray.shards.read import (
 )
 from scaling_ray.spec import RunSpec
 
-PIPELINE_WINDOWS = 2_048
-"""Windows of one Ray Data pipeline; a longer run continues with another."""
+PIPELINE_WINDOWS = 256
+"""Windows of one Ray Data pipeline; a longer run continues with another. With more, the first batch comes later."""
 READING_TASKS = 2
 """Tasks of one stream that read at the same time."""
 LARGEST_BLOCK = 2**30
