@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-WARM_SECONDS, TIMED_SECONDS = 1.0, 3.0
-"""Whole epochs are read for at least as long, first without the clock and then with it."""
+WARM_SECONDS, TIMED_SECONDS = 8.0, 4.0
+"""Whole epochs are read for at least as long, first without the clock, for Ray's workers need seconds to start."""
 SETTINGS: dict[str, dict[str, int]] = {"annbatch": {}, "annbatch_32x256": {"chunk_size": 32, "preload_nchunks": 256}}
 """Loader settings: its own defaults (32 chunks of 512 cells at a time), and those of its README."""
 

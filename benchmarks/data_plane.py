@@ -119,7 +119,7 @@ def scale(work: Path, repeats: int) -> dict[str, Any]:
 
 
 def stream(work: Path, repeats: int) -> dict[str, Any]:
-    """Streaming and resident mode against bare pyarrow, 400,000 cells and more each."""
+    """Streaming and resident mode against bare pyarrow, 1,000,000 cells and more each."""
     shards = work / "shards-1000000"
     runs = []
     for repeat in range(repeats):

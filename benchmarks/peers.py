@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from importlib.metadata import version
@@ -90,12 +89,7 @@ def stream(shards: Path, manifest: ShardManifest, order: RunOrder, counts: NDArr
     def measure() -> dict[str, float]:
         with ray_session(CPUS):
             with closing(StreamFeed(shards, manifest, manifest.genes, order)) as feed:
-                measured = feed_rate("stream", feed, counts)
-            # Ray Data's own threads outlive a closed pipeline by a moment, and would ask a cluster that is gone
-            for thread in threading.enumerate():
-                if thread.name == "iter_threaded":
-                    thread.join()
-        return {"stream": measured}
+                return {"stream": feed_rate("stream", feed, counts)}
 
     return measure
 

@@ -228,7 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     stream.add_argument("shards", metavar="SHARDS", help="directory or s3:// URI of the shards")
     stream.add_argument("--genes", type=int, default=None, help="genes to read (all of the shards' if left out)")
     stream.add_argument("--batch", type=int, default=256, help="cells of a batch")
-    stream.add_argument("--cells", type=int, default=400_000, help="cells to read, steady state, at the least")
+    stream.add_argument("--cells", type=int, default=1_000_000, help="cells to read, steady state, at the least")
     stream.add_argument("--cpus", type=int, default=2, help="CPUs of the private Ray")
     stream.add_argument("--json", action="store_true", help="as JSON")
     doctor = verb(verbs, "doctor", _doctor, "what this machine has and lacks")

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 
 # Ray reads these once, when it is imported: so every module here takes ``ray`` from this one. A user's settings win.
@@ -28,6 +29,8 @@ __all__ = ["own_errors", "ray", "ray_session"]
 
 OBJECT_STORE_BYTES = 1 << 30
 """Most shared memory a private cluster takes."""
+READER_SECONDS = 10.0
+"""How long a private cluster waits for threads of Ray Data that still hand over blocks."""
 
 
 @contextlib.contextmanager
@@ -78,5 +81,13 @@ def ray_session(cpus: int) -> Iterator[None]:
         )
         yield
     finally:
+        _end_readers()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_readers() -> None:
+    """Wait for Ray Data's own threads: they outlive a closed pipeline by a moment, and would ask a lost cluster."""
+    for thread in threading.enumerate():
+        if thread.name == "iter_threaded":
+            thread.join(READER_SECONDS)
