@@ -166,7 +166,7 @@ def kills(work: Path, number: int) -> dict[str, Any]:
     """Kills at random moments of a conversion."""
     path = work / "kills.toml"
     path.write_text(SPEC)
-    command = [sys.executable, str(HERE / "kills.py"), "--census", str(work / "census-100000"), "--spec", str(path)]
+    command = [sys.executable, str(HERE / "kills.py"), "--census", str(work / "census-300000"), "--spec", str(path)]
     command += ["--work", str(work / "kills"), "--kills", str(number)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

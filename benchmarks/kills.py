@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,12 @@ def start(options: argparse.Namespace, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "scaling_ray.cli", "shards", "build", str(options.spec)]
     command += ["--census", str(options.census), "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def works(process: subprocess.Popen[str]) -> bool:
+    """Wait until a conversion has finished a first piece of its work; False where it ended before."""
+    assert process.stderr is not None
+    return any(re.search(r"[\d,]+ of [\d,]+ cells", line) for line in process.stderr)
 
 
 def finished(process: subprocess.Popen[str]) -> float:
@@ -65,7 +72,11 @@ def main() -> int:
     rng = random.Random(options.seed)
     shutil.rmtree(options.work, ignore_errors=True)
     undisturbed = options.work / "undisturbed"
-    seconds = finished(start(options, undisturbed))
+    began = time.monotonic()
+    process = start(options, undisturbed)
+    works(process)
+    working = finished(process)
+    seconds = time.monotonic() - began
     expected = hashes(undisturbed)
     landed: list[str] = []
     identical = conversions = 0
@@ -75,7 +86,8 @@ def main() -> int:
         while True:
             process = start(options, out)
             try:
-                process.wait(rng.uniform(0.2, 0.8) * seconds if len(landed) < options.kills else None)
+                wanted = len(landed) < options.kills and works(process)
+                process.wait(rng.uniform(0.0, 0.9) * working if wanted else None)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.communicate()
@@ -95,6 +107,7 @@ def main() -> int:
         "byte_identical": identical,
         "files": len(expected),
         "undisturbed_seconds": seconds,
+        "of_which_after_its_first_piece": working,
     }
     print(json.dumps(found))
     return int(identical != conversions)
