@@ -49,3 +49,9 @@ class LeaseHeld(ScalingRayError):
 
 class Diverged(ScalingRayError):
     """A run's loss or gradient became NaN or infinite."""
+
+
+class Preempted(ScalingRayError):
+    """Asked to stop (SIGTERM, or a node that is about to go): what was done is saved, and the same call goes on."""
+
+    exit_code = 75

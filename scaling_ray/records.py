@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scaling_ray.errors import BadInput
 
+StopReason = Literal["budget", "early_stop"]
+
 
 @dataclass(frozen=True)
 class MetricSums:
@@ -109,9 +111,10 @@ class RunResult(Record):
     """What one finished run commits, once.
 
     ``val_mse`` and ``test_mse`` are those of the chosen checkpoint; a run that chooses a rate has no test error.
+    ``stacked`` models trained as one; ``micro_batch`` is what the run ended with (memory may have halved it).
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     run_id: str
     attempt: str
     attempts: int
@@ -129,11 +132,14 @@ class RunResult(Record):
     test_mse: float | None
     test_squared_error: float | None
     test_masked_genes: int | None
-    stop_reason: Literal["budget", "early_stop"]
+    stop_reason: StopReason
     wall_seconds: float
     train_seconds: float
     workers: int
     engine: str
+    micro_batch: int
+    precision: str
+    stacked: int
     host: str
 
 

@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scaling_ray.errors import BadInput
+from scaling_ray.model.execution import Device, Precision, choose_micro_batch, choose_precision, device_here
 from scaling_ray.model.sizes import LADDER, Shape, parameters
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised by any change that moves a digit of a run; part of every run's identity."""
 
 Recipe = Literal["corrected", "published"]
@@ -116,6 +117,8 @@ class LearningRateSpec(Frozen):
 
     With ``rule = "choose"`` every size runs each of its rates on ``choose_seed`` and ``choose_cells`` for
     ``choose_fraction`` of its budget (the schedule fitted to that shorter run); the lowest validation loss wins.
+    Rates without a line in ``per_size`` are those of ``reference_width``: another width D takes them times
+    (D / reference_width) ^ width_exponent, 0 for the same at every width.
     """
 
     rule: Literal["fixed", "grid", "choose"] = "fixed"
@@ -124,6 +127,8 @@ class LearningRateSpec(Frozen):
     choose_seed: int = 101
     choose_cells: PositiveInt | Literal["all"] = "all"
     choose_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    width_exponent: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    reference_width: PositiveInt = 16
 
     @model_validator(mode="after")
     def _enough_rates(self) -> LearningRateSpec:
@@ -137,15 +142,20 @@ class LearningRateSpec(Frozen):
                 raise BadInput(field, rates, "holds one rate; with rule = 'choose' give at least 2")
         return self
 
-    def of(self, size: str) -> list[float]:
-        """The rates to try for ``size``, rising."""
-        return sorted(self.per_size.get(size, self.rates))
+    def of(self, size: str, width: int) -> list[float]:
+        """The rates to try for ``size``, rising, to three digits where the rule makes them."""
+        if size in self.per_size or self.width_exponent == 0.0:
+            return sorted(self.per_size.get(size, self.rates))
+        factor = (width / self.reference_width) ** self.width_exponent
+        return sorted(float(f"{rate * factor:.3g}") for rate in self.rates)
 
 
 class TrainSpec(Frozen):
     """How a run trains. One cell presentation counts once in ``max_cells_seen``; an update takes ``cells_per_step``.
 
     ``umi_fraction`` below 1 thins what the network sees to that share of a cell's molecules; targets keep full depth.
+    ``micro_batch`` and ``precision`` follow size and device where they are "auto"; "probe" measures micro-batches
+    before the first run. Either way an update is ``cells_per_step`` cells.
     """
 
     recipe: Recipe = "corrected"
@@ -154,7 +164,7 @@ class TrainSpec(Frozen):
     umi_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_cells_seen: PositiveInt | dict[str, PositiveInt] = 100_000
     cells_per_step: PositiveInt = 32
-    micro_batch: PositiveInt = 32
+    micro_batch: PositiveInt | Literal["auto", "probe"] = "auto"
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -162,7 +172,7 @@ class TrainSpec(Frozen):
     adam_beta2: Share = 0.99
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision | Literal["auto"] = "auto"
     evaluations: PositiveInt = 20
     curve_cells: PositiveInt = 512
     smoothing_evaluations: PositiveInt = 3
@@ -172,9 +182,9 @@ class TrainSpec(Frozen):
 
     @field_validator("micro_batch")
     @classmethod
-    def _micro_batch_fits(cls, value: int, info: Any) -> int:
+    def _micro_batch_fits(cls, value: int | str, info: Any) -> int | str:
         whole = info.data.get("cells_per_step")
-        if whole is not None and value > whole:
+        if whole is not None and isinstance(value, int) and value > whole:
             raise ValueError(f"is larger than cells_per_step = {whole}; make it at most that")
         return value
 
@@ -202,6 +212,8 @@ class ResourceSpec(Frozen):
     """What a run may use. Never part of a run's identity.
 
     ``task_memory_gib`` bounds one task of a conversion; training cells of more than ``resident_gib`` are streamed.
+    ``device`` is what runs train on ("auto": what this machine has); ``stack`` how many tiny models of one size train
+    as one at most; ``compile`` puts torch.compile before a GPU's runs; ``disk_gib`` is what a sweep may take.
     """
 
     cpus: PositiveInt = 2
@@ -212,13 +224,18 @@ class ResourceSpec(Frozen):
     gflops_per_cpu: Annotated[float, Field(gt=0)] = 30.0
     task_memory_gib: Annotated[float, Field(ge=0.75)] = 1.5
     resident_gib: Annotated[float, Field(gt=0)] = 0.5
+    device: Device | Literal["auto"] = "auto"
+    stack: PositiveInt | Literal["auto"] = "auto"
+    compile: bool = False
+    disk_gib: Annotated[float, Field(gt=0)] | None = None
 
 
 class RunSpec(Frozen):
     """One cell of the grid, whole: everything a training process needs besides the shards.
 
     ``role`` is "law" for a point of the grid and "rate" for a learning-rate trial. ``lr`` is None until the choice
-    among ``lr_candidates`` (run ids) has been made.
+    among ``lr_candidates`` (run ids) has been made. What follows ``train`` is how it is carried out, no part of its
+    identity.
     """
 
     run_id: str
@@ -235,6 +252,9 @@ class RunSpec(Frozen):
     lr: float | None
     lr_candidates: list[str]
     train: TrainSpec
+    micro_batch: int
+    precision: Precision
+    compile: bool
     workers: int
     engine: Literal["plain", "ddp", "deepspeed"]
     zero_stage: int
@@ -328,7 +348,7 @@ class SweepSpec(Frozen):
             for size, genes in product(self.grid.sizes, self.grid.genes):
                 rate_runs[size, genes] = [
                     self._run("rate", size, genes, self.lr.choose_cells, "all", self.lr.choose_seed, rate, [])
-                    for rate in self.lr.of(size)
+                    for rate in self.lr.of(size, self.shape(size).width)
                 ]
         law_runs = []
         grid = self.grid
@@ -337,8 +357,16 @@ class SweepSpec(Frozen):
                 candidates = [run.run_id for run in rate_runs[size, genes]]
                 law_runs.append(self._run("law", size, genes, cells, donors, seed, None, candidates))
             else:
-                law_runs += [self._run("law", size, genes, cells, donors, seed, rate, []) for rate in self.lr.of(size)]
+                law_runs += [
+                    self._run("law", size, genes, cells, donors, seed, rate, [])
+                    for rate in self.lr.of(size, self.shape(size).width)
+                ]
         return [run for runs in rate_runs.values() for run in runs] + law_runs
+
+    @property
+    def device(self) -> Device:
+        """What the runs train on."""
+        return device_here() if self.resources.device == "auto" else self.resources.device
 
     def _run(
         self,
@@ -386,6 +414,13 @@ class SweepSpec(Frozen):
             lr=lr,
             lr_candidates=candidates,
             train=train,
+            micro_batch=(
+                train.micro_batch
+                if isinstance(train.micro_batch, int)
+                else choose_micro_batch(shape, genes, train.cells_per_step, self.device)
+            ),
+            precision=choose_precision(shape, self.device) if train.precision == "auto" else train.precision,
+            compile=self.resources.compile,
             workers=workers,
             engine=self.resources.engine if workers > 1 else "plain",
             zero_stage=self.resources.zero_stage if workers > 1 and self.resources.engine == "deepspeed" else 0,

@@ -15,8 +15,9 @@ from scaling_ray.model.objectives import squared_error_sums
 from scaling_ray.model.sizes import LADDER, Shape
 from scaling_ray.shards.read import Cells
 from scaling_ray.spec import RunSpec
+from scaling_ray.train.batches import make_batch
 from scaling_ray.train.engine import PlainEngine
-from scaling_ray.train.loop import RunData, TrainingLoop, make_batch
+from scaling_ray.train.loop import RunData, TrainingLoop
 
 GENES, CELLS = 50, 6
 

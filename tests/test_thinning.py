@@ -14,7 +14,7 @@ from scipy.stats import chi2
 from scaling_ray.model.masking import EVALUATION_MASK_SEED, draw_masks, log_normalise
 from scaling_ray.model.thinning import thin
 from scaling_ray.spec import TrainSpec
-from scaling_ray.train.loop import Batch, make_batch
+from scaling_ray.train.batches import Batch, make_batch
 
 CPU = torch.device("cpu")
 LOW_32 = 0xFFFFFFFF

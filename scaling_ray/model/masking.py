@@ -6,6 +6,7 @@ gene on its own with that probability. Unmeasured genes are hidden from the netw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,15 @@ class Masks:
 
     def rows(self, start: int, stop: int) -> Masks:
         """The masks of cells start..stop."""
-        return Masks(self.positions[start:stop], self.weights[start:stop], self.hidden[start:stop])
+        return self.through(lambda part: part[start:stop])
+
+    def repeated(self, times: int) -> Masks:
+        """The same masks so many times, one after the other."""
+        return self.through(lambda part: part.repeat(times, 1))
+
+    def through(self, change: Callable[[Tensor], Tensor]) -> Masks:
+        """Every part changed alike."""
+        return Masks(change(self.positions), change(self.weights), change(self.hidden))
 
 
 def mix32(x: Tensor) -> Tensor:
@@ -41,17 +50,19 @@ def mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def gene_hash(seed: int, epochs: Tensor, cells: Tensor, genes: int) -> Tensor:
-    """(B, V) int64 in [0, 2^32): the hash of every gene of every cell. epochs, cells: (B,) int64."""
-    key = torch.full_like(cells, seed & _LOW_32)
+def gene_hash(seed: int | Tensor, epochs: Tensor, cells: Tensor, genes: int) -> Tensor:
+    """(B, V) int64 in [0, 2^32): the hash of every gene of every cell. epochs, cells: (B,) int64; so seed, or one."""
+    key = torch.zeros_like(cells) + (seed & _LOW_32)
     for word in (epochs, cells & _LOW_32, cells >> 32):
         key = mix32((mix32(key) + word + 0x9E3779B9) & _LOW_32)
     gene = torch.arange(genes, dtype=torch.int64, device=cells.device) * 0x9E3779B1 & _LOW_32
     return mix32(mix32(key[:, None] ^ gene[None, :]) ^ key[:, None])
 
 
-def draw_masks(recipe: Recipe, fraction: float, seed: int, epochs: Tensor, cells: Tensor, measured: Tensor) -> Masks:
-    """Masks of B cells. epochs, cells: (B,) int64; measured: (B, V) bool."""
+def draw_masks(
+    recipe: Recipe, fraction: float, seed: int | Tensor, epochs: Tensor, cells: Tensor, measured: Tensor
+) -> Masks:
+    """Masks of B cells. epochs, cells: (B,) int64; measured: (B, V) bool; seed: one, or (B,) int64."""
     genes = measured.shape[1]
     hashes = gene_hash(seed, epochs, cells, genes)
     if recipe == "corrected":

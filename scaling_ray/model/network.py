@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scaling_ray.model.dropout import attention, dropout
 from scaling_ray.model.sizes import Shape
 
 
@@ -48,14 +49,10 @@ class Block(nn.Module):
             key, value = functional.linear(normed, weight[width:], bias[width:]).split(width, dim=2)
             kept = x_BGD.gather(1, index)
         rate = self.dropout if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(
-            self._split_heads(query), self._split_heads(key), self._split_heads(value), dropout_p=rate
-        )
-        mixed = self.attention_out(mixed.transpose(1, 2).flatten(2))
-        kept = kept + functional.dropout(mixed, self.dropout, self.training)
+        mixed = attention(self._split_heads(query), self._split_heads(key), self._split_heads(value), rate)
+        kept = kept + dropout(self.attention_out(mixed.transpose(1, 2).flatten(2)), rate)
         inner = functional.gelu(self.feedforward_in(self.norm_feedforward(kept)))
-        inner = self.feedforward_out(functional.dropout(inner, self.dropout, self.training))
-        return kept + functional.dropout(inner, self.dropout, self.training)
+        return kept + dropout(self.feedforward_out(dropout(inner, rate)), rate)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

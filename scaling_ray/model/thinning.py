@@ -60,7 +60,13 @@ def _draw(count: Tensor, hashes: Tensor, most: int, fraction: float) -> Tensor:
 
 
 def thin(
-    counts: Tensor, raw_sum: Tensor, fraction: float, seed: int, epochs: Tensor, cells: Tensor, most: tuple[int, int]
+    counts: Tensor,
+    raw_sum: Tensor,
+    fraction: float,
+    seed: int | Tensor,
+    epochs: Tensor,
+    cells: Tensor,
+    most: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """Keep each molecule of B cells with probability ``fraction``; those outside the panel count in the library too.
 
@@ -68,7 +74,7 @@ def thin(
         counts: (B, V) int64.
         raw_sum: (B,) int64, molecules over all genes.
         fraction: in (0, 1).
-        seed: of the run.
+        seed: of the run, or (B,) int64 of each cell's.
         epochs: (B,) int64.
         cells: (B,) int64 cell ids.
         most: no count, and no raw_sum, of the batch is larger (known without asking the device).

@@ -57,6 +57,18 @@ class Cells:
         )
 
 
+def joined(parts: list[Cells]) -> Cells:
+    """Cells of the same shards, one part after the other."""
+    return Cells(
+        np.concatenate([part.counts for part in parts]),
+        np.concatenate([part.raw_sum for part in parts]),
+        np.concatenate([part.cell for part in parts]),
+        np.concatenate([part.dataset for part in parts]),
+        np.concatenate([part.donor for part in parts]),
+        parts[0].measured,
+    )
+
+
 ID_COLUMNS = ("cell", "raw_sum", "dataset_id", "donor_id")
 
 
@@ -257,10 +269,15 @@ class ResidentFeed:
     """
 
     def __init__(self, cells: Cells, order: RunOrder, own: bool = False) -> None:
-        self._cells, self.order, self._own = cells, order, own
+        self.cells, self.order, self._own = cells, order, own
+
+    def indices(self, step: int, cells_per_step: int, share: slice = slice(None)) -> tuple[Ints, Ints]:
+        """Global batch number ``step``, or a share of it: (numbers of its cells in ``cells``, the epoch of each)."""
+        index, epochs = self.order.batch(step, cells_per_step)
+        index = index[share]
+        return index if self._own else self.order.rows.at(index), epochs[share]
 
     def batch(self, step: int, cells_per_step: int, share: slice = slice(None)) -> tuple[Cells, Ints]:
         """Global batch number ``step``, or a share of it: (its cells, the epoch of each)."""
-        index, epochs = self.order.batch(step, cells_per_step)
-        index = index[share]
-        return self._cells.rows(index if self._own else self.order.rows.at(index)), epochs[share]
+        index, epochs = self.indices(step, cells_per_step, share)
+        return self.cells.rows(index), epochs

@@ -28,6 +28,7 @@ from scaling_ray.shards.read import (
     ResidentFeed,
     check_genes,
     groups_of,
+    joined,
     read_measured,
     read_rows,
     shards_order,
@@ -162,7 +163,7 @@ class StreamFeed:
             parts.append(stored.rows(shuffled[begin : begin + taken]))
             at += taken
         epochs = (first + np.arange(start, stop, dtype=np.int64)) // n_cells
-        return parts[0] if len(parts) == 1 else _joined(parts), epochs
+        return parts[0] if len(parts) == 1 else joined(parts), epochs
 
     def close(self) -> None:
         """Stop reading. A feed that is asked for another batch begins again."""
@@ -243,14 +244,3 @@ def open_feed(
         return StreamFeed(shards, manifest, run.genes, order, cpus)
     measured = read_measured(shards, manifest, run.genes)
     return ResidentFeed(read_rows(shards, manifest, "train", run.genes, order.rows.all(), measured), order, own=True)
-
-
-def _joined(parts: list[Cells]) -> Cells:
-    return Cells(
-        np.concatenate([part.counts for part in parts]),
-        np.concatenate([part.raw_sum for part in parts]),
-        np.concatenate([part.cell for part in parts]),
-        np.concatenate([part.dataset for part in parts]),
-        np.concatenate([part.donor for part in parts]),
-        parts[0].measured,
-    )

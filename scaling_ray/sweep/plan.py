@@ -33,7 +33,7 @@ def run_cost(run: RunSpec, gflops_per_cpu: float) -> dict[str, Any]:
         "lr_candidates": run.lr_candidates,
         "max_cells_seen": run.train.max_cells_seen,
         "flops": flops,
-        "bytes": training_bytes(run.shape, run.genes, run.train.micro_batch),
+        "bytes": training_bytes(run.shape, run.genes, run.micro_batch),
         "workers": run.workers,
         "engine": run.engine,
         "hours": flops / (gflops_per_cpu * 1e9 * run.train.threads * run.workers) / 3600,

@@ -94,7 +94,7 @@ class Tracker:
             self._client.set_terminated(run_id, "FAILED")
 
     def _describe(self, run: RunSpec, run_id: str) -> None:
-        shown = run.model_dump(exclude={"train", "lr", "lr_candidates", "run_id"}) | run.train.model_dump()
+        shown = run.train.model_dump() | run.model_dump(exclude={"train", "lr", "lr_candidates", "run_id"})
         shown |= {"params": run.params, "cells": "all" if run.cells is None else run.cells}
         params = [Param(name, str(value)) for name, value in shown.items()]
         self._client.log_batch(run_id, params=params)

@@ -47,6 +47,22 @@ class Progress:
     row_squared_error: float = 0.0
     row_masked_genes: float = 0.0
 
+    def add_evaluation(self, val_mse: float, smoothing_evaluations: int) -> tuple[float, bool]:
+        """Put a value on the validation curve: (smoothed, whether it is the best smoothed so far)."""
+        self.curve_mse.append(val_mse)
+        recent = self.curve_mse[-smoothing_evaluations:]
+        smoothed = sum(recent) / len(recent)
+        best = self.best_smoothed_mse is None or smoothed < self.best_smoothed_mse
+        if best:
+            self.best_smoothed_mse, self.best_step, self.evaluations_without_gain = smoothed, self.optimizer_steps, 0
+        else:
+            self.evaluations_without_gain += 1
+        return smoothed, best
+
+    def has_stalled(self, patience_evaluations: int) -> bool:
+        """Whether the smoothed value has not fallen for so many evaluations (never, for 0)."""
+        return 0 < patience_evaluations <= self.evaluations_without_gain
+
 
 class MetricsLog:
     """Appends rows to a metrics.jsonl; a row's time is fixed when it is first written."""
@@ -151,7 +167,7 @@ def prepare_run(run_directory: Path, run: RunSpec) -> None:
             there = RunSpec.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BadInput(str(path), str(error).splitlines()[0], "is not a run's spec; remove it") from error
-        identity = {"workers", "engine", "zero_stage", "lr", "train"}
+        identity = {"workers", "engine", "zero_stage", "micro_batch", "precision", "compile", "lr", "train"}
         if there.model_dump(exclude=identity) != run.model_dump(exclude=identity):
             raise BadInput("run_id", run.run_id, "stands for another spec in this directory; sweep into a new one")
     write_atomic(path, text)

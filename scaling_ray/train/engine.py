@@ -42,8 +42,8 @@ class Engine(Protocol):
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of one micro-batch's share of the loss. Every rank."""
 
-    def update(self, lr: float) -> float:
-        """Clip, step with ``lr``, clear gradients; the gradient norm before clipping. Every rank."""
+    def update(self, lr: float) -> Tensor:
+        """Clip, step with ``lr``, clear gradients; the gradient norm before clipping, (). Every rank."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum over all ranks, the same bits on each. Every rank."""
@@ -111,14 +111,14 @@ class PlainEngine:
         """See Engine."""
         loss.backward()
 
-    def update(self, lr: float) -> float:
+    def update(self, lr: float) -> Tensor:
         """See Engine."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """See Engine."""
@@ -234,19 +234,20 @@ class DeepSpeedEngine:
         if not last:
             self._engine.step()  # counts the micro-batch, changes nothing
 
-    def update(self, lr: float) -> float:
+    def update(self, lr: float) -> Tensor:
         """See Engine."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self._stage == 0:
             # here DeepSpeed clips without saying what the norm was; the gradients are whole and reduced
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = float(nn.utils.get_total_norm(gradients))
+            whole = nn.utils.get_total_norm(gradients)
             self._engine.step()
-            return norm
+            return whole
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
-        return norm if norm >= 0 else math.nan  # DeepSpeed says -1 where a gradient is not finite
+        # DeepSpeed says -1 where a gradient is not finite
+        return torch.tensor(norm if norm >= 0 else math.nan, device=self.device)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """See Engine."""
@@ -354,7 +355,7 @@ class DeepSpeedEngine:
 def zero_config(run: RunSpec, ranks: int, whole_parameter_elements: int = WHOLE_PARAMETER_ELEMENTS) -> dict[str, Any]:
     """DeepSpeed's configuration for a run: all of it follows from the spec."""
     share = run.train.cells_per_step // ranks
-    micro_batch = min(run.train.micro_batch, share)
+    micro_batch = min(run.micro_batch, share)
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": math.ceil(share / micro_batch),
@@ -366,7 +367,7 @@ def zero_config(run: RunSpec, ranks: int, whole_parameter_elements: int = WHOLE_
         },
         # weights, gradients and what travels stay fp32, as in the other engines
         "torch_autocast": {
-            "enabled": run.train.precision == "bf16",
+            "enabled": run.precision == "bf16",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },

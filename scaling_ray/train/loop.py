@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,19 +22,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scaling_ray.errors import BadInput, Diverged
-from scaling_ray.model.masking import EVALUATION_MASK_SEED, Masks, draw_masks, log_normalise
+from scaling_ray.errors import BadInput, Diverged, Preempted
 from scaling_ray.model.objectives import squared_error_sums
 from scaling_ray.model.sizes import training_flops_per_cell
-from scaling_ray.model.thinning import thin
-from scaling_ray.records import MetricSums, RunResult
+from scaling_ray.records import MetricSums, RunResult, StopReason
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed, run_order
 from scaling_ray.spec import RunSpec, TrainSpec
+from scaling_ray.train.batches import Batch, BatchSource, evaluation_batches
 from scaling_ray.train.checkpoint import Attempt, Progress, commit_result
 from scaling_ray.train.engine import Engine, model_tensors
 
 TRAIN_ROWS_PER_RUN = 100
 """Rows of kind "train" in a run's metrics.jsonl, about."""
+
+UNSETTLED_UPDATES = 64
+"""Most updates that are given to a device before it is asked how they went."""
+
+ASK_SECONDS = 1.0
+"""Between two looks at whether the run should stop."""
 
 RANK_SEED_STRIDE = 1_000_003
 """Between the dropout seeds of neighbouring ranks, which see different cells and must drop different units."""
@@ -60,37 +65,6 @@ class RunData:
         return ResidentFeed(self.train, run_order(run, len(self.train), self.edges, self.train.donor))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """values (B, V) normalised, at the depth the network sees; masks; targets (B, K) at full depth."""
-
-    values: Tensor
-    masks: Masks
-    targets: Tensor
-
-    def rows(self, start: int, stop: int) -> Batch:
-        """Cells start..stop."""
-        return Batch(self.values[start:stop], self.masks.rows(start, stop), self.targets[start:stop])
-
-
-def make_batch(
-    cells: Cells, epochs: NDArray[np.int64], train: TrainSpec, mask_seed: int, device: torch.device
-) -> Batch:
-    """Normalise, mask and, where the spec says so, thin cells on the device."""
-    measured = torch.from_numpy(cells.measured[cells.dataset]).to(device)
-    counts = torch.from_numpy(cells.counts.astype(np.int32)).to(device)
-    raw_sum = torch.from_numpy(cells.raw_sum.copy()).to(device)
-    values = log_normalise(counts, raw_sum, train.recipe)
-    ids, when = torch.from_numpy(cells.cell.copy()).to(device), torch.from_numpy(epochs).to(device)
-    masks = draw_masks(train.recipe, train.mask_fraction, mask_seed, when, ids, measured)
-    targets = values.gather(1, masks.positions)
-    if train.umi_fraction < 1:
-        most = int(cells.counts.max(initial=0)), int(cells.raw_sum.max(initial=0))
-        seen = thin(counts.to(torch.int64), raw_sum, train.umi_fraction, mask_seed, when, ids, most)
-        values = log_normalise(*seen, train.recipe)
-    return Batch(values, masks, targets)
-
-
 def learning_rate(train: TrainSpec, peak: float, step: int) -> float:
     """The rate of update number ``step`` (from 0): linear warm-up, then constant, linear or cosine decay."""
     total = train.total_steps
@@ -104,84 +78,135 @@ def learning_rate(train: TrainSpec, peak: float, step: int) -> float:
     return peak * (train.final_lr_fraction + (1 - train.final_lr_fraction) * shape)
 
 
-def _autocast(train: TrainSpec, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    if train.precision == "bf16":
+def autocast(run: RunSpec, device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The run's precision as a context for its forward passes."""
+    if run.precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
-def evaluate(engine: Engine, cells: Cells, train: TrainSpec) -> tuple[MetricSums, Tensor, Tensor]:
+def evaluate(
+    engine: Engine, cells: Cells, run: RunSpec, made: list[Batch] | None = None
+) -> tuple[MetricSums, Tensor, Tensor]:
     """Error on cells under the fixed evaluation masks.
 
-    Returns the sums over all ranks, and per cell (N,) its squared error and its number of masked genes.
+    Args:
+        engine: with the weights.
+        cells: N of them.
+        run: its recipe, micro-batch and precision.
+        made: ``evaluation_batches`` of these cells, where they are asked for again and again.
+
+    Returns:
+        the sums over all ranks, and per cell (N,) its squared error and its number of masked genes.
     """
-    errors = torch.zeros(len(cells), dtype=torch.float64)
-    counts = torch.zeros(len(cells), dtype=torch.float64)
-    starts = range(0, len(cells), train.micro_batch)
+    device, width = engine.device, run.micro_batch
+    errors = torch.zeros(len(cells), dtype=torch.float64, device=device)
+    counts = torch.zeros(len(cells), dtype=torch.float64, device=device)
+    starts = range(0, len(cells), width)
     engine.model.eval()
-    with torch.no_grad(), _autocast(train, engine.device):
+    with torch.no_grad(), autocast(run, device):
         for first in range(0, len(starts), engine.ranks):
             # A forward pass under ZeRO 3 is collective: a rank with no cells left repeats the last ones and drops them.
             index = first + engine.rank
-            start = starts[min(index, len(starts) - 1)]
-            part = cells.rows(slice(start, start + train.micro_batch))
-            batch = make_batch(part, np.zeros(len(part), dtype=np.int64), train, EVALUATION_MASK_SEED, engine.device)
+            number = min(index, len(starts) - 1)
+            start = starts[number]
+            if made is not None:
+                batch = made[number]
+            else:
+                (batch,) = evaluation_batches(cells.rows(slice(start, start + width)), run.train, width, device)
             predictions = engine.model(batch.values, batch.masks.hidden, batch.masks.positions)
             if index >= len(starts):
                 continue
-            sums = squared_error_sums(predictions, batch.targets, batch.masks.weights)
-            errors[start : start + len(part)] = sums.double().cpu()
-            counts[start : start + len(part)] = batch.masks.weights.sum(1).double().cpu()
+            stop = start + len(batch.values)
+            errors[start:stop] = squared_error_sums(predictions, batch.targets, batch.masks.weights).double()
+            counts[start:stop] = batch.masks.weights.sum(1).double()
     engine.model.train()
-    errors, counts = engine.sum_over_ranks(errors), engine.sum_over_ranks(counts)
+    summed = engine.sum_over_ranks(torch.stack([errors, counts])).cpu()
+    errors, counts = summed[0], summed[1]
     return MetricSums(float(errors.sum()), float(counts.sum())), errors, counts
 
 
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step as the device knows it, (3,) float64: squared error, masked genes, gradient norm.
+
+    The squared error is this rank's; the others are of the whole global batch.
+    """
+
+    sums: Tensor
+    lr: float
+
+
 class TrainingLoop:
-    """Updates of one run, one at a time; ``train_one_update`` is the whole of a training step."""
+    """Updates of one run; ``update`` is a whole training step and never waits for the device, ``settle`` does."""
 
     def __init__(self, run: RunSpec, data: RunData, engine: Engine) -> None:
         if run.lr is None:
             raise BadInput("lr", None, "has not been chosen yet; sweep the learning-rate runs first")
         self.run, self.data, self.engine, self.lr = run, data, engine, run.lr
         self.feed = data.feed(run)
+        self.source = BatchSource(self.feed, run.train, run.seed, engine.device)
         self.total_steps = run.train.total_steps
         self.progress = Progress()
+        self._unsettled: list[Update] = []
+        self._curve: tuple[Cells, list[Batch]] | None = None
         torch.manual_seed(run.seed + RANK_SEED_STRIDE * engine.rank)
         engine.model.train()
 
     def global_batch(self, step: int) -> Batch:
         """The slice of global batch ``step`` that falls to this rank."""
-        train = self.run.train
-        share = train.cells_per_step // self.engine.ranks
-        own = slice(self.engine.rank * share, (self.engine.rank + 1) * share)
-        cells, epochs = self.feed.batch(step, train.cells_per_step, own)
-        return make_batch(cells, epochs, train, self.run.seed, self.engine.device)
+        share = self.run.train.cells_per_step // self.engine.ranks
+        return self.source.batch(step, slice(self.engine.rank * share, (self.engine.rank + 1) * share))
 
-    def train_one_update(self) -> tuple[MetricSums, float, float]:
-        """One optimizer step: (sums of its global batch, learning rate, gradient norm)."""
-        train, engine, progress = self.run.train, self.engine, self.progress
+    def update(self) -> None:
+        """One optimizer step. What it summed stays on the device until ``settle``."""
+        run, engine, progress = self.run, self.engine, self.progress
         batch = self.global_batch(progress.optimizer_steps)
-        masked = float(engine.sum_over_ranks(batch.masks.weights.sum().double()))
-        squared_error = torch.zeros((), dtype=torch.float64)
-        starts = range(0, len(batch.values), train.micro_batch)
+        masked = engine.sum_over_ranks(batch.masks.weights.sum().double())
+        share = masked.clamp(min=1.0).float()
+        squared_error = torch.zeros((), dtype=torch.float64, device=engine.device)
+        starts = range(0, len(batch.values), run.micro_batch)
         for start in starts:
-            part = batch.rows(start, start + train.micro_batch)
+            part = batch.rows(start, start + run.micro_batch)
             last = start == starts[-1]
-            with _autocast(train, engine.device):
+            with autocast(run, engine.device):
                 predictions = engine.forward(part.values, part.masks.hidden, part.masks.positions, last)
                 loss = squared_error_sums(predictions, part.targets, part.masks.weights).sum()
-            engine.accumulate(loss / max(masked, 1.0), last)
-            squared_error += loss.detach().double().cpu()
-        sums = MetricSums(float(engine.sum_over_ranks(squared_error)), masked)
-        rate = learning_rate(train, self.lr, progress.optimizer_steps)
+            engine.accumulate(loss / share, last)
+            squared_error += loss.detach().double()
+        rate = learning_rate(run.train, self.lr, progress.optimizer_steps)
         norm = engine.update(rate)
+        self._unsettled.append(Update(torch.stack([squared_error, masked, norm.double()]), rate))
         progress.optimizer_steps += 1
-        progress.cells_seen += train.cells_per_step
-        progress.masked_genes_seen += int(masked)
-        if not math.isfinite(sums.squared_error) or not math.isfinite(norm):
-            raise Diverged(f"update {progress.optimizer_steps}: loss {sums.mse}, gradient norm {norm}; lower the rate")
-        return sums, rate, norm
+        progress.cells_seen += run.train.cells_per_step
+
+    def settle(self) -> list[tuple[MetricSums, float, float]]:
+        """Count the updates since the last call: of each the sums of its global batch, its rate, its gradient norm.
+
+        Every rank, equally often. Diverged names the first update whose loss or gradient is not finite; nothing of it
+        was saved before.
+        """
+        waiting, self._unsettled = self._unsettled, []
+        if not waiting:
+            return []
+        table = torch.stack([update.sums for update in waiting]).cpu()
+        table[:, 0] = self.engine.sum_over_ranks(table[:, 0].contiguous())
+        progress, settled = self.progress, []
+        first = progress.optimizer_steps - len(waiting) + 1
+        for number, (update, row) in enumerate(zip(waiting, table.tolist(), strict=True), start=first):
+            sums, norm = MetricSums(row[0], row[1]), row[2]
+            if not math.isfinite(sums.squared_error) or not math.isfinite(norm):
+                raise Diverged(f"update {number}: loss {sums.mse}, gradient norm {norm}; lower the rate")
+            progress.masked_genes_seen += int(sums.masked_genes)
+            progress.row_squared_error += sums.squared_error
+            progress.row_masked_genes += sums.masked_genes
+            settled.append((sums, update.lr, norm))
+        return settled
+
+    def train_one_update(self) -> tuple[MetricSums, float, float]:
+        """One optimizer step, waited for: (sums of its global batch, learning rate, gradient norm)."""
+        self.update()
+        return self.settle()[-1]
 
     def state(self) -> dict[str, Tensor]:
         """Everything besides ``progress`` that exact resuming needs, on rank 0; every rank calls it."""
@@ -204,39 +229,32 @@ class TrainingLoop:
 
     def is_evaluation_step(self) -> bool:
         """Whether the update just done ends one of the run's ``evaluations`` equal parts."""
-        done, parts = self.progress.optimizer_steps, self.run.train.evaluations
-        return done * parts // self.total_steps > (done - 1) * parts // self.total_steps
+        return ends_part(self.progress.optimizer_steps, self.total_steps, self.run.train.evaluations)
 
     def evaluate_curve(self) -> tuple[float, float, bool]:
         """Validation on the fixed curve cells: (val_mse, smoothed, whether it is the best smoothed so far)."""
-        train, progress = self.run.train, self.progress
-        sums, _, _ = evaluate(self.engine, self.data.val.rows(slice(0, train.curve_cells)), train)
+        run = self.run
+        if self._curve is None:
+            cells = self.data.val.rows(slice(0, run.train.curve_cells))
+            self._curve = cells, evaluation_batches(cells, run.train, run.micro_batch, self.engine.device)
+        sums, _, _ = evaluate(self.engine, self._curve[0], run, self._curve[1])
         if not math.isfinite(sums.mse):
-            raise Diverged(f"update {progress.optimizer_steps}: validation error {sums.mse}; lower the rate")
-        progress.curve_mse.append(sums.mse)
-        recent = progress.curve_mse[-train.smoothing_evaluations :]
-        smoothed = sum(recent) / len(recent)
-        best = progress.best_smoothed_mse is None or smoothed < progress.best_smoothed_mse
-        if best:
-            progress.best_smoothed_mse, progress.best_step = smoothed, progress.optimizer_steps
-            progress.evaluations_without_gain = 0
-        else:
-            progress.evaluations_without_gain += 1
+            raise Diverged(f"update {self.progress.optimizer_steps}: validation error {sums.mse}; lower the rate")
+        smoothed, best = self.progress.add_evaluation(sums.mse, run.train.smoothing_evaluations)
         return sums.mse, smoothed, best
 
     def should_stop(self) -> bool:
         """Early stopping: the smoothed validation error has not fallen for ``patience_evaluations`` evaluations."""
-        patience = self.run.train.patience_evaluations
-        return patience > 0 and self.progress.evaluations_without_gain >= patience
+        return self.progress.has_stalled(self.run.train.patience_evaluations)
+
+
+def ends_part(steps: int, total_steps: int, parts: int) -> bool:
+    """Whether update number ``steps`` (from 1) ends one of ``parts`` equal parts of ``total_steps``."""
+    return steps * parts // total_steps > (steps - 1) * parts // total_steps
 
 
 def _generator_name(rank: int) -> str:
     return f"generator.{rank}" if rank else "generator"
-
-
-def _any_rank(engine: Engine, flag: bool) -> bool:
-    """Whether it is so on any rank: clocks differ, and what is collective must be begun by all."""
-    return flag if engine.ranks == 1 else bool(engine.sum_over_ranks(torch.tensor(int(flag))))
 
 
 def run_to_result(
@@ -245,12 +263,14 @@ def run_to_result(
     engine: Engine,
     run_directory: Path,
     report: Callable[[Progress], None] = lambda progress: None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> RunResult | None:
     """Train, resume where an earlier attempt stopped, evaluate the chosen checkpoint, commit.
 
     Runs that choose a learning rate never see a test cell. Only rank 0 reads and writes the run's files; the others
     are sent what they need. Returns the result that this attempt committed, None on other ranks or where another
-    attempt committed first. ``report`` is called after every evaluation.
+    attempt committed first. ``report`` is called after every evaluation; where ``asked_to_stop`` (asked about once a
+    second, on rank 0) says so, the state is saved and Preempted rises.
     """
     began = time.monotonic()
     writes = engine.rank == 0
@@ -260,105 +280,166 @@ def run_to_result(
     start, tensors = engine.share(*(resumed or (None, {})))
     if start is not None:
         loop.load(start, tensors)
-    stop_reason = _train(loop, attempt, report)
-    progress, train = loop.progress, run.train
+    stop_reason = _train(loop, attempt, report, asked_to_stop)
+    progress = loop.progress
     _, chosen = engine.share(None, attempt.load_best() if attempt is not None else {})
     engine.load_weights(model_tensors(chosen))
-    val, _, _ = evaluate(engine, data.val, train)
-    test = None
-    if run.role == "law":
-        test, errors, counts = evaluate(engine, data.test, train)
-        if attempt is not None:
-            _write_test_cells(attempt.directory / "test_cells.parquet", data.test, errors, counts)
+    val, _, _ = evaluate(engine, data.val, run)
+    test = evaluate(engine, data.test, run) if run.role == "law" else None
     if attempt is None:
         return None
-    masked_per_cell = progress.masked_genes_seen / progress.cells_seen
-    result = RunResult(
-        run_id=run.run_id,
-        attempt=attempt.token,
-        attempts=attempt.number,
+    if test is not None:
+        write_test_cells(attempt.directory / "test_cells.parquet", data.test, test[1], test[2])
+    result = run_result(
+        run,
+        progress,
+        attempt,
         data_hash=data.data_hash,
         lr=loop.lr,
         cells_resolved=len(loop.feed.order.rows),
-        cells_seen=progress.cells_seen,
-        masked_genes_seen=progress.masked_genes_seen,
-        optimizer_steps=progress.optimizer_steps,
-        flops=training_flops_per_cell(run.shape, run.genes, masked_per_cell) * progress.cells_seen,
         val_mse=val.mse,
-        final_val_mse=progress.curve_mse[-1],
-        best_curve_mse=min(progress.curve_mse),
-        best_cells_seen=progress.best_step * train.cells_per_step,
-        test_mse=test.mse if test else None,
-        test_squared_error=test.squared_error if test else None,
-        test_masked_genes=int(test.masked_genes) if test else None,
+        test=test[0] if test is not None else None,
         stop_reason=stop_reason,
         wall_seconds=time.monotonic() - began,
-        train_seconds=progress.train_seconds,
         workers=engine.ranks,
-        engine=run.engine,
-        host=socket.gethostname(),
     )
     return result if commit_result(run_directory, result) else None
 
 
+def run_result(
+    run: RunSpec,
+    progress: Progress,
+    attempt: Attempt,
+    *,
+    data_hash: str,
+    lr: float,
+    cells_resolved: int,
+    val_mse: float,
+    test: MetricSums | None,
+    stop_reason: StopReason,
+    wall_seconds: float,
+    workers: int = 1,
+    stacked: int = 1,
+) -> RunResult:
+    """The record of a run that ended."""
+    masked_per_cell = progress.masked_genes_seen / progress.cells_seen
+    return RunResult(
+        run_id=run.run_id,
+        attempt=attempt.token,
+        attempts=attempt.number,
+        data_hash=data_hash,
+        lr=lr,
+        cells_resolved=cells_resolved,
+        cells_seen=progress.cells_seen,
+        masked_genes_seen=progress.masked_genes_seen,
+        optimizer_steps=progress.optimizer_steps,
+        flops=training_flops_per_cell(run.shape, run.genes, masked_per_cell) * progress.cells_seen,
+        val_mse=val_mse,
+        final_val_mse=progress.curve_mse[-1],
+        best_curve_mse=min(progress.curve_mse),
+        best_cells_seen=progress.best_step * run.train.cells_per_step,
+        test_mse=test.mse if test else None,
+        test_squared_error=test.squared_error if test else None,
+        test_masked_genes=int(test.masked_genes) if test else None,
+        stop_reason=stop_reason,
+        wall_seconds=wall_seconds,
+        train_seconds=progress.train_seconds,
+        workers=workers,
+        engine=run.engine,
+        micro_batch=run.micro_batch,
+        precision=run.precision,
+        stacked=stacked,
+        host=socket.gethostname(),
+    )
+
+
+def row_interval(total_steps: int) -> int:
+    """Updates between two rows of kind "train"."""
+    return max(1, total_steps // TRAIN_ROWS_PER_RUN)
+
+
+def train_row(progress: Progress, lr: float, norm: float, cells_per_second: float) -> dict[str, Any]:
+    """A row of metrics.jsonl over the updates since the one before; the sums in ``progress`` begin anew."""
+    mse = MetricSums(progress.row_squared_error, progress.row_masked_genes).mse
+    progress.row_squared_error = progress.row_masked_genes = 0.0
+    return {
+        "kind": "train",
+        "optimizer_steps": progress.optimizer_steps,
+        "cells_seen": progress.cells_seen,
+        "train_mse": mse,
+        "lr": lr,
+        "grad_norm": norm,
+        "cells_per_second": cells_per_second,
+    }
+
+
+def eval_row(progress: Progress, val_mse: float, smoothed: float) -> dict[str, Any]:
+    """A row of metrics.jsonl about one evaluation of the curve."""
+    return {
+        "kind": "eval",
+        "optimizer_steps": progress.optimizer_steps,
+        "cells_seen": progress.cells_seen,
+        "val_mse": val_mse,
+        "val_mse_smoothed": smoothed,
+    }
+
+
 def _train(
-    loop: TrainingLoop, attempt: Attempt | None, report: Callable[[Progress], None]
-) -> Literal["budget", "early_stop"]:
-    train, progress = loop.run.train, loop.progress
-    every = max(1, loop.total_steps // TRAIN_ROWS_PER_RUN)
-    since = time.monotonic()
-    saved = clock = since
+    loop: TrainingLoop, attempt: Attempt | None, report: Callable[[Progress], None], asked_to_stop: Callable[[], bool]
+) -> StopReason:
+    train, progress, engine = loop.run.train, loop.progress, loop.engine
+    every = row_interval(loop.total_steps)
+    clock = since = saved = asked = time.monotonic()
+    unsettled = 0
     while progress.optimizer_steps < loop.total_steps and not loop.should_stop():
-        step_sums, rate, norm = loop.train_one_update()
-        progress.row_squared_error += step_sums.squared_error
-        progress.row_masked_genes += step_sums.masked_genes
-        if attempt is not None and progress.optimizer_steps % every == 0:
-            now = time.monotonic()
-            attempt.metrics.write(
-                {
-                    "kind": "train",
-                    "optimizer_steps": progress.optimizer_steps,
-                    "cells_seen": progress.cells_seen,
-                    "train_mse": MetricSums(progress.row_squared_error, progress.row_masked_genes).mse,
-                    "lr": rate,
-                    "grad_norm": norm,
-                    "cells_per_second": every * train.cells_per_step / max(now - since, 1e-9),
-                }
-            )
-            progress.row_squared_error, progress.row_masked_genes, since = 0.0, 0.0, now
-        best = evaluated = False
-        if loop.is_evaluation_step():
+        loop.update()
+        unsettled += 1
+        is_row, is_evaluation = progress.optimizer_steps % every == 0, loop.is_evaluation_step()
+        now = time.monotonic()
+        due = stop = False
+        if attempt is not None:
+            due = now - saved >= train.checkpoint_seconds
+            if now - asked >= ASK_SECONDS:
+                asked, stop = now, asked_to_stop()
+        if engine.ranks > 1:  # clocks differ, and what is collective must be begun by all
+            flags = engine.sum_over_ranks(torch.tensor([int(due), int(stop)])).tolist()
+            due, stop = flags[0] > 0, flags[1] > 0
+        if not (is_row or is_evaluation or due or stop or unsettled >= UNSETTLED_UPDATES):
+            continue
+        _, rate, norm = loop.settle()[-1]
+        unsettled = 0
+        now = time.monotonic()
+        if is_row and attempt is not None:
+            speed = every * train.cells_per_step / max(now - since, 1e-9)
+            attempt.metrics.write(train_row(progress, rate, norm, speed))
+            since = now
+        best = False
+        if is_evaluation:
             val_mse, smoothed, best = loop.evaluate_curve()
-            evaluated = True
+            since = time.monotonic()
         now = time.monotonic()
         progress.train_seconds += now - clock
         clock = now
-        if attempt is not None and evaluated:
-            since = now
-            attempt.metrics.write(
-                {
-                    "kind": "eval",
-                    "optimizer_steps": progress.optimizer_steps,
-                    "cells_seen": progress.cells_seen,
-                    "val_mse": val_mse,
-                    "val_mse_smoothed": smoothed,
-                }
-            )
+        if is_evaluation and attempt is not None:
+            attempt.metrics.write(eval_row(progress, val_mse, smoothed))
         if best:
-            weights = loop.engine.weights()
+            weights = engine.weights()
             if attempt is not None:
                 attempt.save_best(progress, {f"model.{k}": v for k, v in weights.items()})
-        if _any_rank(loop.engine, attempt is not None and now - saved >= train.checkpoint_seconds):
+        if due or stop:
             state = loop.state()
             if attempt is not None:
                 attempt.save_last(progress, state)
             saved = time.monotonic()
-        if evaluated:
+        if stop:
+            raise Preempted(f"{loop.run.run_id}: saved at update {progress.optimizer_steps}; call again to go on")
+        if is_evaluation:
             report(progress)
     return "early_stop" if loop.should_stop() and progress.optimizer_steps < loop.total_steps else "budget"
 
 
-def _write_test_cells(path: Path, cells: Cells, errors: Tensor, counts: Tensor) -> None:
+def write_test_cells(path: Path, cells: Cells, errors: Tensor, counts: Tensor) -> None:
+    """The cells of the test split with the sums of each: what comparisons cell by cell need."""
     table = pa.table(
         {"cell": cells.cell, "squared_error": errors.numpy(), "masked_genes": counts.numpy().astype(np.int32)}
     )

@@ -1,0 +1,148 @@
+"""Many tiny models of one shape as one: every tensor has a leading dimension of models, none ever meets another.
+
+A tiny model's update is mostly the cost of starting operations; R of them in one set of operations share it. The
+mathematics is that of ``model.network``, torch's clip_grad_norm_ and torch's AdamW, model by model.
+
+Shape legend: R models, B cells, G genes, K masked genes, D width, O output width, H heads, P parameters of a model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scaling_ray.model.dropout import attention, dropout
+from scaling_ray.model.network import MaskedGeneTransformer
+from scaling_ray.model.sizes import Shape
+from scaling_ray.spec import TrainSpec
+
+ADAM_BETA1, ADAM_EPSILON = 0.9, 1e-8
+CLIP_EPSILON = 1e-6
+"""As in torch: AdamW's and clip_grad_norm_'s own."""
+
+
+class StackedTransformer:
+    """R networks of one shape; ``flat`` (R, P) holds all weights, ``parts`` are leaf views into it by name.
+
+    Args:
+        shape: of each.
+        genes: of each.
+        rate: dropout while training.
+        seeds: from which each draws its weights, as ``MaskedGeneTransformer.initialise``.
+        device: where they live.
+    """
+
+    def __init__(self, shape: Shape, genes: int, rate: float, seeds: list[int], device: torch.device) -> None:
+        self.shape, self.genes, self.rate, self.training = shape, genes, rate, True
+        models = []
+        for seed in seeds:
+            model = MaskedGeneTransformer(shape, genes)
+            model.initialise(seed)
+            models.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+        self.flat = torch.stack(models).to(device)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.parts = {name: self._view(self.flat, name).requires_grad_() for name in self.shapes}
+
+    def __len__(self) -> int:
+        return len(self.flat)
+
+    def _view(self, flat: Tensor, name: str) -> Tensor:
+        start = 0
+        for earlier, shape in self.shapes.items():
+            if earlier == name:
+                return flat.detach()[:, start : start + shape.numel()].view(len(flat), *shape)
+            start += shape.numel()
+        raise KeyError(name)
+
+    def named(self, flat: Tensor, member: int) -> dict[str, Tensor]:
+        """One model's tensors by name, out of something (R, P); copies."""
+        return {name: self._view(flat, name)[member].clone() for name in self.shapes}
+
+    def gradients(self) -> Tensor:
+        """(R, P), gathered from the parts and cleared there."""
+        gathered = torch.cat([part.grad.flatten(1) for part in self.parts.values() if part.grad is not None], dim=1)
+        for part in self.parts.values():
+            part.grad = None
+        return gathered
+
+    def _linear(self, x_RND: Tensor, name: str, rows: slice = slice(None)) -> Tensor:
+        weight_ROD, bias_RO = self.parts[f"{name}.weight"][:, rows], self.parts[f"{name}.bias"][:, rows]
+        return torch.baddbmm(bias_RO[:, None, :], x_RND, weight_ROD.mT)
+
+    def _norm(self, x_RND: Tensor, name: str) -> Tensor:
+        normed = functional.layer_norm(x_RND, (self.shape.width,))
+        return torch.addcmul(self.parts[f"{name}.bias"][:, None], normed, self.parts[f"{name}.weight"][:, None])
+
+    def _heads(self, x_RND: Tensor, cells: int) -> Tensor:
+        return x_RND.reshape(len(self) * cells, -1, self.shape.heads, x_RND.shape[2] // self.shape.heads).transpose(
+            1, 2
+        )
+
+    def forward(self, values_RBG: Tensor, hidden_RBG: Tensor, positions_RBK: Tensor) -> Tensor:
+        """(R, B, G) values, (R, B, G) bool hidden, (R, B, K) positions -> (R, B, K) predictions."""
+        models, cells, genes = values_RBG.shape
+        masked, width = positions_RBK.shape[2], self.shape.width
+        parts = self.parts
+        scale, shift = (
+            parts["value_projection.weight"][:, None, None, :, 0],
+            parts["value_projection.bias"][:, None, None],
+        )
+        seen = values_RBG[..., None] * scale + shift
+        x = torch.where(hidden_RBG[..., None], parts["mask_token"][:, None, None], seen)
+        x = (x + parts["gene_embedding"][:, None]).view(models, cells * genes, width)
+        rate = self.rate if self.training else 0.0
+        # where a cell's masked genes lie among the tokens of its model
+        tokens = (positions_RBK + torch.arange(cells, device=x.device)[:, None] * genes).view(models, -1, 1)
+        index = tokens.expand(-1, -1, width)
+        for layer in range(self.shape.layers):
+            name, last = f"blocks.{layer}", layer == self.shape.layers - 1
+            normed = self._norm(x, f"{name}.norm_attention")
+            asking = normed.gather(1, index) if last else normed
+            query = self._linear(asking, f"{name}.query_key_value", slice(0, width))
+            key_value = self._linear(normed, f"{name}.query_key_value", slice(width, None))
+            key, value = key_value.split(width, dim=2)
+            mixed = attention(self._heads(query, cells), self._heads(key, cells), self._heads(value, cells), rate)
+            mixed = mixed.transpose(1, 2).reshape(models, -1, width)
+            kept = x.gather(1, index) if last else x
+            kept = kept + dropout(self._linear(mixed, f"{name}.attention_out"), rate)
+            inner = functional.gelu(
+                self._linear(self._norm(kept, f"{name}.norm_feedforward"), f"{name}.feedforward_in")
+            )
+            x = kept + dropout(self._linear(dropout(inner, rate), f"{name}.feedforward_out"), rate)
+        return self._linear(x, "head").view(models, cells, masked)
+
+
+class StackedAdamW:
+    """AdamW and gradient clipping over (R, P) weights, each model with a rate and a norm of its own."""
+
+    def __init__(self, weights: Tensor, train: TrainSpec) -> None:
+        self.first, self.second, self.steps = torch.zeros_like(weights), torch.zeros_like(weights), 0
+        self._train = train
+
+    def step(self, weights: Tensor, gradients: Tensor, lr: Tensor, alive: Tensor) -> Tensor:
+        """Update ``weights`` in place, those of models not ``alive`` never; each one's norm before clipping.
+
+        Args:
+            weights: (R, P).
+            gradients: (R, P), changed.
+            lr: (R,).
+            alive: (R,) bool.
+
+        Returns:
+            (R,) gradient norms.
+        """
+        train = self._train
+        norms = torch.linalg.vector_norm(gradients, dim=1)
+        gradients.mul_((train.grad_clip / (norms + CLIP_EPSILON)).clamp(max=1.0)[:, None])
+        gradients = torch.where(alive[:, None], gradients, 0.0)
+        rate = torch.where(alive, lr, 0.0)[:, None]
+        self.steps += 1
+        weights.mul_(1.0 - rate * train.weight_decay)
+        self.first.lerp_(gradients, 1.0 - ADAM_BETA1)
+        self.second.mul_(train.adam_beta2).addcmul_(gradients, gradients, value=1.0 - train.adam_beta2)
+        root = (self.second.sqrt() / math.sqrt(1.0 - train.adam_beta2**self.steps)).add_(ADAM_EPSILON)
+        weights.sub_(self.first / root * (rate / (1.0 - ADAM_BETA1**self.steps)))
+        return norms
