@@ -49,7 +49,7 @@ def choose_micro_batch(shape: Shape, genes: int, cells_per_step: int, device: De
     return 1 << (most.bit_length() - 1)
 
 
-def choose_stack(shape: Shape, device: Device) -> int:
+def choose_stack(shape: Shape, micro_batch: int, device: Device) -> int:
     """Most models of this shape that train as one."""
     if shape.layers > 1 or shape.width > STACKED_WIDTH:
         return 1

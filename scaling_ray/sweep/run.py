@@ -6,6 +6,7 @@ each. One driver at a time holds the lease of the directory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -18,23 +19,23 @@ import torch
 from numpy.typing import NDArray
 
 from scaling_ray.cluster import own_errors, ray, ray_session  # before ray.tune: it sets what ray reads once
-from scaling_ray.errors import BadInput, RunsFailed
+from scaling_ray.errors import BadInput, Preempted, RunsFailed
 from scaling_ray.places import Place, place
 from scaling_ray.records import ShardManifest
-from scaling_ray.shards.format import SPLITS, read_manifest, row_groups, verify
+from scaling_ray.shards.format import SPLITS, read_manifest, verify
 from scaling_ray.shards.order import check_donors, chosen_donors
-from scaling_ray.shards.read import Cells, read_measured, read_rows, shards_order
+from scaling_ray.shards.read import Cells, Feed, read_measured, read_rows, shards_order
 from scaling_ray.shards.stream import open_feed, read_resident
 from scaling_ray.spec import RunSpec, SweepSpec, TrainSpec, load_spec
 from scaling_ray.storage import Lease, output_directory, partial_directory, write_atomic, write_json
-from scaling_ray.sweep.failures import guarded, record_failure, recorded_failure
-from scaling_ray.sweep.plan import make_plan, run_cost
+from scaling_ray.sweep.failures import guarded, record_failure, recorded_failure, within_memory
+from scaling_ray.sweep.plan import as_planned, make_plan, run_cost
 from scaling_ray.sweep.references import floor_path, reference_name, write_closed_form, write_planted_floor
 from scaling_ray.sweep.results import write_results
+from scaling_ray.sweep.stopping import asked_to_stop, stop_file, stop_on_sigterm
 from scaling_ray.sweep.tracked import is_tracked
+from scaling_ray.sweep.trial import Trial
 from scaling_ray.train.checkpoint import prepare_run, publish_winner, read_result
-from scaling_ray.train.engine import PlainEngine
-from scaling_ray.train.loop import RunData, run_to_result
 
 Progress = Callable[[str], None]
 
@@ -95,7 +96,7 @@ class _Sweep:
         self._check_same_shards()
         write_atomic(self.sweep / "spec.toml", spec_text)
         write_atomic(self.sweep / "shards_manifest.json", self.manifest.to_json())
-        write_json(self.sweep / "plan.json", make_plan(self.spec))
+        self._make_plan()
         (self.sweep / "runs").mkdir(exist_ok=True)
         for run in self.runs:
             publish_winner(self.directory(run))
@@ -118,6 +119,15 @@ class _Sweep:
                 f"see {self.sweep / 'runs' / first['run_id'] / 'failure.json'}"
             )
         return rows
+
+    def _make_plan(self) -> None:
+        """Write plan.json, repeating what it said of runs it knew; runs and stacks are those it says."""
+        path = self.sweep / "plan.json"
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        plan = make_plan(self.spec, earlier)
+        write_json(path, plan)
+        self.runs = as_planned(self.runs, plan)
+        self.stacks: list[list[str]] = plan["stacks"]
 
     def _check_same_shards(self) -> None:
         """BadInput where this directory's runs, finished or not, belong to other shards."""
@@ -167,7 +177,7 @@ class _Sweep:
         follower = self._follower()
         follower.start()
         try:
-            with ray_session(self.spec.resources.cpus), own_errors():
+            with ray_session(self.spec.resources.cpus), own_errors(), stop_on_sigterm(self.sweep):
                 most_genes = max(run.genes for run in self.runs)
                 self.progress("reading shards into the object store")
                 shared = [name for name in SPLITS if name != "train" or self._train_is_resident(most_genes)]
@@ -175,11 +185,22 @@ class _Sweep:
                 references = self._start_references(splits)
                 for role in ("rate", "law"):
                     self.runs = self._with_chosen_rates()
-                    self._run_phase([run for run in self._waiting(self.runs) if run.role == role], splits)
-                ray.get(references)
+                    self._run_phase([run for run in self.runs if run.role == role], splits)
+                    self._check_stop()
+                self._finish_references(references)
         finally:
             rows = write_results(self.sweep, self.runs, self.train_cells)
             follower.finish(failed=any(is_failure(row) for row in rows))
+
+    def _check_stop(self) -> None:
+        if asked_to_stop(self.sweep):
+            left = len(self._waiting(self.runs))
+            raise Preempted(f"{self.sweep}: stopped with {left} runs to go, all saved; the same command goes on")
+
+    def _finish_references(self, references: list[Any]) -> None:
+        while references:
+            _, references = ray.wait(references, num_returns=len(references), timeout=1.0)
+            self._check_stop()
 
     def _train_is_resident(self, genes: int) -> bool:
         """Whether all runs share one copy of the training split; else each opens what it needs."""
@@ -218,30 +239,42 @@ class _Sweep:
     def _run_phase(self, runs: list[RunSpec], splits: dict[str, Any]) -> None:
         from scaling_ray.train.worker import preflight
 
+        waiting = {run.run_id for run in self._waiting(runs)}
+        stacked = {run_id for stack in self.stacks for run_id in stack}
+        by_id = {run.run_id: run for run in runs}
+        groups = [[by_id[name] for name in stack] for stack in self.stacks if by_id.keys() >= set(stack)]
+        groups += [[run] for run in runs if run.run_id not in stacked]
         ready = []
-        for run in runs:
-            if run.lr is None:
-                message = "no learning rate could be chosen: a learning-rate run of this size has no result"
-                self.directory(run).mkdir(parents=True, exist_ok=True)
-                record_failure(self.directory(run), run, "bad_input", message)
+        for group in groups:
+            if not waiting & {run.run_id for run in group}:
                 continue
-            prepare_run(self.directory(run), run)
-            obstacle = preflight(run, ray.cluster_resources())
-            if obstacle:
-                record_failure(self.directory(run), run, "bad_input", obstacle)
+            if obstacle := self._obstacle(group, lambda run: preflight(run, ray.cluster_resources())):
+                for run in group:
+                    self.directory(run).mkdir(parents=True, exist_ok=True)
+                    record_failure(self.directory(run), run, "bad_input", obstacle)
                 continue
-            ready.append(run)
-        alone = [run for run in ready if run.workers == 1]
+            for run in group:
+                prepare_run(self.directory(run), run)
+            ready.append(group)
+        alone = [group for group in ready if group[0].workers == 1]
         if alone:
-            self._tune(sorted(alone, key=lambda run: -float(run_cost(run, 1.0)["flops"])), splits)
-        for run in ready:
-            if run.workers > 1:
-                self._worker_group(run)
+            cost = {group[0].run_id: sum(float(run_cost(run, 1.0)["flops"]) for run in group) for group in alone}
+            self._tune(sorted(alone, key=lambda group: -cost[group[0].run_id]), splits)
+        for group in ready:
+            if group[0].workers > 1:
+                self._check_stop()
+                self._worker_group(group[0])
 
-    def _tune(self, runs: list[RunSpec], splits: dict[str, Any]) -> None:
+    def _obstacle(self, group: list[RunSpec], preflight: Callable[[RunSpec], str | None]) -> str | None:
+        """Why a group cannot train, or None."""
+        if any(run.lr is None for run in group):
+            return "no learning rate could be chosen: a learning-rate run of this size has no result"
+        return next((found for run in group if (found := preflight(run))), None)
+
+    def _tune(self, groups: list[list[RunSpec]], splits: dict[str, Any]) -> None:
         from ray import tune
 
-        threads = max(run.train.threads for run in runs)
+        threads = max(run.train.threads for group in groups for run in group)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         trainable = tune.with_resources(
             tune.with_parameters(
@@ -258,7 +291,7 @@ class _Sweep:
         try:
             tune.Tuner(
                 trainable,
-                param_space={"run": tune.grid_search([run.model_dump_json() for run in runs])},
+                param_space={"runs": tune.grid_search([[run.model_dump_json() for run in group] for group in groups])},
                 tune_config=tune.TuneConfig(metric="val_mse", mode="min", reuse_actors=True),
                 run_config=tune.RunConfig(
                     name="trials",
@@ -270,7 +303,9 @@ class _Sweep:
             ).fit()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        for run in self._waiting(runs):
+        if asked_to_stop(self.sweep):
+            return
+        for run in self._waiting([run for group in groups for run in group]):
             if not (self.directory(run) / "failure.json").is_file():
                 attempts = 1 + self.spec.resources.max_failures
                 record_failure(self.directory(run), run, "lost", f"its worker process died {attempts} times")
@@ -281,7 +316,12 @@ class _Sweep:
         use_gpu = bool(ray.cluster_resources().get("GPU"))
         began = time.monotonic()
         try:
-            guarded(run, directory, lambda: self._train_in_group(run, use_gpu, scratch))
+            guarded(
+                {directory: run},
+                lambda: within_memory(
+                    [run], directory, lambda fitting: self._train_in_group(fitting[0], use_gpu, scratch)
+                ),
+            )
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         publish_winner(directory)
@@ -291,7 +331,9 @@ class _Sweep:
         from scaling_ray.train.worker import train_in_worker_group
 
         resident_bytes = self.spec.resources.resident_gib * 2**30
-        train_in_worker_group(run, self.shards, self.directory(run), use_gpu, scratch, resident_bytes)
+        train_in_worker_group(
+            run, self.shards, self.directory(run), use_gpu, scratch, resident_bytes, stop_file(self.sweep).resolve()
+        )
 
     def announce(self, run: RunSpec, seconds: float) -> None:
         """One line for a run that ended; the results table is brought up to date."""
@@ -321,28 +363,26 @@ def is_failure(row: dict[str, Any]) -> bool:
 
 
 def _trial(
-    config: dict[str, str], splits: dict[str, Any], sweep: str, shards: Place, manifest: str, own_bytes: float
+    config: dict[str, list[str]], splits: dict[str, Any], sweep: str, shards: Place, manifest: str, own_bytes: float
 ) -> None:
-    """What runs in a Tune trial: one run, to its committed result or its recorded failure."""
+    """What runs in a Tune trial: one run, or one stack, to committed results or recorded failures."""
     from ray import tune
 
-    run = RunSpec.model_validate_json(config["run"])
-    torch.set_num_threads(run.train.threads)
-    directory = Path(sweep) / "runs" / run.run_id
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def work() -> None:
-        held = {name: ray.get(reference).narrowed(run.genes) for name, reference in splits.items()}
-        record = ShardManifest.model_validate_json(manifest)
-        train = held["train"] if "train" in held else open_feed(shards, record, run, own_bytes, cpus=0.0)
-        data = RunData(train, held["val"], held["test"], record.data_hash, row_groups(record, "train"))
-        run_to_result(run, data, PlainEngine(run, device), directory)
-        publish_winner(directory)
-
     began = time.monotonic()
-    guarded(run, directory, work)
-    result = read_result(directory)
-    tune.report({"val_mse": result.val_mse if result else float("inf"), "seconds": time.monotonic() - began})
+    runs = [RunSpec.model_validate_json(text) for text in config["runs"]]
+    place = Path(sweep)
+    if not asked_to_stop(place):
+        record = ShardManifest.model_validate_json(manifest)
+        held = {name: ray.get(reference).narrowed(runs[0].genes) for name, reference in splits.items()}
+
+        def feed(run: RunSpec) -> Feed:
+            return open_feed(shards, record, run, own_bytes / len(runs), cpus=0.0)
+
+        with contextlib.suppress(Preempted):
+            Trial(place, shards, record, held, feed).train(runs)
+    results = [result for run in runs if (result := read_result(place / "runs" / run.run_id))]
+    best = min((result.val_mse for result in results), default=float("inf"))
+    tune.report({"val_mse": best, "seconds": time.monotonic() - began})
 
 
 def _progress_callback(sweep: _Sweep) -> Any:
@@ -350,8 +390,9 @@ def _progress_callback(sweep: _Sweep) -> Any:
 
     class Announce(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            run = RunSpec.model_validate_json(trial.config["run"])
-            sweep.announce(run, float((trial.last_result or {}).get("seconds", 0.0)))
+            for text in trial.config["runs"]:
+                run = RunSpec.model_validate_json(text)
+                sweep.announce(run, float((trial.last_result or {}).get("seconds", 0.0)))
 
     return Announce()
 

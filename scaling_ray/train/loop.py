@@ -264,13 +264,15 @@ def run_to_result(
     run_directory: Path,
     report: Callable[[Progress], None] = lambda progress: None,
     asked_to_stop: Callable[[], bool] = lambda: False,
+    asked_to_save: Callable[[], bool] = lambda: False,
 ) -> RunResult | None:
     """Train, resume where an earlier attempt stopped, evaluate the chosen checkpoint, commit.
 
     Runs that choose a learning rate never see a test cell. Only rank 0 reads and writes the run's files; the others
     are sent what they need. Returns the result that this attempt committed, None on other ranks or where another
     attempt committed first. ``report`` is called after every evaluation; where ``asked_to_stop`` (asked about once a
-    second, on rank 0) says so, the state is saved and Preempted rises.
+    second, on rank 0) says so, the state is saved and Preempted rises; where ``asked_to_save`` does, on any rank, it is
+    only saved.
     """
     began = time.monotonic()
     writes = engine.rank == 0
@@ -280,7 +282,7 @@ def run_to_result(
     start, tensors = engine.share(*(resumed or (None, {})))
     if start is not None:
         loop.load(start, tensors)
-    stop_reason = _train(loop, attempt, report, asked_to_stop)
+    stop_reason = _train(loop, attempt, report, asked_to_stop, asked_to_save)
     progress = loop.progress
     _, chosen = engine.share(None, attempt.load_best() if attempt is not None else {})
     engine.load_weights(model_tensors(chosen))
@@ -385,7 +387,11 @@ def eval_row(progress: Progress, val_mse: float, smoothed: float) -> dict[str, A
 
 
 def _train(
-    loop: TrainingLoop, attempt: Attempt | None, report: Callable[[Progress], None], asked_to_stop: Callable[[], bool]
+    loop: TrainingLoop,
+    attempt: Attempt | None,
+    report: Callable[[Progress], None],
+    asked_to_stop: Callable[[], bool],
+    asked_to_save: Callable[[], bool],
 ) -> StopReason:
     train, progress, engine = loop.run.train, loop.progress, loop.engine
     every = row_interval(loop.total_steps)
@@ -396,11 +402,10 @@ def _train(
         unsettled += 1
         is_row, is_evaluation = progress.optimizer_steps % every == 0, loop.is_evaluation_step()
         now = time.monotonic()
-        due = stop = False
-        if attempt is not None:
-            due = now - saved >= train.checkpoint_seconds
-            if now - asked >= ASK_SECONDS:
-                asked, stop = now, asked_to_stop()
+        due, stop = attempt is not None and now - saved >= train.checkpoint_seconds, False
+        if now - asked >= ASK_SECONDS:
+            asked, stop = now, attempt is not None and asked_to_stop()
+            due = asked_to_save() or due
         if engine.ranks > 1:  # clocks differ, and what is collective must be begun by all
             flags = engine.sum_over_ranks(torch.tensor([int(due), int(stop)])).tolist()
             due, stop = flags[0] > 0, flags[1] > 0

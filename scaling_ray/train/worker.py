@@ -6,14 +6,14 @@ group and no rank waits for another's rows. Progress is in the run's own files; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from scaling_ray.cluster import ray  # isort: skip  (first: it sets what ray reads once)
-from ray.train import LoggingConfig, ScalingConfig, WorkerGroupError, get_context
+from ray.train import LoggingConfig, ScalingConfig, WorkerGroupError, get_context, get_preemption_info
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import RayTrainError
@@ -65,12 +65,20 @@ def preflight(run: RunSpec, cluster_resources: Mapping[str, float], driver_cpus:
 
 
 def train_in_worker_group(
-    run: RunSpec, shards: Place, run_directory: Path, use_gpu: bool, storage_path: Path, resident_bytes: float
+    run: RunSpec,
+    shards: Place,
+    run_directory: Path,
+    use_gpu: bool,
+    storage_path: Path,
+    resident_bytes: float,
+    stop_file: Path | None = None,
 ) -> None:
     """Train ``run`` on ``run.workers`` workers of the connected cluster; ``run_directory`` then holds its result.
 
     ``shards`` and ``run_directory`` must be the same places on every node. Ray writes below ``storage_path`` only. A
-    worker holds training cells of up to its part of ``resident_bytes`` and streams more. An error of a worker rises
+    worker holds training cells of up to its part of ``resident_bytes`` and streams more. Once ``stop_file`` exists the
+    state is saved and Preempted rises; at the notice that a node is about to go it is saved and training goes on, for
+    Ray starts the group again elsewhere when the node has gone. An error of a worker rises
     here as itself (BadInput, Diverged, a bug's own class), at once and without another try; a group that cannot be
     started or died with a process rises as Ray's TrainingFailedError.
     """
@@ -84,6 +92,7 @@ def train_in_worker_group(
             "shards": shards.uri,
             "resident_bytes": resident_bytes / run.workers,
             "run_directory": str(run_directory.resolve()),
+            "stop_file": str(stop_file) if stop_file else None,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -133,4 +142,26 @@ def _work(config: dict[str, Any]) -> None:
     train = open_feed(shards, manifest, run, config["resident_bytes"], cpus=0.0)
     val, test = (read_split(shards, manifest, name, run.genes) for name in ("val", "test"))
     engine = build_engine(run, get_device(), context.get_world_rank(), context.get_world_size())
-    run_to_result(run, RunData(train, val, test, manifest.data_hash), engine, Path(config["run_directory"]))
+    data, stop_file = RunData(train, val, test, manifest.data_hash), config["stop_file"]
+    run_to_result(
+        run,
+        data,
+        engine,
+        Path(config["run_directory"]),
+        asked_to_stop=lambda: stop_file is not None and Path(stop_file).exists(),
+        asked_to_save=_once_per_notice(),
+    )
+
+
+def _once_per_notice() -> Callable[[], bool]:
+    """True at the first call after a notice that this group is about to lose a node."""
+    told: list[object] = []
+
+    def notice() -> bool:
+        found = get_preemption_info()
+        if found is None or found in told:
+            return False
+        told.append(found)
+        return True
+
+    return notice
