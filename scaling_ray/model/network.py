@@ -101,3 +101,11 @@ class MaskedGeneTransformer(nn.Module):
         for index, block in enumerate(self.blocks):
             x_BGD = block(x_BGD, positions_BK if index == last else None)
         return self.head(x_BGD)[:, :, 0]
+
+    def encode(self, values_BG: Tensor, hidden_BG: Tensor) -> Tensor:
+        """(B, G) values, (B, G) bool hidden -> (B, G, D): the last block's output for every gene."""
+        seen = values_BG[:, :, None] * self.value_projection.weight[:, 0] + self.value_projection.bias
+        x_BGD = torch.where(hidden_BG[:, :, None], self.mask_token, seen) + self.gene_embedding
+        for block in self.blocks:
+            x_BGD = block(x_BGD, None)
+        return x_BGD

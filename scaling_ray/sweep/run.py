@@ -27,6 +27,7 @@ from scaling_ray.shards.read import Cells, read_measured, read_rows, shards_orde
 from scaling_ray.shards.stream import open_feed, read_resident
 from scaling_ray.spec import RunSpec, SweepSpec, TrainSpec, load_spec
 from scaling_ray.storage import Lease, output_directory, partial_directory, write_atomic, write_json
+from scaling_ray.sweep.export import keep_genes
 from scaling_ray.sweep.failures import guarded, record_failure, recorded_failure
 from scaling_ray.sweep.plan import make_plan, run_cost
 from scaling_ray.sweep.references import floor_path, reference_name, write_closed_form, write_planted_floor
@@ -94,6 +95,7 @@ class _Sweep:
     def complete(self, spec_text: bytes) -> list[dict[str, Any]]:
         self._check_same_shards()
         write_atomic(self.sweep / "spec.toml", spec_text)
+        keep_genes(self.sweep, self.manifest, self.shards)
         write_atomic(self.sweep / "shards_manifest.json", self.manifest.to_json())
         write_json(self.sweep / "plan.json", make_plan(self.spec))
         (self.sweep / "runs").mkdir(exist_ok=True)
