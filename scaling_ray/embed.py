@@ -66,6 +66,13 @@ def gene_columns(model_ids: Sequence[str], file_ids: Sequence[str]) -> NDArray[n
     return columns
 
 
+def _most_like(model_ids: Sequence[str], counts: RawCounts) -> str:
+    """Which of a file's ids name most of the model's genes; the importer's choice where several do."""
+    wanted = {_without_version(name) for name in model_ids}
+    order = sorted(counts.ids, key=lambda name: name != counts.ids_from)
+    return max(order, key=lambda name: len(wanted & {_without_version(each) for each in counts.ids[name]}))
+
+
 def _without_version(feature_id: str) -> str:
     versioned = _VERSIONED.fullmatch(feature_id)
     return versioned[1] + (versioned[2] or "") if versioned else feature_id
@@ -113,14 +120,15 @@ def embed_h5ad(
         raise BadInput("--out", str(target), "is the input file; name another")
     network, record = load_model(Path(model))
     counts = find_raw_counts(file, layer)
-    columns = gene_columns(record.feature_ids, counts.feature_id.tolist())
+    ids_from = _most_like(record.feature_ids, counts)
+    columns = gene_columns(record.feature_ids, counts.ids[ids_from].tolist())
     matched, genes = int((columns >= 0).sum()), len(columns)
     if matched == 0 or matched < min_genes * genes:
         remedy = f"has {matched} of the model's {genes} genes, and {min_genes:.0%} are asked for (--min-genes)"
-        raise BadInput("file", file.name, f"{remedy}; gene ids were taken from {counts.ids_from}")
-    progress(f"{file.name}: raw counts from {counts.place}; gene ids from {counts.ids_from}")
-    progress(f"{file.name}: {matched:,} of the model's {genes:,} genes; the others go in as unmeasured")
+        raise BadInput("file", file.name, f"{remedy}; gene ids were taken from {ids_from}")
     output_directory(out if "://" in str(out) else target.parent)
+    progress(f"{file.name}: raw counts from {counts.place}; gene ids from {ids_from}")
+    progress(f"{file.name}: {matched:,} of the model's {genes:,} genes; the others go in as unmeasured")
     try:
         with published_file(target) as building:
             shutil.copyfile(file, building)

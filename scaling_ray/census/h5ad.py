@@ -29,7 +29,7 @@ class RawCounts:
     """Where one file keeps raw counts, and of what.
 
     place ``X``, ``raw.X`` or a layer's name; feature_id, feature_name (G,) of its columns; ids_from says where the ids
-    were taken from; obs has a row per cell.
+    were taken from, ids holds all that the file offers, by where they stand; obs has a row per cell.
     """
 
     path: Path
@@ -37,6 +37,7 @@ class RawCounts:
     feature_id: np.ndarray
     feature_name: np.ndarray
     ids_from: str
+    ids: dict[str, np.ndarray]
     obs: pd.DataFrame
 
 
@@ -60,8 +61,10 @@ def find_raw_counts(path: Path, layer: str | None = None) -> RawCounts:
         shape = _shape(file[_key(place)])
     if shape != (len(obs), len(var)):
         raise BadInput(f"{path.name}:{place}", shape, f"does not fit {len(obs)} cells and {len(var)} genes")
-    feature_id, feature_name, ids_from = _feature_ids(var)
-    return RawCounts(path, place, feature_id, feature_name, ids_from, obs)
+    ids = _gene_ids(var)
+    # stable ids where there are some, wherever they stand; else the index
+    ids_from = next((name for name, values in ids.items() if _looks_ensembl(values)), next(iter(ids)))
+    return RawCounts(path, place, ids[ids_from], _gene_names(var), ids_from, ids, obs)
 
 
 def count_chunks(path: Path, place: str) -> Iterator[tuple[int, sp.csr_matrix]]:
@@ -179,22 +182,22 @@ def _same(path: Path, first: str, second: str) -> bool:
     return True
 
 
-def _feature_ids(var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, str]:
-    """Stable gene ids and readable names: an Ensembl column or index where there is one, else the index."""
-    index = var.index.to_numpy().astype(str)
+def _gene_ids(var: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Columns of ``var`` that may name genes, by where they stand: the index first."""
     folded = {str(c).lower(): c for c in var.columns}
-    ids, ids_from = index, "the var index"
-    if not _looks_ensembl(index):
-        for name in ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl", "ensembl_gene_id"):
-            if name in folded and _looks_ensembl(var[folded[name]].astype(str).to_numpy()):
-                ids, ids_from = var[folded[name]].astype(str).to_numpy(), f"var column {folded[name]}"
-                break
-    names = index
+    found = {"the var index": var.index.to_numpy().astype(str).astype(object)}
+    for name in ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl", "ensembl_gene_id"):
+        if name in folded:
+            found[f"var column {folded[name]}"] = var[folded[name]].astype(str).to_numpy().astype(object)
+    return found
+
+
+def _gene_names(var: pd.DataFrame) -> np.ndarray:
+    folded = {str(c).lower(): c for c in var.columns}
     for name in ("feature_name", "gene_name", "gene_symbol", "gene_symbols", "symbol"):
         if name in folded:
-            names = var[folded[name]].astype(str).to_numpy()
-            break
-    return ids.astype(object), names.astype(object), ids_from
+            return var[folded[name]].astype(str).to_numpy().astype(object)
+    return var.index.to_numpy().astype(str).astype(object)
 
 
 def _looks_ensembl(values: np.ndarray) -> bool:
