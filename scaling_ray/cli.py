@@ -255,12 +255,17 @@ def build_parser() -> argparse.ArgumentParser:
     embed = verb(verbs, "embed", _embed, "put new cells through a model: a copy of their file with an embedding each")
     embed.add_argument("model", type=Path, metavar="MODEL", help="directory that `scaling-ray export` made")
     embed.add_argument("file", type=Path, metavar="FILE.h5ad", help="cells with raw counts")
-    embed.add_argument("--out", required=True, help="file to write: FILE with obsm['X_scaling_ray'], float32")
+    embed.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.h5ad",
+        help="file to write, or replace: the cells with obsm['X_scaling_ray'], float32 of (cells, width)",
+    )
     embed.add_argument("--batch", type=int, default=64, help="cells in the network at a time")
     embed.add_argument(
         "--layer", default=None, help="where the counts are: X, raw.X or a layer's name (found if left out)"
     )
-    embed.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the network runs")
+    embed.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the network runs, in fp32")
     embed.add_argument(
         "--min-genes", type=float, default=0.5, metavar="FRACTION", help="share of the model's genes FILE must have"
     )

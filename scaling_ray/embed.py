@@ -136,6 +136,10 @@ def embed_h5ad(
                 _describe(written, record, counts.place, matched)
                 embedding = _new_dataset(written, len(counts.obs), network.shape.width)
                 _embed_into(embedding, network.to(device), record, counts, columns, batch_cells, progress)
+    except torch.OutOfMemoryError as error:
+        raise BadInput(
+            "--batch", batch_cells, f"cells do not fit the memory of {device} at a time; lower it"
+        ) from error
     except OSError as error:
         raise BadInput("--out", str(target), f"cannot be written ({error.strerror or error})") from error
     return target
