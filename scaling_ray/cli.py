@@ -136,6 +136,30 @@ def _track_replay(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from scaling_ray.sweep.export import export_model
+
+    print(export_model(options.sweep, options.run_id, options.out, options.shards))
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    from scaling_ray.embed import embed_h5ad
+
+    embed_h5ad(
+        options.model,
+        options.file,
+        options.out,
+        batch_cells=options.batch,
+        layer=options.layer,
+        device=options.device,
+        min_genes=options.min_genes,
+        progress=say,
+    )
+    print(options.out)
+    return 0
+
+
 def _bench_stream(options: argparse.Namespace) -> int:
     from scaling_ray.shards.bench import bench_stream
 
@@ -221,6 +245,30 @@ def build_parser() -> argparse.ArgumentParser:
     track = group("track", "MLflow tracking of a sweep")
     replay = verb(track, "replay", _track_replay, "log to MLflow what a sweep's files hold and MLflow does not")
     replay.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
+    export = verb(verbs, "export", _export, "one trained model as a directory: model.safetensors and model.json")
+    export.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
+    export.add_argument("run_id", metavar="RUN_ID", help="a finished run, as `scaling-ray status` names it")
+    export.add_argument("--out", required=True, help="directory of the model; it appears whole or not at all")
+    export.add_argument(
+        "--shards", default=None, help="directory or s3:// URI of the shards, for a sweep that kept no genes.parquet"
+    )
+    embed = verb(verbs, "embed", _embed, "put new cells through a model: a copy of their file with an embedding each")
+    embed.add_argument("model", type=Path, metavar="MODEL", help="directory that `scaling-ray export` made")
+    embed.add_argument("file", type=Path, metavar="FILE.h5ad", help="cells with raw counts")
+    embed.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.h5ad",
+        help="file to write, or replace: the cells with obsm['X_scaling_ray'], float32 of (cells, width)",
+    )
+    embed.add_argument("--batch", type=int, default=64, help="cells in the network at a time")
+    embed.add_argument(
+        "--layer", default=None, help="where the counts are: X, raw.X or a layer's name (found if left out)"
+    )
+    embed.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the network runs, in fp32")
+    embed.add_argument(
+        "--min-genes", type=float, default=0.5, metavar="FRACTION", help="share of the model's genes FILE must have"
+    )
     bench = group("bench", "measure this machine")
     stream = verb(
         bench, "stream", _bench_stream, "cells a second out of shards: streamed, resident, and by bare pyarrow"

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from scaling_ray.errors import BadInput
+from scaling_ray.model.sizes import Shape, parameters
 
 StopReason = Literal["budget", "early_stop"]
 
@@ -141,6 +142,52 @@ class RunResult(Record):
     precision: str
     stacked: int
     host: str
+
+
+class ModelRecord(Record):
+    """What an exported model is: all that using its weights on other cells takes, and where it came from.
+
+    ``feature_ids`` and ``feature_names`` stand in the order of the model's genes. ``val_mse`` and ``test_mse`` are the
+    run's own, per masked gene; a run that chose a rate has no test error. ``umi_fraction`` is the share of a cell's
+    molecules that the network saw in training. ``census`` says which Census the training cells are from.
+    """
+
+    version: Literal[1] = 1
+    run_id: str
+    size: str
+    width: int
+    layers: int
+    heads: int
+    feedforward: int
+    params: int
+    feature_ids: list[str]
+    feature_names: list[str]
+    recipe: Literal["corrected", "published"]
+    mask_fraction: float
+    umi_fraction: float
+    precision: Literal["fp32", "bf16"]
+    seed: int
+    lr: float
+    val_mse: float
+    test_mse: float | None
+    data_hash: str
+    census: dict[str, Any]
+    scaling_ray_version: str
+    weights_sha256: str
+
+    @property
+    def shape(self) -> Shape:
+        """The model's shape."""
+        return Shape(self.width, self.layers, self.heads, self.feedforward)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        genes = len(self.feature_ids)
+        if len(self.feature_names) != genes or len(set(self.feature_ids)) != genes:
+            raise ValueError(f"{genes} feature_ids need as many names, and none may repeat")
+        if parameters(self.shape, genes) != self.params:
+            raise ValueError(f"params {self.params} are not those of this shape and {genes} genes")
+        return self
 
 
 class RunFailure(Record):

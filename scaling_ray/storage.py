@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -75,6 +77,27 @@ def partial_directory(final: Path) -> Path:
     temporary = final.parent / f"{PARTIAL_PREFIX}{final.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     return temporary
+
+
+@contextmanager
+def published_file(final: Path) -> Iterator[Path]:
+    """An unfinished sibling of ``final`` to write to; it takes the place of ``final`` when the block ends well.
+
+    For files too large for ``write_atomic``. What killed writers of ``final`` left is removed first.
+    """
+    own = re.compile(re.escape(f"{PARTIAL_PREFIX}{final.name}-") + "[0-9a-f]{8}")
+    for leftover in final.parent.iterdir():
+        if own.fullmatch(leftover.name):
+            leftover.unlink(missing_ok=True)
+    temporary = final.parent / f"{PARTIAL_PREFIX}{final.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, final)
+        _flush_directory(final.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sweep_partial_files(directory: Path) -> None:

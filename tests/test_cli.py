@@ -68,6 +68,8 @@ def test_what_are_no_counts_is_refused(values: list[float], tmp_path: Path, caps
         ["fit", "absent.csv", "--out", "fit.json"],
         ["report", "absent", "--out", "report"],
         ["status", "absent"],
+        ["export", "absent", "some-run", "--out", "model"],
+        ["embed", "absent", "absent.h5ad", "--out", "embedded.h5ad"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
@@ -117,7 +119,18 @@ def test_every_spec_of_the_repository_has_a_plan(spec: Path, capsys: pytest.Capt
 
 
 def test_every_verb_has_help() -> None:
-    for verb in ("census plant", "census import", "shards build", "shards verify", "plan", "sweep", "fit", "report"):
+    for verb in (
+        "census plant",
+        "census import",
+        "shards build",
+        "shards verify",
+        "plan",
+        "sweep",
+        "fit",
+        "report",
+        "export",
+        "embed",
+    ):
         with pytest.raises(SystemExit) as stopped:
             build_parser().parse_args([*verb.split(), "--help"])
         assert stopped.value.code == 0

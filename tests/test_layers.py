@@ -33,6 +33,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "shards/order.py": ("torch", "ray"),
     "shards/read.py": ("ray",),
     "doctor.py": ("torch", "ray"),
+    # embedding cells reads .h5ad files on a machine that need not have a Census
+    "census/h5ad.py": ("torch", *SOMA),
     "tables.py": ("torch", "ray", "mlflow"),
     # a report is made from files, without a GPU and without a cluster
     "report/": ("torch", "ray", "mlflow"),

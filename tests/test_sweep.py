@@ -16,7 +16,9 @@ import pytest
 from conftest import TINY_SWEEP
 
 from scaling_ray.errors import BadInput, LeaseHeld, RunsFailed
+from scaling_ray.model.exported import load_model
 from scaling_ray.storage import Lease
+from scaling_ray.sweep.export import export_model
 from scaling_ray.sweep.run import run_sweep
 
 pytestmark = pytest.mark.ray
@@ -70,6 +72,14 @@ def test_each_run_leaves_its_files_and_no_attempts(swept: Path) -> None:
         assert "attempts" not in there and not (directory / "checkpoints" / "last").exists()
         assert (directory / "checkpoints" / "best" / "state.safetensors").is_file()
     assert not list(swept.glob(".partial-*"))
+
+
+def test_a_run_is_exported_with_the_genes_of_its_shards(swept: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    row = next(row for row in pq.read_table(swept / "results.parquet").to_pylist() if row["role"] == "law")
+    network, record = load_model(export_model(swept, row["run_id"], tmp_path / "model"))
+    assert record.feature_ids == pq.read_table(tiny_shards / "genes.parquet")["feature_id"].to_pylist()[:64]
+    assert (record.val_mse, record.test_mse, record.params) == (row["val_mse"], row["test_mse"], row["params"])
+    assert sum(parameter.numel() for parameter in network.parameters()) == row["params"]
 
 
 def test_a_second_call_finds_everything_done(swept: Path, tiny_shards: Path) -> None:

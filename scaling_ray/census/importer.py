@@ -1,28 +1,22 @@
 """Makes a local Census out of .h5ad files with raw counts: each file a data set, genes joined on feature_id.
 
-Raw counts are looked for in ``X``, ``raw.X`` and every layer, and checked, value by value; which place was used is
-reported, and where more than one holds different counts the choice is left to the user.
+Which place of a file the counts came from (see ``census.h5ad``), and what its columns were taken for, is reported.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scaling_ray.census.layout import OBS_STRING_COLUMNS, X_TILE_CELLS, CensusWriter, Dataset, existing
+from scaling_ray.census.h5ad import count_chunks, fault_of, find_raw_counts
+from scaling_ray.census.layout import OBS_STRING_COLUMNS, CensusWriter, Dataset, existing
 from scaling_ray.errors import BadInput
-
-_CHUNK_VALUES = 2**24
-"""Values of one chunk of a dense matrix at most: 64 MB of float32."""
 
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "assay": ("assay", "technology", "platform", "library_preparation_protocol", "method"),
@@ -110,8 +104,8 @@ def import_h5ad(
     ) as writer:
         done = 0
         for source, column in zip(sources, columns, strict=True):
-            for start, counts in _chunks(source.path, source.place):
-                wrong = _not_counts(counts)
+            for start, counts in count_chunks(source.path, source.place):
+                wrong = fault_of(counts)
                 if wrong:
                     raise BadInput(
                         f"{source.path.name}:{source.place}", wrong, f"in cells from {start} on; raw counts are needed"
@@ -143,139 +137,20 @@ def _sha256(path: Path) -> str:
 
 
 def _inspect(path: Path, layer: str | None, say: Callable[[str], None]) -> _Source:
-    if not _is_h5ad(path):
-        raise BadInput("file", str(path), "is no whole .h5ad file; write one with anndata's write_h5ad")
-    backed = anndata.read_h5ad(path, backed="r")
-    try:
-        place = _find_counts(path, backed, layer)
-        var = backed.raw.var if place == "raw.X" else backed.var
-        obs, mapped, missing = _map_obs(backed.obs, path.stem)
-    finally:
-        backed.file.close()
-    feature_id, feature_name, ids_from = _feature_ids(var)
-    values, repeats = np.unique(feature_id, return_counts=True)
+    found = find_raw_counts(path, layer)
+    obs, mapped, missing = _map_obs(found.obs, path.stem)
+    values, repeats = np.unique(found.feature_id, return_counts=True)
     if (repeats > 1).any():
         raise BadInput(
             f"{path.name}: feature_id", values[repeats > 1][0], "occurs more than once; make gene ids unique"
         )
-    say(f"{path.name}: raw counts from {place}; gene ids from {ids_from}")
+    say(f"{path.name}: raw counts from {found.place}; gene ids from {found.ids_from}")
     say(f"{path.name}: {', '.join(f'{c} from {m}' for c, m in mapped.items()) or 'no obs column recognised'}")
     if missing:
         say(f"{path.name}: set to unknown: {', '.join(missing)}")
     if "donor_id" in missing:
         say(f"{path.name}: no donor_id: a split by donor will take the whole file as one donor")
-    return _Source(path, place, len(obs), feature_id, feature_name, obs, mapped, missing)
-
-
-def _is_h5ad(path: Path) -> bool:
-    if not h5py.is_hdf5(path):
-        return False
-    try:
-        with h5py.File(path, "r") as file:
-            return {"obs", "var"} <= set(file)
-    except OSError:  # begins like HDF5 but was cut short
-        return False
-
-
-def _find_counts(path: Path, backed: anndata.AnnData, layer: str | None) -> str:
-    """Name of the place whose first cells are raw counts; every value is checked later, while copying."""
-    places = ["X"] if backed.X is not None else []
-    places += ["raw.X"] if backed.raw is not None else []
-    places += sorted(backed.layers.keys())
-    if layer is not None and layer not in places:
-        raise BadInput("layer", layer, f"is not in {path.name}; it has {', '.join(places)}")
-    reasons: dict[str, str] = {}
-    good: list[str] = []
-    for place in [layer] if layer is not None else places:
-        wrong = _first_fault(path, place)
-        if wrong:
-            reasons[place] = wrong
-        else:
-            good.append(place)
-    if not good:
-        why = "; ".join(f"{place}: {reason}" for place, reason in reasons.items()) or "the file has no matrix"
-        raise BadInput(path.name, "no raw counts", f"{why}. Store raw counts in X, raw.X or a layer")
-    differing = [p for p in good[1:] if not _same(path, good[0], p)]
-    if differing:
-        raise BadInput(
-            "layer", [good[0], *differing], f"hold different raw counts in {path.name}; say which one with --layer"
-        )
-    return good[0]
-
-
-def _first_fault(path: Path, place: str) -> str:
-    """Why a place holds no raw counts, or the empty text. Reads until the first fault."""
-    total = 0.0
-    for _, block in _chunks(path, place):
-        wrong = _not_counts(block)
-        if wrong:
-            return wrong
-        total += float(block.data.sum())
-    return "" if total else "holds no count at all"
-
-
-def _not_counts(block: sp.csr_matrix) -> str:
-    values = block.data
-    if not len(values):
-        return ""
-    if not np.isfinite(values).all():
-        return "holds values that are not finite"
-    if (values < 0).any():
-        return f"holds negative values ({values[values < 0][0]:g})"
-    fractional = values != np.rint(values)
-    if fractional.any():
-        return f"holds fractional values ({values[fractional][0]:g})"
-    if values.max() > 2**24:
-        return f"holds values beyond 2^24 ({values.max():g}), which float32 does not keep exactly"
-    return ""
-
-
-def _same(path: Path, first: str, second: str) -> bool:
-    for (_, a), (_, b) in zip(_chunks(path, first), _chunks(path, second), strict=True):
-        if a.shape != b.shape or (a != b).nnz:
-            return False
-    return True
-
-
-def _chunks(path: Path, place: str) -> Iterator[tuple[int, sp.csr_matrix]]:
-    """(first cell, rows as csr) of one matrix of the file, in order."""
-    with ExitStack() as stack:
-        file = stack.enter_context(h5py.File(path, "r"))
-        key = {"X": "X", "raw.X": "raw/X"}.get(place, f"layers/{place}")
-        node = file[key]
-        if isinstance(node, h5py.Dataset):
-            rows = max(1, _CHUNK_VALUES // max(node.shape[1], 1))
-            for start in range(0, node.shape[0], rows):
-                yield start, sp.csr_matrix(node[start : start + rows])
-            return
-        matrix = anndata.io.sparse_dataset(node)
-        if node.attrs["encoding-type"] == "csc_matrix":
-            # columns first: cells cannot be read in ranges, so the matrix is turned in memory once
-            matrix = matrix.to_memory().tocsr()
-        for start in range(0, matrix.shape[0], X_TILE_CELLS):
-            yield start, sp.csr_matrix(matrix[start : start + X_TILE_CELLS])
-
-
-def _feature_ids(var: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, str]:
-    """Stable gene ids and readable names: an Ensembl column or index where there is one, else the index."""
-    index = var.index.to_numpy().astype(str)
-    folded = {str(c).lower(): c for c in var.columns}
-    ids, ids_from = index, "the var index"
-    if not _looks_ensembl(index):
-        for name in ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl", "ensembl_gene_id"):
-            if name in folded and _looks_ensembl(var[folded[name]].astype(str).to_numpy()):
-                ids, ids_from = var[folded[name]].astype(str).to_numpy(), f"var column {folded[name]}"
-                break
-    names = index
-    for name in ("feature_name", "gene_name", "gene_symbol", "gene_symbols", "symbol"):
-        if name in folded:
-            names = var[folded[name]].astype(str).to_numpy()
-            break
-    return ids.astype(object), names.astype(object), ids_from
-
-
-def _looks_ensembl(values: np.ndarray) -> bool:
-    return len(values) > 0 and sum(str(v).startswith("ENS") for v in values) > 0.9 * len(values)
+    return _Source(path, found.place, len(obs), found.feature_id, found.feature_name, obs, mapped, missing)
 
 
 def _map_obs(given: pd.DataFrame, dataset_id: str) -> tuple[pd.DataFrame, dict[str, str], tuple[str, ...]]:

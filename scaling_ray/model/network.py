@@ -90,11 +90,21 @@ class MaskedGeneTransformer(nn.Module):
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * scale)
                 module.bias.zero_()
 
+    def _tokens(self, values_BG: Tensor, hidden_BG: Tensor) -> Tensor:
+        seen = values_BG[:, :, None] * self.value_projection.weight[:, 0] + self.value_projection.bias
+        return torch.where(hidden_BG[:, :, None], self.mask_token, seen) + self.gene_embedding
+
     def forward(self, values_BG: Tensor, hidden_BG: Tensor, positions_BK: Tensor) -> Tensor:
         """(B, G) values, (B, G) bool hidden, (B, K) positions of masked genes -> (B, K) predictions."""
-        seen = values_BG[:, :, None] * self.value_projection.weight[:, 0] + self.value_projection.bias
-        x_BGD = torch.where(hidden_BG[:, :, None], self.mask_token, seen) + self.gene_embedding
+        x_BGD = self._tokens(values_BG, hidden_BG)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             x_BGD = block(x_BGD, positions_BK if index == last else None)
         return self.head(x_BGD)[:, :, 0]
+
+    def encode(self, values_BG: Tensor, hidden_BG: Tensor) -> Tensor:
+        """(B, G) values, (B, G) bool hidden -> (B, G, D): the last block's output for every gene."""
+        x_BGD = self._tokens(values_BG, hidden_BG)
+        for block in self.blocks:
+            x_BGD = block(x_BGD, None)
+        return x_BGD

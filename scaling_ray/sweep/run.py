@@ -28,6 +28,7 @@ from scaling_ray.shards.read import Cells, Feed, read_measured, read_rows, shard
 from scaling_ray.shards.stream import open_feed, read_resident
 from scaling_ray.spec import RunSpec, SweepSpec, TrainSpec, load_spec
 from scaling_ray.storage import Lease, output_directory, partial_directory, write_atomic, write_json
+from scaling_ray.sweep.export import keep_genes
 from scaling_ray.sweep.failures import guarded, record_failure, recorded_failure, within_memory
 from scaling_ray.sweep.plan import as_planned, make_plan, run_cost
 from scaling_ray.sweep.references import floor_path, reference_name, write_closed_form, write_planted_floor
@@ -95,6 +96,7 @@ class _Sweep:
     def complete(self, spec_text: bytes) -> list[dict[str, Any]]:
         self._check_same_shards()
         write_atomic(self.sweep / "spec.toml", spec_text)
+        keep_genes(self.sweep, self.manifest, self.shards)
         write_atomic(self.sweep / "shards_manifest.json", self.manifest.to_json())
         self._make_plan()
         (self.sweep / "runs").mkdir(exist_ok=True)

@@ -1,0 +1,77 @@
+"""A trained model as a directory: ``model.safetensors`` and ``model.json``. Needs torch, nothing of a sweep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scaling_ray.errors import BadInput
+from scaling_ray.model.network import MaskedGeneTransformer
+from scaling_ray.records import ModelRecord
+
+RECORD, WEIGHTS = "model.json", "model.safetensors"
+
+
+def save_model(directory: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> ModelRecord:
+    """Write both files into an existing directory.
+
+    Args:
+        directory: not looked at by readers yet; the caller publishes it.
+        weights: by the network's own names.
+        facts: every field of ``ModelRecord`` but ``version`` and ``weights_sha256``.
+    """
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
+    record = ModelRecord(**facts, weights_sha256=_sha256(directory / WEIGHTS))
+    (directory / RECORD).write_text(record.to_json(), encoding="utf-8")
+    return record
+
+
+def read_record(directory: Path) -> ModelRecord:
+    """What the model in ``directory`` is; BadInput where there is none, or one of another version."""
+    path = directory / RECORD
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = f"holds no readable {RECORD}; make a model with `scaling-ray export`"
+        raise BadInput("model", str(directory), remedy) from error
+    try:
+        version = json.loads(text)["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(str(path), "no version", "is not the record of a model; export it again") from error
+    if version != 1:
+        raise BadInput(f"{path}: version", version, "is not known here, only 1 is; use the version that wrote it")
+    return ModelRecord.parse(text, str(path))
+
+
+def load_model(directory: Path) -> tuple[MaskedGeneTransformer, ModelRecord]:
+    """The network in evaluation mode, on the CPU in fp32, and its record.
+
+    Raises:
+        BadInput: no model, one of another version, or weights that are not those that were exported.
+    """
+    record = read_record(directory)
+    path = directory / WEIGHTS
+    remedy = "is missing, cut short or changed since it was written; export the model again"
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise BadInput(str(path), error.strerror, remedy) from error
+    if found != record.weights_sha256:
+        raise BadInput(str(path), f"sha256 {found[:12]}, not {record.weights_sha256[:12]}", remedy)
+    network = MaskedGeneTransformer(record.shape, len(record.feature_ids))
+    try:
+        network.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise BadInput(str(path), str(error), f"does not fit {RECORD}; export the model again") from error
+    return network.eval(), record
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
