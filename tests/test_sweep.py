@@ -137,6 +137,83 @@ def test_one_failing_cell_does_not_stop_the_others(tiny_shards: Path, tmp_path: 
     }
 
 
+STACKED = TINY_SWEEP.replace("seeds = [1]", "seeds = [1, 2, 3]").replace('"choose"', '"fixed"')
+STACKED = STACKED.replace("rates = [3e-3, 1e-2]", "rates = [3e-3]").replace("= 640", "= 6400\ncheckpoint_seconds = 0.2")
+
+
+def test_tiny_runs_train_as_one_and_a_later_call_keeps_to_the_plan(tiny_shards: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.toml"
+    spec.write_text(STACKED.replace("= 6400", "= 640"))
+    rows = run_sweep(spec, tiny_shards, tmp_path / "sweep")
+    plan = json.loads((tmp_path / "sweep" / "plan.json").read_text())
+    # six runs of each size and two processes
+    assert [len(stack) for stack in plan["stacks"]] == [3, 3, 3, 3]
+    assert sorted(name for stack in plan["stacks"] for name in stack) == sorted(row["run_id"] for row in rows)
+    assert {row["status"] for row in rows} == {"done"} and len(
+        {row["test_mse"] for row in rows if row["size"] == "W4"}
+    ) == 6
+    for row in rows:
+        result = json.loads((tmp_path / "sweep" / "runs" / row["run_id"] / "result.json").read_text())
+        assert result["stacked"] == 3 and result["micro_batch"] == plan["cells"][0]["micro_batch"]
+        assert row["mlflow_run_id"] and row["cells_seen"] == 640
+    spec.write_text(spec.read_text() + "[resources]\nstack = 1\ndevice = 'cuda'\n")
+    run_sweep(spec, tiny_shards, tmp_path / "sweep")
+    again = json.loads((tmp_path / "sweep" / "plan.json").read_text())
+    assert again["stacks"] == plan["stacks"]
+    assert [cell["micro_batch"] for cell in again["cells"]] == [cell["micro_batch"] for cell in plan["cells"]]
+
+
+def start_sweep(spec: Path, shards: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "scaling_ray.cli", "sweep", str(spec), "--shards", str(shards), "--out", str(out)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_worker_niceness": "0"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_of_stacks_stopped_on_the_way_ends_with_the_same_bits(
+    tiny_shards: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    spec, out = tmp_path / "spec.toml", tmp_path / "sweep"
+    spec.write_text(STACKED)
+    driver = start_sweep(spec, tiny_shards, out)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("stacks/*/attempts/*/last/state.safetensors")):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.send_signal(sent)
+    _, said = driver.communicate(timeout=60)
+    if sent == signal.SIGTERM:
+        assert driver.returncode == 75 and "the same command goes on" in said.splitlines()[-1]
+    assert len(list(out.glob("runs/*/result.json"))) < 12
+    rows = run_sweep(spec, tiny_shards, out)
+    whole = run_sweep(spec, tiny_shards, tmp_path / "undisturbed")
+    assert {row["status"] for row in rows} == {"done"} and any(row["attempts"] > 1 for row in rows)
+    for one, other in zip(rows, whole, strict=True):
+        for field in ("run_id", "val_mse", "test_mse", "final_val_mse", "cells_seen", "masked_genes_seen"):
+            assert one[field] == other[field]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_every_run_and_the_same_command_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
+    spec, out = tmp_path / "spec.toml", tmp_path / "sweep"
+    text = TINY_SWEEP.replace("max_cells_seen = 640", "max_cells_seen = 64000\ncheckpoint_seconds = 3600")
+    spec.write_text(text.replace('"choose"', '"fixed"').replace("rates = [3e-3, 1e-2]", "rates = [3e-3]"))
+    driver = start_sweep(spec, tiny_shards, out)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("runs/*/attempts/*/metrics.jsonl"))) < 2:
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 75 and time.monotonic() - asked < 30
+    assert "runs to go, all saved" in said.splitlines()[-1]
+    saved = list(out.glob("runs/*/attempts/*/checkpoints/last/state.safetensors"))
+    assert len(saved) == 2, "checkpoints were an hour away: only the wish to stop makes them"
+    assert not list(out.glob("runs/*/failure.json"))
+
+
 @pytest.mark.slow
 def test_a_sweep_killed_at_any_moment_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
     spec = TINY_SWEEP.replace("max_cells_seen = 640", "max_cells_seen = 6400\ncheckpoint_seconds = 0.05")

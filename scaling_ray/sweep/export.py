@@ -69,7 +69,7 @@ def export_model(sweep: Path, run_id: str, out: Path | str, shards: Path | str |
     genes = _genes(sweep, manifest, shards).slice(0, run.genes)
     weights = _chosen_weights(directory, run, result)
     facts: dict[str, Any] = run.model_dump(include={"run_id", "size", "width", "layers", "heads", "feedforward"})
-    facts |= run.train.model_dump(include={"recipe", "mask_fraction", "umi_fraction", "precision"})
+    facts |= run.train.model_dump(include={"recipe", "mask_fraction", "umi_fraction"}) | {"precision": run.precision}
     facts |= result.model_dump(include={"lr", "val_mse", "test_mse", "data_hash"})
     facts |= {
         "seed": run.seed,

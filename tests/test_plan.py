@@ -1,0 +1,119 @@
+"""A plan says what may move a digit, which runs train as one, and what it all takes; an earlier plan is repeated."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from scaling_ray.errors import BadInput
+from scaling_ray.model.execution import choose_micro_batch, choose_precision, choose_stack
+from scaling_ray.model.sizes import LADDER, Shape
+from scaling_ray.spec import SweepSpec, parse_spec
+from scaling_ray.sweep.plan import format_plan, make_plan, rate_name
+
+SPEC = """
+name = "plan"
+[grid]
+sizes = ["XXS", "TINY", "S"]
+genes = [512]
+cells = [1000, "all"]
+seeds = [1, 2, 3]
+[lr]
+rates = [1e-3]
+[resources]
+device = "cpu"
+"""
+
+
+def spec(**changes: str) -> SweepSpec:
+    """SPEC with lines added to tables."""
+    text = SPEC
+    for table, lines in changes.items():
+        text = (
+            text.replace(f"[{table}]", f"[{table}]\n{lines}") if f"[{table}]" in text else f"{text}[{table}]\n{lines}\n"
+        )
+    return parse_spec(text)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu_bf16", "cuda"])
+@pytest.mark.parametrize("size", LADDER)
+def test_choices_fit_any_size_and_device(size: str, device: str) -> None:
+    for cells_per_step in (1, 7, 16, 32, 4096):
+        micro_batch = choose_micro_batch(LADDER[size], 512, cells_per_step, device)  # type: ignore[arg-type]
+        assert 1 <= micro_batch <= cells_per_step
+    assert choose_precision(LADDER[size], device) in ("fp32", "bf16")  # type: ignore[arg-type]
+
+
+def test_narrow_models_and_old_cpus_stay_in_float32() -> None:
+    assert choose_precision(Shape(64, 2, 4, 4), "cpu_bf16") == "fp32"
+    assert choose_precision(LADDER["L"], "cpu") == "fp32"
+
+
+def test_only_tiny_models_train_as_one() -> None:
+    for name in ("XS", "S", "M", "L", "XL"):
+        assert choose_stack(LADDER[name], 4, "cpu") == 1
+
+
+def test_stacks_hold_runs_alike_and_leave_no_process_idle() -> None:
+    plan = make_plan(spec())
+    by_id = {cell["run_id"]: cell for cell in plan["cells"]}
+    assert [len(stack) for stack in plan["stacks"]] == [3, 3, 3, 3]
+    for stack in plan["stacks"]:
+        assert len({by_id[name]["size"] for name in stack}) == 1
+    assert not any(by_id[name]["size"] == "S" for stack in plan["stacks"] for name in stack)
+    assert make_plan(spec(resources="stack = 1"))["stacks"] == []
+    assert {len(stack) for stack in make_plan(spec(resources="stack = 2"))["stacks"]} == {2}
+    assert len(make_plan(spec(resources="stack = 6\ncpus = 1"))["stacks"][-1]) == 6
+
+
+def test_workers_never_stack() -> None:
+    plan = make_plan(spec(resources="workers = { TINY = 2 }"))
+    assert not any("TINY" in name for stack in plan["stacks"] for name in stack)
+
+
+def test_an_earlier_plan_is_repeated() -> None:
+    first = make_plan(spec())
+    again = make_plan(spec(resources="stack = 1").model_copy(), earlier=first)
+    assert again["stacks"] == first["stacks"]
+    on_gpu = parse_spec(SPEC.replace('"cpu"', '"cuda"').replace("seeds = [1, 2, 3]", "seeds = [1, 2, 3, 4]"))
+    moved = make_plan(on_gpu, earlier=first)
+    known = {cell["run_id"]: cell for cell in first["cells"]}
+    for cell in moved["cells"]:
+        if cell["run_id"] in known:
+            assert (cell["micro_batch"], cell["precision"]) == tuple(
+                known[cell["run_id"]][name] for name in ("micro_batch", "precision")
+            )
+    assert moved["stacks"][: len(first["stacks"])] == first["stacks"]
+
+
+def test_run_ids_do_not_follow_the_device_or_the_stack() -> None:
+    ids = {cell["run_id"] for cell in make_plan(spec())["cells"]}
+    other = SPEC.replace('"cpu"', '"cuda"') + "stack = 4\ncompile = true\ndisk_gib = 100\n"
+    assert ids == {cell["run_id"] for cell in make_plan(parse_spec(other))["cells"]}
+
+
+def test_checkpoints_beyond_the_disk_are_refused_before_the_first_step() -> None:
+    small = spec(resources="disk_gib = 0.01")
+    with pytest.raises(BadInput, match=r"resources.disk_gib: 0.01: is less than the 0.\d+ GiB"):
+        make_plan(small)
+    assert make_plan(spec(resources="disk_gib = 1"))["totals"]["disk_bytes"] == 4 * sum(
+        cell["params"] for cell in make_plan(spec())["cells"]
+    )
+
+
+def test_measured_rates_make_the_hours() -> None:
+    measured = {rate_name(run): 1000.0 for run in spec().runs() if run.size == "XXS"}
+    plan = make_plan(spec(train="max_cells_seen = 3_600_000"), rates=measured)
+    hours = {cell["size"]: (cell["hours"], cell["hours_from"]) for cell in plan["cells"]}
+    assert hours["XXS"] == (pytest.approx(1.0), "measured") and hours["S"][1] == "assumed"
+    assert "6 runs at measured rates, the others at 30 GFLOP/s per CPU" in format_plan(plan)
+    assert re.search(r"hours at 30 GFLOP/s per CPU, \d+ MiB on disk", format_plan(make_plan(spec())))
+
+
+def test_a_rule_of_width_makes_rates() -> None:
+    ruled = spec(lr="width_exponent = -0.5")
+    rates = {run.size: run.lr for run in ruled.runs()}
+    assert rates == {"XXS": 4e-3, "TINY": 1e-3, "S": pytest.approx(1e-3 / 8**0.5, rel=5e-3)}
+    own = spec(lr="width_exponent = -0.5\nper_size = { S = [7e-4] }")
+    assert {run.lr for run in own.runs() if run.size == "S"} == {7e-4}
