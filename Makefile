@@ -1,7 +1,8 @@
 # make demo   planted cells -> shards -> sweep -> law -> report; the report's path is the last line printed
 # make cells  the same from your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
-# make bench  measures the data plane into reports/benchmarks/ (half an hour); BENCH='--only stream' for a part
+# make bench  measures the data plane (half an hour), the training step and the laws into reports/benchmarks/;
+#             make bench-data, bench-train, bench-laws for one, BENCH='--only stream' for a part of it
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

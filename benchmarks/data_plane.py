@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import bare_conversion
 from exactness import compare
+from machine import machine, say
 
 from scaling_ray.census.importer import import_h5ad
 from scaling_ray.census.plant import plant
@@ -51,11 +49,6 @@ rates = [1e-2]
 def spec(cpus: int) -> SweepSpec:
     """The conversion that is measured, on so many CPUs."""
     return parse_spec(SPEC + f"[resources]\ncpus = {cpus}\n")
-
-
-def say(line: str) -> None:
-    """A line of progress."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 class Conversion:
@@ -171,19 +164,6 @@ def kills(work: Path, number: int) -> dict[str, Any]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
-
-
-def machine() -> dict[str, Any]:
-    """What a figure must be read with."""
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    commit = subprocess.run(["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "cpu": cpu[1] if cpu else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-    }
 
 
 def prepare(work: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: verbs parse their arguments first and import what is heavy after.
 
-Exit codes: 0 ok or complete, 1 some runs failed or files damaged, 2 bad input, 5 another driver holds the directory.
+Exit codes: 0 ok or complete, 1 some runs failed or files damaged, 2 bad input, 5 another driver holds the directory,
+75 stopped on the way, call again.
 """
 
 from __future__ import annotations
@@ -11,9 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from scaling_ray import __version__
 from scaling_ray.errors import BadInput, DamagedFiles, ScalingRayError
+
+if TYPE_CHECKING:
+    from scaling_ray.spec import SweepSpec
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -70,9 +75,9 @@ def _shards_verify(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from scaling_ray.spec import load_spec
-    from scaling_ray.sweep.plan import format_plan, make_plan
+    from scaling_ray.sweep.plan import format_plan, make_plan, read_rates
 
-    plan = make_plan(load_spec(options.spec))
+    plan = make_plan(load_spec(options.spec), rates=read_rates(options.rates) if options.rates else None)
     print(json.dumps(plan, indent=1) if options.json else format_plan(plan))
     return 0
 
@@ -174,6 +179,63 @@ def _bench_stream(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_train(options: argparse.Namespace) -> int:
+    from scaling_ray.spec import load_spec, parse_spec
+
+    for field, value in (("--seconds", options.seconds), ("--stack", options.stack)):
+        if value <= 0:
+            raise BadInput(field, value, "must be more than 0")
+    if options.spec is not None:
+        return _bench_spec(load_spec(options.spec), options)
+    precision = f'precision = "{options.precision}"'
+    micro_batch = f"micro_batch = {options.micro_batch}" if options.micro_batch else ""
+    lines = f"dropout = {options.dropout}\nthreads = {options.threads}\n{precision}\n{micro_batch}"
+    run = parse_spec(
+        f'name = "bench"\n[data]\ngenes = {options.genes}\n[grid]\nsizes = ["{options.size}"]\n'
+        f"genes = [{options.genes}]\ncells = ['all']\nseeds = [1]\n[lr]\nrates = [1e-3]\n"
+        f"[resources]\ncpus = {options.threads}\n[train]\ncells_per_step = {options.cells_per_step}\n{lines}\n",
+        "bench train",
+    ).runs()[0]
+    from scaling_ray.train.bench import bench_run
+
+    found = bench_run(run, options.seconds, options.stack)
+    print(json.dumps(found) if options.json else _bench_line(found))
+    return 0
+
+
+def _bench_spec(spec: SweepSpec, options: argparse.Namespace) -> int:
+    """Measure every kind of run of a spec, as it would be carried out, for ``plan --rates``."""
+    from scaling_ray.storage import output_directory, write_json
+    from scaling_ray.sweep.plan import as_planned, make_plan, rate_name
+    from scaling_ray.train.bench import bench_run
+
+    if options.out is None:
+        raise BadInput("--out", None, "name the JSON file for the measured rates")
+    output_directory(options.out.parent)
+    plan = make_plan(spec)
+    members = {name: len(stack) for stack in plan["stacks"] for name in stack}
+    rates: dict[str, float] = {}
+    for run in as_planned(spec.runs(), plan):
+        name = rate_name(run, members.get(run.run_id, 1))
+        if name not in rates:
+            found = bench_run(run, options.seconds, members.get(run.run_id, 1))
+            rates[name] = found["cells_per_second"]
+            say(_bench_line(found))
+            write_json(options.out, {"version": 1, "cells_per_second": rates})
+    print(options.out)
+    return 0
+
+
+def _bench_line(found: dict[str, Any]) -> str:
+    stacked = f"{found['stacked']} as one, " if found["stacked"] > 1 else ""
+    return (
+        f"{found['size']:6} {found['cells_per_second']:>12,.1f} cells/s  {stacked}{found['genes']} genes, micro-batch "
+        f"{found['micro_batch']} of {found['cells_per_step']}, {found['precision']}, dropout {found['dropout']:g}, "
+        f"{found['threads']} thread(s): {found['gflops_per_second']:,.1f} GFLOP/s, {found['share_of_matmul']:.0%} of "
+        f"the best matrix product here"
+    )
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from scaling_ray.doctor import check_machine, format_findings
 
@@ -228,6 +290,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan = verb(verbs, "plan", _plan, "what a sweep will do and cost: grid, parameters, TFLOP, MiB, hours")
     plan.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec")
     plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.add_argument("--rates", type=Path, default=None, help="JSON of measured rates: hours follow from them")
     sweep = verb(verbs, "sweep", _sweep, "run every cell of the grid that has no result yet")
     sweep.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec")
     sweep.add_argument("--shards", required=True, help="directory or s3:// URI of the shards")
@@ -279,6 +342,19 @@ def build_parser() -> argparse.ArgumentParser:
     stream.add_argument("--cells", type=int, default=1_000_000, help="cells to read, steady state, at the least")
     stream.add_argument("--cpus", type=int, default=2, help="CPUs of the private Ray")
     stream.add_argument("--json", action="store_true", help="as JSON")
+    train = verb(bench, "train", _bench_train, "cells a second that a size trains at on this machine, on made-up cells")
+    train.add_argument("--size", default="TINY", help="a size of the ladder: XXS, TINY, XS, S, M, L, XL")
+    train.add_argument("--genes", type=int, default=512, help="genes of the panel")
+    train.add_argument("--micro-batch", type=int, default=None, help="cells of one pass (by size if left out)")
+    train.add_argument("--cells-per-step", type=int, default=32, help="cells of an update")
+    train.add_argument("--dropout", type=float, default=0.0, help="share of units dropped")
+    train.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
+    train.add_argument("--threads", type=int, default=1, help="CPU threads")
+    train.add_argument("--stack", type=int, default=1, help="models trained as one; cells of all count")
+    train.add_argument("--seconds", type=float, default=5.0, help="how long to measure, once warm")
+    train.add_argument("--json", action="store_true", help="as JSON")
+    train.add_argument("--spec", type=Path, default=None, help="measure every kind of run of this spec instead")
+    train.add_argument("--out", type=Path, default=None, help="with --spec: JSON file for `plan --rates`")
     doctor = verb(verbs, "doctor", _doctor, "what this machine has and lacks")
     doctor.add_argument("--write-to", type=Path, default=Path("."), help="a directory that must be writable")
     return parser

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 from scaling_ray.errors import BadInput
@@ -17,16 +19,19 @@ def masked_genes_per_cell(run: RunSpec) -> float:
     return run.genes * run.train.mask_fraction
 
 
-def run_cost(run: RunSpec, gflops_per_cpu: float, rates: dict[str, float] | None = None) -> dict[str, Any]:
+def run_cost(
+    run: RunSpec, gflops_per_cpu: float, rates: dict[str, float] | None = None, members: int = 1
+) -> dict[str, Any]:
     """One line of a plan.
 
     Hours are those of the run's workers together: at its measured rate where ``rates`` has one (cells a second of one
-    process, by ``rate_name``), else at an assumed rate of matrix FLOPs per CPU.
+    process, by ``rate_name``), else at an assumed rate of matrix FLOPs per CPU. A run in a stack of ``members`` has its
+    part of the stack's hours.
     """
     masked = masked_genes_per_cell(run)
     cells = run.train.total_steps * run.train.cells_per_step
     flops = training_flops_per_cell(run.shape, run.genes, masked) * cells
-    measured = (rates or {}).get(rate_name(run))
+    measured = (rates or {}).get(rate_name(run, members))
     cpus = run.train.threads * run.workers
     seconds = cells / measured / run.workers if measured else flops / (gflops_per_cpu * 1e9 * cpus)
     return {
@@ -55,12 +60,23 @@ def run_cost(run: RunSpec, gflops_per_cpu: float, rates: dict[str, float] | None
     }
 
 
-def rate_name(run: RunSpec) -> str:
-    """Under which a measured rate of such runs is kept: everything that it depends on."""
+def rate_name(run: RunSpec, members: int = 1) -> str:
+    """Under which a measured rate of such runs, or of stacks of them, is kept: everything that it depends on."""
     train = run.train
     shape = f"{run.width}x{run.layers}x{run.heads}x{run.feedforward} v{run.genes}"
     rates = f"dropout{train.dropout:g} mask{train.mask_fraction:g}"
-    return f"{shape} b{train.cells_per_step}/{run.micro_batch} {run.precision} {rates} threads{train.threads}"
+    how = f"b{train.cells_per_step}/{run.micro_batch} {run.precision} {rates} threads{train.threads}"
+    return f"{shape} {how}" + (f" stack{members}" if members > 1 else "")
+
+
+def read_rates(path: Path) -> dict[str, float]:
+    """Measured cells a second, as ``scaling-ray bench train --spec`` writes them; BadInput for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["cells_per_second"]
+        return {str(name): float(rate) for name, rate in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "holds no measured rates; write it with `scaling-ray bench train --spec SPEC.toml --out FILE`"
+        raise BadInput("--rates", str(path), remedy) from error
 
 
 def disk_bytes(run: RunSpec) -> tuple[int, int]:
@@ -134,7 +150,8 @@ def make_plan(
     check_disk(spec, runs)
     processes = max(1, spec.resources.cpus // spec.train.threads)
     stacks = plan_stacks(runs, processes, spec.resources.stack, spec.device, (earlier or {}).get("stacks", []))
-    cells = [run_cost(run, spec.resources.gflops_per_cpu, rates) for run in runs]
+    members = {name: len(stack) for stack in stacks for name in stack}
+    cells = [run_cost(run, spec.resources.gflops_per_cpu, rates, members.get(run.run_id, 1)) for run in runs]
     cpu_hours = sum(cell["hours"] * cell["workers"] for cell in cells)
     return {
         "version": 2,
@@ -142,6 +159,7 @@ def make_plan(
         "device": spec.device,
         "cells": cells,
         "stacks": stacks,
+        "probed": (earlier or {}).get("probed", []),
         "totals": {
             "runs": len(cells),
             "flops": sum(cell["flops"] for cell in cells),

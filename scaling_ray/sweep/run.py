@@ -184,6 +184,7 @@ class _Sweep:
                 self.progress("reading shards into the object store")
                 shared = [name for name in SPLITS if name != "train" or self._train_is_resident(most_genes)]
                 splits = {name: ray.put(read_resident(self.shards, self.manifest, name, most_genes)) for name in shared}
+                self._probe()
                 references = self._start_references(splits)
                 for role in ("rate", "law"):
                     self.runs = self._with_chosen_rates()
@@ -193,6 +194,26 @@ class _Sweep:
         finally:
             rows = write_results(self.sweep, self.runs, self.train_cells)
             follower.finish(failed=any(is_failure(row) for row in rows))
+
+    def _probe(self) -> None:
+        """Measure micro-batches where the spec asks for it, once for runs alike, and write them into the plan."""
+        path = self.sweep / "plan.json"
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        unknown = [run for run in self.runs if run.run_id not in plan["probed"]]
+        if self.spec.train.micro_batch != "probe" or not unknown:
+            return
+        names = {run.run_id: f"{run.size} of {run.genes} genes" for run in unknown}
+        one_of = {names[run.run_id]: run for run in unknown}
+        self.progress(f"measuring micro-batches of {', '.join(one_of)}")
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        probe = ray.remote(num_cpus=self.spec.train.threads, num_gpus=gpus)(_probe_task)
+        # one after the other: two at a time would measure each other
+        found = {name: ray.get(probe.remote(run.model_dump_json())) for name, run in one_of.items()}
+        for cell in plan["cells"]:
+            if cell["run_id"] in names:
+                cell["micro_batch"] = found[names[cell["run_id"]]]
+        write_json(path, plan | {"probed": plan["probed"] + list(names)})
+        self.runs = as_planned(self.runs, plan)
 
     def _check_stop(self) -> None:
         if asked_to_stop(self.sweep):
@@ -397,6 +418,12 @@ def _progress_callback(sweep: _Sweep) -> Any:
                 sweep.announce(run, float((trial.last_result or {}).get("seconds", 0.0)))
 
     return Announce()
+
+
+def _probe_task(run: str) -> int:
+    from scaling_ray.train.bench import probe_micro_batch
+
+    return probe_micro_batch(RunSpec.model_validate_json(run))
 
 
 def _closed_form_task(

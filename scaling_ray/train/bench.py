@@ -1,0 +1,128 @@
+"""How fast runs train on this machine, on made-up cells, and how much of what its matrix units can do that is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from scaling_ray.model.sizes import training_flops_per_cell
+from scaling_ray.shards.read import Cells, ResidentFeed, run_order
+from scaling_ray.spec import RunSpec
+from scaling_ray.train.engine import PlainEngine
+from scaling_ray.train.loop import RunData, TrainingLoop
+from scaling_ray.train.stack_run import StackedLoop
+
+MADE_CELLS = 4_096
+MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
+WARM_UPDATES = 2
+PROBE_SECONDS = 1.0
+
+
+def made_cells(cells: int, genes: int, seed: int = 0) -> Cells:
+    """Overdispersed counts at a density of about a fifth, of one data set and donor; every gene measured."""
+    rng = np.random.default_rng(seed)
+    rate = rng.gamma(0.1, 3.0, size=genes)
+    counts = rng.poisson(rate * rng.gamma(4.0, 0.25, size=(cells, 1))).astype(np.uint16)
+    zeros = np.zeros(cells, np.int32)
+    return Cells(
+        counts, counts.sum(1).astype(np.int64) * 4 + 1, np.arange(cells), zeros, zeros, np.ones((1, genes), bool)
+    )
+
+
+def made_updates(run: RunSpec, members: int, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(one update of the run, or of a stack of such runs; waiting for all of them), on made-up cells."""
+    cells = made_cells(MADE_CELLS, run.genes)
+    unbounded = run.train.model_copy(update={"max_cells_seen": 10**9})
+    run = run.model_copy(update={"train": unbounded, "cells": None, "donors": None, "lr": 1e-4})
+    if members == 1:
+        loop = TrainingLoop(run, RunData(cells, cells, cells, "made"), PlainEngine(run, device))
+        return loop.update, loop.settle
+    runs = [run.model_copy(update={"seed": seed}) for seed in range(members)]
+    stack = StackedLoop(runs, [ResidentFeed(cells, run_order(one, MADE_CELLS)) for one in runs], device)
+    return stack.update, stack.settle
+
+
+def rate_of(update: Callable[[], object], wait: Callable[[], object], cells_per_update: int, seconds: float) -> float:
+    """Cells a second of updates, at least one, for at least so many seconds, once it is warm."""
+    for _ in range(WARM_UPDATES):
+        update()
+    wait()
+    done, began = 0, time.perf_counter()
+    while True:
+        update()
+        done += 1
+        if time.perf_counter() - began >= seconds:
+            wait()
+            break
+        if done % 16 == 0:
+            wait()
+    return done * cells_per_update / (time.perf_counter() - began)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Matrix FLOPs a second of square products, the best of two sizes: what this machine gives at most."""
+    best = 0.0
+    for size in MATRIX_SIZES[device.type]:
+        one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+        def synchronise() -> None:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        one @ other
+        synchronise()
+        fastest, until = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            began = time.perf_counter()
+            one @ other
+            synchronise()
+            fastest = min(fastest, time.perf_counter() - began)
+        best = max(best, 2 * size**3 / fastest)
+    return best
+
+
+def bench_run(run: RunSpec, seconds: float, members: int = 1) -> dict[str, Any]:
+    """What such a run, or a stack of ``members`` of them (all their cells together), does here."""
+    torch.set_num_threads(run.train.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    update, wait = made_updates(run, members, device)
+    rate = rate_of(update, wait, run.train.cells_per_step * members, seconds)
+    flops = training_flops_per_cell(run.shape, run.genes, round(run.genes * run.train.mask_fraction))
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    peak = matmul_rate(device, dtype)
+    return {
+        "cells_per_second": rate,
+        "size": run.size,
+        "params": run.params,
+        "genes": run.genes,
+        "micro_batch": run.micro_batch,
+        "cells_per_step": run.train.cells_per_step,
+        "dropout": run.train.dropout,
+        "precision": run.precision,
+        "threads": run.train.threads,
+        "stacked": members,
+        "device": device.type,
+        "gflops_per_second": rate * flops / 1e9,
+        "matmul_gflops_per_second": peak / 1e9,
+        "share_of_matmul": rate * flops / peak,
+    }
+
+
+def probe_micro_batch(run: RunSpec, seconds: float = PROBE_SECONDS) -> int:
+    """The fastest of 1, 2, 4, ... cells of a micro-batch that fit into this machine's memory."""
+    torch.set_num_threads(run.train.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rates: dict[int, float] = {}
+    micro_batch = 1
+    while micro_batch <= run.train.cells_per_step:
+        try:
+            update, wait = made_updates(run.model_copy(update={"micro_batch": micro_batch}), 1, device)
+            rates[micro_batch] = rate_of(update, wait, run.train.cells_per_step, seconds)
+        except (MemoryError, torch.OutOfMemoryError):
+            break
+        micro_batch *= 2
+    return max(rates, key=lambda size: rates[size]) if rates else 1
