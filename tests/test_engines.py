@@ -16,12 +16,14 @@ from conftest import small_run, synthetic_cells, write_cells_as_shards
 from safetensors.torch import load_file
 
 from scaling_ray.errors import BadInput
+from scaling_ray.places import place
 from scaling_ray.shards.format import SPLITS, read_manifest
 from scaling_ray.shards.read import read_split
 from scaling_ray.spec import RunSpec
 from scaling_ray.train.checkpoint import publish_winner, read_metrics, read_result
-from scaling_ray.train.engine import DeepSpeedEngine, Engine, PlainEngine, build_engine, load_weights, model_tensors
+from scaling_ray.train.engine import Engine, PlainEngine, build_engine, load_weights, model_tensors
 from scaling_ray.train.loop import RunData, TrainingLoop, evaluate, run_to_result
+from scaling_ray.train.zero import DeepSpeedEngine
 
 RANKS = 2
 UPDATES = 20
@@ -256,7 +258,7 @@ class TestWorkerGroup:
     def test_commits_what_one_process_does(self, shards: Path, tmp_path: Path, variant: Variant) -> None:
         from scaling_ray.train.worker import train_in_worker_group
 
-        train_in_worker_group(variant.of(spec()), shards, tmp_path / "run", False, tmp_path / "ray")
+        train_in_worker_group(variant.of(spec()), place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
         result = read_result(tmp_path / "run")
         alone = run_to_result(spec(), data(), PlainEngine(spec(), CPU), tmp_path / "alone")
         assert result is not None and alone is not None
@@ -271,8 +273,8 @@ class TestWorkerGroup:
 
         run = DDP.of(spec()).model_copy(update={"cells": 10_000})
         with pytest.raises(BadInput, match=r"grid\.cells: 10000"):
-            train_in_worker_group(run, shards, tmp_path / "run", False, tmp_path / "ray")
-        assert len(list((tmp_path / "run" / "attempts").iterdir())) == 1
+            train_in_worker_group(run, place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
+        assert not (tmp_path / "run" / "attempts").exists()
         assert read_result(tmp_path / "run") is None
 
 

@@ -18,7 +18,7 @@ SOMA = ("tiledbsoma", "cellxgene_census", "tiledb")
 OWNERS: dict[str, tuple[str, ...]] = {
     "ray": ("cluster.py", "shards/convert.py", "shards/stream.py", "train/worker.py", "sweep/run.py"),
     "mlflow": ("sweep/tracking.py",),
-    "deepspeed": ("train/engine.py",),
+    "deepspeed": ("train/zero.py",),
     **{name: ("census/",) for name in SOMA},
 }
 """Module -> the only files (or folders, ending in /) that may import it, anywhere in the file."""
