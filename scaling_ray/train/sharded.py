@@ -101,26 +101,21 @@ def read_state(directory: Path) -> dict[str, Tensor]:
     if (directory / WHOLE).is_file():
         return load_file(directory / WHOLE)
     layouts = _layouts(directory)
-    flat: dict[str, Tensor] = {}
-    others: dict[str, Tensor] = {}
+    shapes = layouts[0].shapes
+    tensors: dict[str, Tensor] = {}
     for layout in layouts:
         pieces = load_file(directory / f"{_shard_name(layout.rank, layout.ranks)}.safetensors")
+        step = pieces.pop(STEP, None)
+        prefixes = PREFIXES if step is not None else PREFIXES[:1]
+        if layout.rank == 0:
+            tensors |= {prefix + name: torch.empty(shape) for prefix in prefixes for name, shape in shapes.items()}
+            if step is not None:
+                tensors |= {f"{STEP}.{name}": step.clone() for name in shapes}
         for name, (start, elements) in layout.fragments.items():
-            for prefix in PREFIXES:
-                piece = pieces.pop(prefix + name, None)
-                if piece is None:
-                    continue
-                if prefix + name not in flat:
-                    flat[prefix + name] = torch.empty(torch.Size(layout.shapes[name]).numel(), dtype=piece.dtype)
-                flat[prefix + name][start : start + elements] = piece
-        others |= pieces
-    shapes = layouts[0].shapes
-    tensors = {prefix + name: flat[prefix + name].view(shapes[name]) for name in shapes for prefix in PREFIXES[:1]}
-    if (step := others.pop(STEP, None)) is not None:
-        for name, shape in shapes.items():
-            tensors |= {prefix + name: flat[prefix + name].view(shape) for prefix in PREFIXES[1:]}
-            tensors[f"{STEP}.{name}"] = step.clone()
-    return tensors | others
+            for prefix in prefixes:
+                tensors[prefix + name].view(-1)[start : start + elements] = pieces.pop(prefix + name)
+        tensors |= pieces
+    return tensors
 
 
 def check_state(directory: Path) -> None:
