@@ -214,7 +214,14 @@ def test_run_ids_are_the_golden_ones() -> None:
         ("[train]", "[train]\ndropout = 0.0"),
         ("default = 3200", "default = 3200, XL = 10"),
     ],
-    ids=["name", "resources", "offload", "checkpoint_seconds", "a default written out", "budget of a size not in the grid"],
+    ids=[
+        "name",
+        "resources",
+        "offload",
+        "checkpoint_seconds",
+        "a default written out",
+        "budget of a size not in the grid",
+    ],
 )
 def test_run_ids_do_not_depend_on(pair: tuple[str, str]) -> None:
     assert ids(changed(pair)) == ids(BASE)
