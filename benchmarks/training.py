@@ -1,8 +1,8 @@
 """Measure the training step: against a plain loop, against the machine's matrix rate, stacked, and fed by the stream.
 
 ``make bench-train`` writes reports/benchmarks/training.json; on a machine with a GPU the same figures are of the GPU
-(the reference loop too). Rates are compared within one run, side by side and in turns, on one thread; figures are medians
-of repeats. Nothing here judges them.
+(the reference loop too). Rates are compared within one run, side by side and in turns, on one thread; figures are
+medians of repeats. Nothing here judges them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +127,17 @@ def share_of_matmul(options: argparse.Namespace, device: torch.device) -> dict[s
             run = run_of(size, f'precision = "{precision}"', cells_per_update(size))
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             rates: dict[str, Rate] = {"ours": ours(run, options.seconds, device)}
-            rates["matmul"] = lambda dtype=dtype, flops=flops: matmul_rate(device, dtype) / flops
+            rates["matmul"] = partial(_matmul_cells, device, dtype, flops)
             found = in_turns(rates, options.repeats)
             name = f"{size}-{precision}"
             out[name] = ratio(found, "ours", "matmul") | {"micro_batch": run.micro_batch}
             out[name]["matmul_gflops_per_second"] = statistics.median(found["matmul"]) * flops / 1e9
             say(f"share of matmul, {name}: {out[name]['ratio']:.2f}")
     return out
+
+
+def _matmul_cells(device: torch.device, dtype: torch.dtype, flops_per_cell: float) -> float:
+    return matmul_rate(device, dtype) / flops_per_cell
 
 
 def stacked(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -163,7 +168,7 @@ def fed_by_stream(options: argparse.Namespace, device: torch.device) -> dict[str
     from scaling_ray.cluster import ray_session
     from scaling_ray.shards.format import read_manifest, row_groups
     from scaling_ray.shards.order import RunOrder, replicate_rows
-    from scaling_ray.shards.read import ResidentFeed, read_split
+    from scaling_ray.shards.read import Feed, ResidentFeed, read_split
     from scaling_ray.shards.stream import StreamFeed
     from scaling_ray.train.engine import PlainEngine
     from scaling_ray.train.loop import RunData, TrainingLoop
@@ -178,16 +183,14 @@ def fed_by_stream(options: argparse.Namespace, device: torch.device) -> dict[str
         for size in ("XS", "S"):
             run = run_of(size)
             run = run.model_copy(update={"train": run.train.model_copy(update={"max_cells_seen": 10**9})})
-            feeds = {
-                "stream": StreamFeed(options.shards, manifest, GENES, order),
-                "resident": ResidentFeed(train, order),
-            }
+            stream = StreamFeed(options.shards, manifest, GENES, order)
             rates: dict[str, Rate] = {}
+            feeds: dict[str, Feed] = {"stream": stream, "resident": ResidentFeed(train, order)}
             for name, feed in feeds.items():
                 loop = TrainingLoop(run, RunData(feed, val, val, manifest.data_hash), PlainEngine(run, device))
-                rates[name] = lambda loop=loop: rate_of(loop.update, loop.settle, CELLS_PER_STEP, options.seconds)
+                rates[name] = partial(rate_of, loop.update, loop.settle, CELLS_PER_STEP, options.seconds)
             out[size] = ratio(in_turns(rates, options.repeats), "stream", "resident")
-            feeds["stream"].close()
+            stream.close()
             say(f"fed by the stream, {size}: {out[size]['ratio']:.2f}")
     return out
 

@@ -211,6 +211,7 @@ class TrainSpec(Frozen):
 class ResourceSpec(Frozen):
     """What a run may use. Never part of a run's identity.
 
+    ``offload_optimizer`` keeps what ZeRO shares out of the optimizer in the memory of the machine, not of its GPUs.
     ``task_memory_gib`` bounds one task of a conversion; training cells of more than ``resident_gib`` are streamed.
     ``device`` is what runs train on ("auto": what this machine has); ``stack`` how many tiny models of one size train
     as one at most; ``compile`` puts torch.compile before a GPU's runs; ``disk_gib`` is what a sweep may take.
@@ -220,6 +221,7 @@ class ResourceSpec(Frozen):
     workers: dict[str, PositiveInt] = {}
     engine: Literal["ddp", "deepspeed"] = "ddp"
     zero_stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 1
+    offload_optimizer: bool = False
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 2
     gflops_per_cpu: Annotated[float, Field(gt=0)] = 30.0
     task_memory_gib: Annotated[float, Field(ge=0.75)] = 1.5
@@ -228,6 +230,17 @@ class ResourceSpec(Frozen):
     stack: PositiveInt | Literal["auto"] = "auto"
     compile: bool = False
     disk_gib: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _offload_has_an_engine(self) -> ResourceSpec:
+        if self.offload_optimizer and (self.engine != "deepspeed" or self.zero_stage < 1):
+            raise BadInput(
+                "resources.offload_optimizer",
+                True,
+                f"goes with engine = 'deepspeed' and zero_stage >= 1, not {self.engine!r} and {self.zero_stage}; "
+                "set them, or remove it",
+            )
+        return self
 
 
 class RunSpec(Frozen):
@@ -258,6 +271,7 @@ class RunSpec(Frozen):
     workers: int
     engine: Literal["plain", "ddp", "deepspeed"]
     zero_stage: int
+    offload_optimizer: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -424,6 +438,7 @@ class SweepSpec(Frozen):
             workers=workers,
             engine=self.resources.engine if workers > 1 else "plain",
             zero_stage=self.resources.zero_stage if workers > 1 and self.resources.engine == "deepspeed" else 0,
+            offload_optimizer=self.resources.offload_optimizer and workers > 1,
         )
 
 

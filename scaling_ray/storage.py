@@ -106,10 +106,11 @@ def sweep_partial_files(directory: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def publish_directory(temporary: Path, final: Path) -> None:
+def publish_directory(temporary: Path, final: Path, kept: Path | None = None) -> None:
     """Move a finished directory into place in one rename.
 
-    An existing ``final`` steps aside first: a kill between the two renames leaves both whole beside its place.
+    An existing ``final`` steps aside first, to ``kept`` where that is given, else to be removed: a kill between the two
+    renames leaves both whole beside its place.
     """
     for file in temporary.rglob("*"):
         if file.is_file():
@@ -117,7 +118,9 @@ def publish_directory(temporary: Path, final: Path) -> None:
                 os.fsync(stream.fileno())
     if final.exists():
         retired = final.parent / f"{PARTIAL_PREFIX}{final.name}-retired-{uuid.uuid4().hex[:8]}"
-        os.replace(final, retired)
+        if kept is not None and kept.exists():
+            os.replace(kept, retired)
+        os.replace(final, kept or retired)
         os.replace(temporary, final)
         shutil.rmtree(retired, ignore_errors=True)
     else:

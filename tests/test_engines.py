@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,12 +18,17 @@ from conftest import small_run, synthetic_cells, write_cells_as_shards
 from safetensors.torch import load_file
 
 from scaling_ray.errors import BadInput
+from scaling_ray.places import place
 from scaling_ray.shards.format import SPLITS, read_manifest
 from scaling_ray.shards.read import read_split
 from scaling_ray.spec import RunSpec
-from scaling_ray.train.checkpoint import publish_winner, read_metrics, read_result
-from scaling_ray.train.engine import DeepSpeedEngine, Engine, PlainEngine, build_engine, load_weights, model_tensors
+from scaling_ray.train import saving
+from scaling_ray.train.checkpoint import Attempt, publish_winner, read_metrics, read_result
+from scaling_ray.train.engine import Engine, PlainEngine, build_engine, load_weights, model_tensors
 from scaling_ray.train.loop import RunData, TrainingLoop, evaluate, run_to_result
+from scaling_ray.train.saving import restore, save_last
+from scaling_ray.train.sharded import Shard, read_state, write_shard
+from scaling_ray.train.zero import DeepSpeedEngine
 
 RANKS = 2
 UPDATES = 20
@@ -38,13 +45,19 @@ class Variant:
     engine: str
     zero_stage: int = 0
     whole: int = 0
+    offload: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.engine}-{self.zero_stage}-{self.whole}"
+        return f"{self.engine}-{self.zero_stage}-{self.whole}" + ("-offload" if self.offload else "")
+
+    @property
+    def shares_out(self) -> bool:
+        return self.zero_stage > 0
 
     def of(self, run: RunSpec) -> RunSpec:
-        return run.model_copy(update={"workers": RANKS, "engine": self.engine, "zero_stage": self.zero_stage})
+        resources = {"workers": RANKS, "engine": self.engine, "zero_stage": self.zero_stage}
+        return run.model_copy(update=resources | {"offload_optimizer": self.offload})
 
     def build(self, run: RunSpec, rank: int) -> Engine:
         if self.engine == "deepspeed":
@@ -55,6 +68,8 @@ class Variant:
 DDP = Variant("ddp")
 ZERO = [Variant("deepspeed", 0), Variant("deepspeed", 1), Variant("deepspeed", 2), Variant("deepspeed", 3)]
 ZERO_WITH_WHOLE_PARAMETERS = Variant("deepspeed", 3, 100_000)
+OFFLOADED = [Variant("deepspeed", stage, offload=True) for stage in (1, 2, 3)]
+SHARED_OUT = [*ZERO[1:], ZERO_WITH_WHOLE_PARAMETERS, *OFFLOADED]
 
 
 def spec(extra: str = "") -> RunSpec:
@@ -84,29 +99,110 @@ def crash(progress: Any) -> None:
         raise Crash
 
 
-def exercise(rank: int, variants: list[Variant], directory: Path) -> None:
-    """What each of the two processes does; rank 0 leaves what it saw as JSON."""
+def join_group(rank: int, directory: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", f"file://{directory}/rendezvous", timeout=timedelta(minutes=10), rank=rank, world_size=RANKS
     )
+
+
+def exercise(rank: int, variants: list[Variant], directory: Path) -> None:
+    """What each of the two processes does; rank 0 leaves what it saw as JSON."""
+    join_group(rank, directory)
     for variant in variants:
         engine = variant.build(spec(), rank)
         seen: dict[str, Any] = {"curve": curve(engine, variant.of(spec()))}
         seen["bytes"] = engine.resident_bytes()
         seen["sum"] = engine.sum_over_ranks(torch.tensor([rank + 1, 10 * rank])).tolist()
-        if not variant.whole:
+        if variant.shares_out:
+            seen |= exercise_shards(variant, rank, directory / f"shards-{variant.name}")
+        if not variant.whole and not variant.offload:
             seen |= exercise_rewind(variant, rank)
-            run = variant.of(spec())
-            run_to_result(run, data(), variant.build(run, rank), directory / variant.name / "whole")
-            run = variant.of(spec("checkpoint_seconds = 1e-6"))
-            with pytest.raises(Crash):
-                run_to_result(run, data(), variant.build(run, rank), directory / variant.name / "cut", crash)
-            run_to_result(run, data(), variant.build(run, rank), directory / variant.name / "cut")
+            exercise_resumes(variant, rank, directory / variant.name)
         if rank == 0:
             (directory / f"{variant.name}.json").write_text(json.dumps(seen))
     torch.distributed.destroy_process_group()
+
+
+OFTEN = "checkpoint_seconds = 1e-6"
+
+
+def exercise_resumes(variant: Variant, rank: int, directory: Path) -> None:
+    """Whole; cut and resumed at the same number of ranks; cut in one process and resumed here; cut for others."""
+    run = variant.of(spec())
+    run_to_result(run, data(), variant.build(run, rank), directory / "whole")
+    run = variant.of(spec(OFTEN))
+    with pytest.raises(Crash):
+        run_to_result(run, data(), variant.build(run, rank), directory / "cut", crash)
+    if rank == 0:
+        for name in ("of-another-spec", "to-plain", "to-another-stage", "damaged"):
+            shutil.copytree(directory / "cut", directory / name)
+        with pytest.raises(Crash):
+            run_to_result(spec(OFTEN), data(), PlainEngine(spec(OFTEN), CPU), directory / "from-plain", crash)
+    torch.distributed.barrier()
+    other = run.model_copy(update={"seed": 7})
+    with pytest.raises(BadInput, match=r"checkpoint\.seed: 1: .*7"):
+        run_to_result(other, data(), variant.build(other, rank), directory / "of-another-spec")
+    for name in ("cut", "from-plain"):
+        run_to_result(run, data(), variant.build(run, rank), directory / name)
+    if variant.shares_out:
+        another = Variant("deepspeed", variant.zero_stage % 3 + 1)
+        run = another.of(spec(OFTEN))
+        run_to_result(run, data(), another.build(run, rank), directory / "to-another-stage")
+
+
+def exercise_shards(variant: Variant, rank: int, directory: Path) -> dict[str, Any]:
+    """Three updates after the fifth; the same again, and by a new engine, from the shards written there."""
+    run = variant.of(spec("dropout = 0.1"))
+    loop = TrainingLoop(run, data(), variant.build(run, rank))
+    for _ in range(5):
+        loop.train_one_update()
+    attempt = Attempt(directory) if rank == 0 else None
+    save_last(attempt, loop.engine, loop.progress, loop.state)
+    state = {name: tensor.clone() for name, tensor in loop.state().items()}
+    seen: dict[str, Any] = {"first": [loop.train_one_update()[0].squared_error for _ in range(3)]}
+    later = loop.state()
+    anew = TrainingLoop(run, data(), variant.build(run, rank))
+    for name, one in (("again", loop), ("anew", anew)):
+        start, tensors = restore(Attempt(directory) if rank == 0 else None, one.engine)
+        assert start is not None and isinstance(tensors, Shard)
+        one.load(start, tensors)
+        seen[f"shard_{name}"] = [one.train_one_update()[0].squared_error for _ in range(3)]
+        ended = one.state()
+        seen[f"same_state_{name}"] = rank != 0 or all(torch.equal(ended[key], later[key]) for key in later)
+    seen["shard_first"] = seen.pop("first")
+    if attempt is not None:
+        consolidated = read_state(attempt.checkpoints / "last")
+        seen["consolidated"] = sorted(consolidated) == sorted(state)
+        seen["consolidated"] &= all(torch.equal(consolidated[key], state[key]) for key in state)
+        seen["files"] = sorted(path.name for path in (attempt.checkpoints / "last").iterdir())
+        shards = [load_file(attempt.checkpoints / "last" / f"state-rank{r}of2.safetensors") for r in range(RANKS)]
+        seen["elements"] = [sum(t.numel() for name, t in s.items() if name.startswith("model.")) for s in shards]
+    return seen
+
+
+def killed_while_saving(rank: int, run: RunSpec, variant: Variant, directory: Path) -> None:
+    """Rank 1 dies with its fourth shard half written."""
+    join_group(rank, directory)
+    written = 0
+
+    def write_half_the_fourth(path: Path, shard: Shard) -> None:
+        nonlocal written
+        written += 1
+        write_shard(path, shard)
+        if rank == 1 and written == 4:
+            file = path / "state-rank1of2.safetensors"
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    saving.write_shard = write_half_the_fourth
+    run_to_result(run, data(), variant.build(run, rank), directory / "run")
+
+
+def resumed_after_the_kill(rank: int, run: RunSpec, variant: Variant, directory: Path) -> None:
+    join_group(rank, directory)
+    run_to_result(run, data(), variant.build(run, rank), directory / "run")
 
 
 def exercise_rewind(variant: Variant, rank: int) -> dict[str, Any]:
@@ -145,7 +241,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
 @pytest.fixture(scope="module")
 def all_zero(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, Any]], Path]:
     directory = tmp_path_factory.mktemp("zero")
-    return run_two_processes([*ZERO, ZERO_WITH_WHOLE_PARAMETERS], directory), directory
+    return run_two_processes([*ZERO, ZERO_WITH_WHOLE_PARAMETERS, *OFFLOADED], directory), directory
 
 
 def check_curve(seen: dict[str, Any], plain: dict[str, list[float]]) -> None:
@@ -198,7 +294,7 @@ def test_ddp_commits_what_one_process_does(ddp: tuple[dict[str, Any], Path], tmp
 
 @pytest.mark.slow
 class TestZero:
-    @pytest.mark.parametrize("variant", [*ZERO, ZERO_WITH_WHOLE_PARAMETERS], ids=lambda variant: variant.name)
+    @pytest.mark.parametrize("variant", [ZERO[0], *SHARED_OUT], ids=lambda variant: variant.name)
     def test_follows_one_process(self, all_zero: Any, variant: Variant, plain_curve: dict[str, list[float]]) -> None:
         check_curve(all_zero[0][variant.name], plain_curve)
 
@@ -210,15 +306,98 @@ class TestZero:
     def test_commits_what_one_process_does(self, all_zero: Any, variant: Variant, tmp_path: Path) -> None:
         check_run(all_zero[1] / variant.name, variant, tmp_path)
 
-    @pytest.mark.parametrize("variant", ZERO, ids=lambda variant: variant.name)
+    @pytest.mark.parametrize("variant", [ZERO[0], *SHARED_OUT], ids=lambda variant: variant.name)
     def test_shares_out_what_its_stage_says(self, all_zero: Any, variant: Variant) -> None:
-        held = all_zero[0][variant.name]["bytes"]
-        parameters = 4 * spec().params
-        if variant.zero_stage >= 1:
-            assert held["optimizer"] < 0.55 * 2 * parameters
+        """Stage 1: the optimizer; 2: gradients too; 3: parameters too. A share may be larger by one parameter."""
+        held, stage = all_zero[0][variant.name]["bytes"], variant.zero_stage
+        whole = 4 * spec().params
+        largest = 4 * max(parameter.numel() for parameter in PlainEngine(spec(), CPU).model.parameters())
+        share = whole / RANKS
+        steps = 1024  # and AdamW's count of them, with each tensor it steps on
+        moments = 2 * (share if stage >= 1 else whole)
+        assert moments <= held["optimizer"] <= moments + steps
+        if stage < 2:
+            assert held["gradients"] >= whole - 16
+        elif not variant.offload:
+            assert share - 16 <= held["gradients"] <= share + largest
+        if variant.whole:
+            assert held["parameters"] >= whole + share
         else:
-            assert held["optimizer"] >= 2 * parameters
-        assert held["parameters"] == pytest.approx(parameters / (RANKS if variant.zero_stage == 3 else 1), rel=0.02)
+            assert held["parameters"] == pytest.approx(share if stage == 3 else whole, rel=0.02)
+        assert held["master"] == pytest.approx(share if stage >= 1 else 0, rel=0.02)
+
+    @pytest.mark.parametrize("variant", SHARED_OUT, ids=lambda variant: variant.name)
+    def test_saves_from_all_ranks_and_goes_on_with_the_same_bits(self, all_zero: Any, variant: Variant) -> None:
+        seen = all_zero[0][variant.name]
+        files = [f"state-rank{rank}of{RANKS}.{kind}" for rank in range(RANKS) for kind in ("json", "safetensors")]
+        assert seen["files"] == ["progress.json", *files]
+        assert sum(seen["elements"]) == spec().params
+        assert max(seen["elements"]) <= 0.55 * spec().params
+        assert seen["consolidated"]
+        assert seen["shard_again"] == seen["shard_anew"] == seen["shard_first"]
+        assert seen["same_state_again"] and seen["same_state_anew"]
+
+    @pytest.mark.parametrize("variant", OFFLOADED, ids=lambda variant: variant.name)
+    def test_offloading_the_optimizer_changes_no_loss(self, all_zero: Any, variant: Variant) -> None:
+        there = all_zero[0][replace(variant, offload=False).name]
+        assert all_zero[0][variant.name]["curve"]["mse"] == pytest.approx(there["curve"]["mse"], rel=1e-6)
+
+    @pytest.mark.parametrize("variant", ZERO[1:], ids=lambda variant: variant.name)
+    def test_resumes_at_another_number_of_ranks_or_stage(self, all_zero: Any, variant: Variant) -> None:
+        directory = all_zero[1] / variant.name
+        run_to_result(spec(OFTEN), data(), PlainEngine(spec(OFTEN), CPU), directory / "to-plain")
+        whole = read_result(directory / "whole")
+        for name in ("to-plain", "from-plain", "to-another-stage"):
+            result = read_result(directory / name)
+            assert whole is not None and result is not None
+            assert result.attempts == 2
+            assert result.workers == (1 if name == "to-plain" else RANKS)
+            assert result.optimizer_steps == whole.optimizer_steps
+            for field in ("val_mse", "test_mse", "final_val_mse"):
+                assert getattr(result, field) == pytest.approx(getattr(whole, field), rel=CURVE_TOLERANCE), name
+
+    @pytest.mark.parametrize("variant", ZERO[1:], ids=lambda variant: variant.name)
+    def test_a_damaged_shard_gives_way_to_the_checkpoint_before(self, all_zero: Any, variant: Variant) -> None:
+        directory = all_zero[1] / variant.name / "damaged"
+        (first,) = (directory / "attempts").iterdir()
+        last = Attempt(directory).find()
+        shard = first / "checkpoints" / "last" / f"state-rank1of{RANKS}.safetensors"
+        os.truncate(shard, shard.stat().st_size - 1)
+        attempt = Attempt(directory)
+        before = attempt.find()
+        assert last is not None and before is not None
+        assert before.directory.name == "previous"
+        assert before.progress.optimizer_steps == last.progress.optimizer_steps - 1
+        (note,) = [row for row in read_metrics(attempt.directory / "metrics.jsonl") if row["kind"] == "note"]
+        assert f"{first.name}/checkpoints/last" in note["note"] and shard.name in note["note"]
+
+    def test_a_rank_killed_while_saving_costs_that_checkpoint_only(self, all_zero: Any, tmp_path: Path) -> None:
+        variant = ZERO[2]
+        run = variant.of(spec(OFTEN))
+        context = torch.multiprocessing.get_context("spawn")
+        arguments = (run, variant, tmp_path)
+        processes = [context.Process(target=killed_while_saving, args=(rank, *arguments)) for rank in range(RANKS)]
+        for process in processes:
+            process.start()
+        for process in reversed(processes):
+            process.join(180)
+        killed = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert killed[1] == -signal.SIGKILL and killed[0] not in (0, None)
+        (first,) = (tmp_path / "run" / "attempts").iterdir()
+        (unfinished,) = (first / "checkpoints").glob(".partial-last-*")
+        assert {f"state-rank{rank}of2.safetensors" for rank in range(RANKS)} <= {p.name for p in unfinished.iterdir()}
+        found = Attempt(tmp_path / "run", run).find()
+        assert found is not None and (found.directory.name, found.progress.optimizer_steps) == ("last", 3)
+        (tmp_path / "rendezvous").unlink()
+        torch.multiprocessing.spawn(resumed_after_the_kill, arguments, nprocs=RANKS)
+        result, whole = read_result(tmp_path / "run"), read_result(all_zero[1] / variant.name / "whole")
+        assert result is not None and whole is not None
+        assert result.attempts == 3
+        assert (result.val_mse, result.test_mse) == (whole.val_mse, whole.test_mse)
+        newest = max((tmp_path / "run" / "attempts").iterdir())
+        assert "note" not in [row["kind"] for row in read_metrics(newest / "metrics.jsonl")]
 
 
 def test_a_wrong_number_of_processes_is_refused() -> None:
@@ -256,7 +435,7 @@ class TestWorkerGroup:
     def test_commits_what_one_process_does(self, shards: Path, tmp_path: Path, variant: Variant) -> None:
         from scaling_ray.train.worker import train_in_worker_group
 
-        train_in_worker_group(variant.of(spec()), shards, tmp_path / "run", False, tmp_path / "ray")
+        train_in_worker_group(variant.of(spec()), place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
         result = read_result(tmp_path / "run")
         alone = run_to_result(spec(), data(), PlainEngine(spec(), CPU), tmp_path / "alone")
         assert result is not None and alone is not None
@@ -271,8 +450,8 @@ class TestWorkerGroup:
 
         run = DDP.of(spec()).model_copy(update={"cells": 10_000})
         with pytest.raises(BadInput, match=r"grid\.cells: 10000"):
-            train_in_worker_group(run, shards, tmp_path / "run", False, tmp_path / "ray")
-        assert len(list((tmp_path / "run" / "attempts").iterdir())) == 1
+            train_in_worker_group(run, place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
+        assert not (tmp_path / "run" / "attempts").exists()
         assert read_result(tmp_path / "run") is None
 
 

@@ -103,7 +103,7 @@ def test_checkpoints_beyond_the_disk_are_refused_before_the_first_step() -> None
 
 
 def test_measured_rates_make_the_hours() -> None:
-    measured = {rate_name(run): 1000.0 for run in spec().runs() if run.size == "XXS"}
+    measured = {rate_name(run, 3): 1000.0 for run in spec().runs() if run.size == "XXS"}
     plan = make_plan(spec(train="max_cells_seen = 3_600_000"), rates=measured)
     hours = {cell["size"]: (cell["hours"], cell["hours_from"]) for cell in plan["cells"]}
     assert hours["XXS"] == (pytest.approx(1.0), "measured") and hours["S"][1] == "assumed"

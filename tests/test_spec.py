@@ -99,6 +99,20 @@ REFUSED = [
     ),
     ("workers that do not divide", ("cpus = 2", "workers = { TINY = 3 }"), "resources.workers.TINY", "3", "divide"),
     (
+        "offload without DeepSpeed",
+        ("cpus = 2", "cpus = 2\noffload_optimizer = true"),
+        "resources.offload_optimizer",
+        "True",
+        "engine = 'deepspeed'",
+    ),
+    (
+        "offload of what is not shared out",
+        ("cpus = 2", "engine = 'deepspeed'\nzero_stage = 0\noffload_optimizer = true"),
+        "resources.offload_optimizer",
+        "True",
+        "zero_stage >= 1",
+    ),
+    (
         "fractions that do not add up",
         ("[data]", "[data]\nfractions = { train = 0.5 }"),
         "data.fractions",
@@ -195,14 +209,30 @@ def test_run_ids_are_the_golden_ones() -> None:
     [
         ('"base"', '"another"'),
         ("cpus = 2", "cpus = 4\nmax_failures = 9\nworkers = { TINY = 2 }\nengine = 'deepspeed'\nzero_stage = 2"),
+        ("cpus = 2", "workers = { TINY = 2 }\nengine = 'deepspeed'\noffload_optimizer = true"),
         ("[train]", "[train]\ncheckpoint_seconds = 1.0"),
         ("[train]", "[train]\ndropout = 0.0"),
         ("default = 3200", "default = 3200, XL = 10"),
     ],
-    ids=["name", "resources", "checkpoint_seconds", "a default written out", "budget of a size not in the grid"],
+    ids=[
+        "name",
+        "resources",
+        "offload",
+        "checkpoint_seconds",
+        "a default written out",
+        "budget of a size not in the grid",
+    ],
 )
 def test_run_ids_do_not_depend_on(pair: tuple[str, str]) -> None:
     assert ids(changed(pair)) == ids(BASE)
+
+
+def test_only_runs_of_several_workers_offload() -> None:
+    text = changed(("cpus = 2", "workers = { TINY = 2 }\nengine = 'deepspeed'\noffload_optimizer = true"))
+    assert {(run.size, run.engine, run.offload_optimizer) for run in parse_spec(text).runs()} == {
+        ("TINY", "deepspeed", True),
+        ("HALF", "plain", False),
+    }
 
 
 def test_the_budget_of_another_size_leaves_a_run_alone() -> None:

@@ -38,6 +38,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[R
                     "val_mse_smoothed": 2.5 / step,
                 }
             )
+        log.write({"kind": "note", "optimizer_steps": 2, "note": "of a checkpoint; no metric"})
         if index < 2:
             (place / "result.json").write_text(result_of(run).to_json())
         else:

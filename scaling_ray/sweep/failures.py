@@ -15,6 +15,7 @@ from scaling_ray.errors import BadInput, Diverged, Preempted
 from scaling_ray.records import RunFailure
 from scaling_ray.spec import RunSpec
 from scaling_ray.storage import write_atomic, write_json
+from scaling_ray.train.checkpoint import attempts_begun
 
 FailureClass = Literal["bug", "diverged", "out_of_memory", "lost", "bad_input"]
 
@@ -32,8 +33,7 @@ def classify(error: BaseException) -> FailureClass:
 
 def record_failure(run_directory: Path, run: RunSpec, failure: FailureClass, message: str) -> None:
     """Leave ``failure.json`` beside the run; a later success supersedes it."""
-    attempts = run_directory / "attempts"
-    count = len(list(attempts.iterdir())) if attempts.is_dir() else 0
+    count = attempts_begun(run_directory)
     record = RunFailure(run_id=run.run_id, failure=failure, message=message, attempts=count)
     write_atomic(run_directory / "failure.json", record.to_json())
 

@@ -112,7 +112,7 @@ class Tracker:
         metrics = []
         for row in self._rows(directory):
             step = row["optimizer_steps"]
-            if step <= self._logged[run.run_id][row["kind"]]:
+            if row["kind"] not in logged or step <= self._logged[run.run_id][row["kind"]]:
                 continue
             logged[row["kind"]] = step
             for name, value in row.items():

@@ -1,15 +1,16 @@
 """The files of one run: attempts, checkpoints, metric rows, and the one commit of its result.
 
 ``runs/<run_id>/`` holds ``spec.json``, ``result.json`` (committed once, by create-if-absent) and ``attempts/<token>/``
-with ``metrics.jsonl``, ``test_cells.parquet`` and ``checkpoints/{last,best}``. A checkpoint is a directory of
-safetensors and JSON that appears in one rename. After the commit, the winner's files are moved up to
-``runs/<run_id>/`` and the attempts go.
+with ``metrics.jsonl``, ``test_cells.parquet`` and ``checkpoints/{last,previous,best}``. A checkpoint is a directory of
+safetensors and JSON that appears in one rename; "previous" is what "last" was before, should that be damaged. After
+the commit, the winner's files are moved up to ``runs/<run_id>/`` and the attempts go.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -17,14 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scaling_ray.errors import BadInput
 from scaling_ray.records import RunResult
-from scaling_ray.spec import RunSpec
+from scaling_ray.spec import NUMERICS_VERSION, RunSpec, content_hash
 from scaling_ray.storage import PARTIAL_PREFIX, create_if_absent, partial_directory, publish_directory, write_atomic
+from scaling_ray.train.sharded import UNREADABLE, WHOLE, check_state, read_state, write_tensors
 
 PUBLISHED = ("metrics.jsonl", "test_cells.parquet", "checkpoints")
 
@@ -86,22 +86,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Attempt:
-    """One try at a run, in a directory of its own, so that a writer that should be dead cannot disturb the next."""
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint: its directory and what its progress.json says."""
 
-    def __init__(self, run_directory: Path) -> None:
-        self.token = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+    directory: Path
+    progress: Progress
+    spec: dict[str, Any] | None
+    spec_hash: str | None
+
+
+class Attempt:
+    """One try at a run, in a directory of its own, so that a writer that should be dead cannot disturb the next.
+
+    With ``run`` its checkpoints say which spec they belong to, and those of another one are refused.
+    """
+
+    def __init__(self, run_directory: Path, run: RunSpec | None = None) -> None:
         self.run_directory = run_directory
-        earlier = sorted((run_directory / "attempts").glob("*")) if (run_directory / "attempts").is_dir() else []
-        self.number = len(earlier) + 1
-        self._earlier = list(reversed(earlier))
+        self.number = attempts_begun(run_directory) + 1
+        self.token = f"{time.time_ns():020d}-{self.number:04d}-{uuid.uuid4().hex[:8]}"
+        self._identity = _identity(run) if run is not None else None
+        self._earlier = sorted((run_directory / "attempts").glob("*"), reverse=True)
+        self._orphans: list[Path] = []
         self.directory = run_directory / "attempts" / self.token
         self.checkpoints = self.directory / "checkpoints"
         self.checkpoints.mkdir(parents=True)
         self.metrics = MetricsLog(self.directory / "metrics.jsonl")
 
     def save_last(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
-        """Publish the state to resume from."""
+        """Publish the state to resume from; the one before is kept as "previous"."""
         self._save("last", progress, tensors)
 
     def save_best(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
@@ -109,39 +123,95 @@ class Attempt:
         self._save("best", progress, tensors)
 
     def _save(self, name: str, progress: Progress, tensors: dict[str, Tensor]) -> None:
-        building = partial_directory(self.checkpoints / name)
-        save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, building / "state.safetensors"
-        )
-        (building / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        publish_directory(building, self.checkpoints / name)
+        building = self.begin(name)
+        write_tensors(building / WHOLE, tensors)
+        self.publish(building, name, progress)
+
+    def begin(self, name: str) -> Path:
+        """An unfinished directory to write the files of the checkpoint ``name`` into."""
+        return partial_directory(self.checkpoints / name)
+
+    def publish(self, building: Path, name: str, progress: Progress) -> None:
+        """Make the checkpoint ``name`` of what ``begin`` gave and others filled."""
+        written: dict[str, Any] = asdict(progress)
+        if self._identity is not None:
+            written |= {"spec": self._identity, "spec_hash": content_hash(self._identity)}
+        (building / "progress.json").write_text(json.dumps(written), encoding="utf-8")
+        kept = self.checkpoints / "previous" if name == "last" else None
+        publish_directory(building, self.checkpoints / name, kept)
+        if name == "last":
+            for orphan in self._orphans:
+                shutil.rmtree(orphan, ignore_errors=True)
+            self._orphans = []
 
     def load_best(self) -> dict[str, Tensor]:
         """Tensors of the chosen checkpoint."""
-        return load_file(self.checkpoints / "best" / "state.safetensors")
+        return read_state(self.checkpoints / "best")
 
     def resume(self) -> tuple[Progress, dict[str, Tensor]] | None:
-        """The newest whole checkpoint of the attempts before this one, with its rows and chosen weights taken over."""
-        for attempt in self._earlier:
-            last = next((found for place in _places(attempt, "last") if (found := _read_checkpoint(place))), None)
-            if last is None:
-                continue
-            progress, tensors = last
-            if progress.best_step:
-                best = next((place for place in _places(attempt, "best") if _read_checkpoint(place)), None)
-                if best is None:
-                    continue
-                building = partial_directory(self.checkpoints / "best")
-                shutil.copytree(best, building, dirs_exist_ok=True)
-                publish_directory(building, self.checkpoints / "best")
-            kept = [
-                row
-                for row in read_metrics(attempt / "metrics.jsonl")
-                if row["optimizer_steps"] <= progress.optimizer_steps
-            ]
+        """What ``find`` finds, with its whole state, shared out or not."""
+        found = self.find()
+        return (found.progress, read_state(found.directory)) if found is not None else None
+
+    def find(self) -> Found | None:
+        """The newest whole checkpoint of the attempts before this one, with its rows and chosen weights taken over.
+
+        A row of kind "note" tells of each damaged one that was passed over. Attempts older than the one it is from go
+        when this one has saved a checkpoint of its own. Raises BadInput for a checkpoint of another spec.
+        """
+        notes: list[str] = []
+        found = None
+        kept: list[dict[str, Any]] = []
+        for age, attempt in enumerate(self._earlier):
+            found = self._find_in(attempt, notes)
+            if found is not None:
+                self._orphans = self._earlier[age + 1 :]
+                rows = read_metrics(attempt / "metrics.jsonl")
+                kept = [row for row in rows if row["optimizer_steps"] <= found.progress.optimizer_steps]
+                break
+        if kept:
             write_atomic(self.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-            return progress, tensors
+        for note in notes:
+            step = found.progress.optimizer_steps if found is not None else 0
+            self.metrics.write({"kind": "note", "optimizer_steps": step, "note": note})
+        return found
+
+    def _find_in(self, attempt: Path, notes: list[str]) -> Found | None:
+        for name in ("last", "previous"):
+            directory = attempt / "checkpoints" / name
+            if not directory.is_dir():
+                continue
+            try:
+                found = _read_checkpoint(directory)
+            except UNREADABLE as error:
+                where = directory.relative_to(self.run_directory)
+                notes.append(f"passed over {where}, which is damaged: {' '.join(str(error).split())}")
+                continue
+            if self._identity is not None and found.spec is not None:
+                _check_identity(directory, found, self._identity)
+            if not found.progress.best_step or self._take_over_best(attempt):
+                return found
+            notes.append(f"passed over {directory.relative_to(self.run_directory)}: its chosen weights are damaged")
         return None
+
+    def _take_over_best(self, attempt: Path) -> bool:
+        for place in _places(attempt, "best"):
+            try:
+                _read_checkpoint(place)
+            except UNREADABLE:
+                continue
+            building = self.begin("best")
+            shutil.copytree(place, building, dirs_exist_ok=True)
+            publish_directory(building, self.checkpoints / "best")
+            return True
+        return False
+
+
+def attempts_begun(run_directory: Path) -> int:
+    """How many attempts at a run were begun, those included whose directories are gone."""
+    there = [path.name for path in (run_directory / "attempts").glob("*")]
+    numbered = (re.fullmatch(r"\d{20}-(\d{4,})-[0-9a-f]{8}", name) for name in there)
+    return max([len(there), *(int(match[1]) for match in numbered if match)])
 
 
 def _places(attempt: Path, name: str) -> list[Path]:
@@ -150,12 +220,48 @@ def _places(attempt: Path, name: str) -> list[Path]:
     return [checkpoints / name, *sorted(checkpoints.glob(f"{PARTIAL_PREFIX}{name}-*"))]
 
 
-def _read_checkpoint(directory: Path) -> tuple[Progress, dict[str, Tensor]] | None:
-    try:
-        progress = Progress(**json.loads((directory / "progress.json").read_text(encoding="utf-8")))
-        return progress, load_file(directory / "state.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError):
-        return None
+def _read_checkpoint(directory: Path) -> Found:
+    """A checkpoint's progress, its state checked for being whole; one of UNREADABLE where it is not."""
+    written = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
+    spec, spec_hash = written.pop("spec", None), written.pop("spec_hash", None)
+    check_state(directory)
+    return Found(directory, Progress(**written), spec, spec_hash)
+
+
+def _identity(run: RunSpec) -> dict[str, Any]:
+    """What of a run's spec a checkpoint must agree with, as JSON.
+
+    Not what it may use, nor the micro-batch, which adds up to the same update; ``run_id`` stands for the rest.
+    """
+    free: Any = {
+        "workers": True,
+        "engine": True,
+        "zero_stage": True,
+        "offload_optimizer": True,
+        "micro_batch": True,
+        "precision": True,
+        "compile": True,
+        "train": {"checkpoint_seconds", "micro_batch"},
+    }
+    return {"numerics": NUMERICS_VERSION} | run.model_dump(mode="json", exclude=free)
+
+
+def _check_identity(directory: Path, found: Found, identity: dict[str, Any]) -> None:
+    if found.spec_hash == content_hash(identity):
+        return
+    there, here = _flat(found.spec or {}), _flat(identity)
+    differing = [name for name in sorted(set(there) | set(here)) if there.get(name) != here.get(name)]
+    # the run id differs with anything that does: it is named where nothing else can be
+    name = next((name for name in differing if name != "run_id"), "run_id")
+    remedy = f"the run has {here.get(name)!r}, {directory} is of another spec; remove it or sweep into a new directory"
+    raise BadInput(f"checkpoint.{name}", there.get(name), remedy)
+
+
+def _flat(table: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+    return flat
 
 
 def prepare_run(run_directory: Path, run: RunSpec) -> None:
@@ -167,7 +273,8 @@ def prepare_run(run_directory: Path, run: RunSpec) -> None:
             there = RunSpec.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BadInput(str(path), str(error).splitlines()[0], "is not a run's spec; remove it") from error
-        identity = {"workers", "engine", "zero_stage", "micro_batch", "precision", "compile", "lr", "train"}
+        identity = {"workers", "engine", "zero_stage", "offload_optimizer", "micro_batch", "precision", "compile"}
+        identity |= {"lr", "train"}
         if there.model_dump(exclude=identity) != run.model_dump(exclude=identity):
             raise BadInput("run_id", run.run_id, "stands for another spec in this directory; sweep into a new one")
     write_atomic(path, text)
@@ -197,5 +304,6 @@ def publish_winner(run_directory: Path) -> None:
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(winner / name, target)
-    shutil.rmtree(run_directory / "checkpoints" / "last", ignore_errors=True)
+    for name in ("last", "previous"):
+        shutil.rmtree(run_directory / "checkpoints" / name, ignore_errors=True)
     shutil.rmtree(attempts, ignore_errors=True)

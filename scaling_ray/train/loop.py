@@ -31,6 +31,8 @@ from scaling_ray.spec import RunSpec, TrainSpec
 from scaling_ray.train.batches import Batch, BatchSource, evaluation_batches
 from scaling_ray.train.checkpoint import Attempt, Progress, commit_result
 from scaling_ray.train.engine import Engine, model_tensors
+from scaling_ray.train.saving import restore, save_last
+from scaling_ray.train.sharded import Shard, generator_name
 
 TRAIN_ROWS_PER_RUN = 100
 """Rows of kind "train" in a run's metrics.jsonl, about."""
@@ -214,16 +216,20 @@ class TrainingLoop:
         states = torch.zeros(self.engine.ranks, len(own), dtype=torch.int64)
         states[self.engine.rank] = own
         states = self.engine.sum_over_ranks(states).to(own.dtype)
-        return self.engine.state() | {_generator_name(rank): state.clone() for rank, state in enumerate(states)}
+        return self.engine.state() | {generator_name(rank): state.clone() for rank, state in enumerate(states)}
 
-    def load(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
-        """Stand where ``state`` and ``progress`` were taken; every rank calls it, with the same tensors.
+    def load(self, progress: Progress, tensors: dict[str, Tensor] | Shard) -> None:
+        """Stand where ``state`` and ``progress`` were taken; every rank, with the same tensors or each with its shard.
 
         A rank that did not exist then goes on with the generator of its own seed.
         """
         self.progress = replace(progress, curve_mse=list(progress.curve_mse))
-        self.engine.load_state(tensors)
-        own = _generator_name(self.engine.rank)
+        if isinstance(tensors, Shard):
+            self.engine.load_shard(tensors)
+            tensors = tensors.tensors
+        else:
+            self.engine.load_state(tensors)
+        own = generator_name(self.engine.rank)
         if own in tensors:
             torch.set_rng_state(tensors[own])
 
@@ -253,10 +259,6 @@ def ends_part(steps: int, total_steps: int, parts: int) -> bool:
     return steps * parts // total_steps > (steps - 1) * parts // total_steps
 
 
-def _generator_name(rank: int) -> str:
-    return f"generator.{rank}" if rank else "generator"
-
-
 def run_to_result(
     run: RunSpec,
     data: RunData,
@@ -276,10 +278,9 @@ def run_to_result(
     """
     began = time.monotonic()
     writes = engine.rank == 0
-    attempt = Attempt(run_directory) if writes else None
+    attempt = Attempt(run_directory, run) if writes else None
     loop = TrainingLoop(run, data, engine)
-    resumed = attempt.resume() if attempt is not None else None
-    start, tensors = engine.share(*(resumed or (None, {})))
+    start, tensors = restore(attempt, engine)
     if start is not None:
         loop.load(start, tensors)
     stop_reason = _train(loop, attempt, report, asked_to_stop, asked_to_save)
@@ -432,9 +433,7 @@ def _train(
             if attempt is not None:
                 attempt.save_best(progress, {f"model.{k}": v for k, v in weights.items()})
         if due or stop:
-            state = loop.state()
-            if attempt is not None:
-                attempt.save_last(progress, state)
+            save_last(attempt, engine, progress, loop.state)
             saved = time.monotonic()
         if stop:
             raise Preempted(f"{loop.run.run_id}: saved at update {progress.optimizer_steps}; call again to go on")
