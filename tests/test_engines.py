@@ -277,7 +277,7 @@ def check_run(directory: Path, variant: Variant, tmp_path: Path) -> None:
     publish_winner(directory / "whole")
     chosen = load_file(directory / "whole" / "checkpoints" / "best" / "state.safetensors")
     load_weights(engine.model, model_tensors(chosen))
-    assert evaluate(engine, data().test, spec())[0].mse == pytest.approx(whole.test_mse, rel=1e-6)
+    assert evaluate(engine, data().test, spec()).sums.mse == pytest.approx(whole.test_mse, rel=1e-6)
 
 
 def test_ddp_follows_one_process(ddp: tuple[dict[str, Any], Path], plain_curve: dict[str, list[float]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from scaling_ray.errors import Preempted
 from scaling_ray.spec import RunSpec
 from scaling_ray.sweep.failures import guarded, recorded_failure, within_memory
-from scaling_ray.train.checkpoint import read_result
+from scaling_ray.train.checkpoint import read_metrics, read_result
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, run_to_result
 
@@ -75,8 +75,11 @@ def test_what_was_saved_before_memory_ended_is_not_trained_again(tmp_path: Path)
     assert train(run, tmp_path / "run", fits=16, begins=10) == [32, 16]
     result = read_result(tmp_path / "run")
     assert result is not None and result.attempts == 2
-    rows = [json.loads(line) for line in next((tmp_path / "run").rglob("metrics.jsonl")).read_text().splitlines()]
-    assert [row["optimizer_steps"] for row in rows if row["kind"] == "eval"] == [5, 10]
+    rows = read_metrics(tmp_path / "run" / "attempts" / result.attempt / "metrics.jsonl")
+    assert [row["optimizer_steps"] for row in rows if row["kind"] == "eval"] == [5, 10, 15, 20]
+    ended = (tmp_path / "run" / "memory.json").stat().st_mtime * 1000
+    before = [row["optimizer_steps"] for row in rows if row["timestamp_ms"] < ended and row["kind"] == "train"]
+    assert before == list(range(1, 11))
 
 
 def test_one_cell_that_does_not_fit_is_the_end(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from conftest import small_run, synthetic_cells
 from torch import Tensor, nn
 
 from scaling_ray.model.masking import draw_masks
@@ -245,3 +246,28 @@ def test_width_one_trained_long_enough_is_the_per_gene_training_mean(make_run: C
     assert mean.max() > 3 * mean.min() > 3
     assert predicted == pytest.approx(mean, rel=0.01)
     assert float(loop.engine.model.gene_embedding.detach().std()) > 1, "the genes have not been told apart"
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same_to_rounding() -> None:
+    run = small_run("max_cells_seen = 640\nmicro_batch = 32", lr=1e-3)
+    cells = synthetic_cells(100)
+    data = RunData(cells, cells, cells, "synthetic")
+    eager = TrainingLoop(run, data, PlainEngine(run, torch.device("cpu")))
+    compiled_run = run.model_copy(update={"compile": True})
+    compiled = TrainingLoop(compiled_run, data, PlainEngine(compiled_run, torch.device("cpu")))
+    for _ in range(10):
+        assert compiled.train_one_update()[0].mse == pytest.approx(eager.train_one_update()[0].mse, rel=1e-5)
+    assert sorted(compiled.state()) == sorted(eager.state())
+
+
+def test_bfloat16_learns_what_float32_does() -> None:
+    curves = {}
+    for precision in ("fp32", "bf16"):
+        run = small_run(f'max_cells_seen = 3200\nprecision = "{precision}"', lr=3e-3)
+        cells = synthetic_cells(200)
+        loop = TrainingLoop(run, RunData(cells, cells, cells, "synthetic"), PlainEngine(run, torch.device("cpu")))
+        curves[precision] = [loop.train_one_update()[0].mse for _ in range(100)]
+    assert curves["bf16"] != curves["fp32"]
+    assert curves["bf16"] == pytest.approx(curves["fp32"], rel=0.02)
+    assert curves["bf16"][-1] < 0.8 * curves["bf16"][0]

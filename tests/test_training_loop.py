@@ -302,6 +302,7 @@ def test_only_the_first_commits(make_run: MakeRun, data: RunData, tmp_path: Path
         "metrics.jsonl",
         "result.json",
         "test_cells.parquet",
+        "test_genes.parquet",
     ]
     before = {name: (tmp_path / name).read_bytes() for name in files}
     publish_winner(tmp_path)
@@ -380,8 +381,7 @@ def test_the_result_is_that_of_the_chosen_weights(make_run: MakeRun, data: RunDa
     assert result.val_mse == pytest.approx(result.best_curve_mse, rel=1e-6)  # the curve cells are all validation cells
     loop = new_loop(run, data)
     curve_of(loop, result.best_cells_seen // 32)
-    test, _, _ = evaluate(loop.engine, data.test, run)
-    assert test.squared_error == result.test_squared_error
+    assert evaluate(loop.engine, data.test, run).sums.squared_error == result.test_squared_error
 
 
 def test_validation_is_the_same_whoever_asks_and_draws_no_random_numbers(make_run: MakeRun, data: RunData) -> None:
@@ -389,18 +389,20 @@ def test_validation_is_the_same_whoever_asks_and_draws_no_random_numbers(make_ru
     loop = new_loop(run, data)
     curve_of(loop, 3)
     state = torch.get_rng_state()
-    first, errors, counts = evaluate(loop.engine, data.val, run)
-    second, _, _ = evaluate(loop.engine, data.val, run)
-    assert first == second
+    first, second = (evaluate(loop.engine, data.val, run) for _ in range(2))
+    assert first.sums == second.sums
     assert torch.equal(torch.get_rng_state(), state)
     assert loop.engine.model.training
-    assert float(errors.sum()) == pytest.approx(first.squared_error)
-    assert counts.tolist() == [10, 8] * 25
-    shuffled, moved, _ = evaluate(loop.engine, data.val.rows(np.arange(50)[::-1].copy()), run)
-    assert moved.flip(0).numpy() == pytest.approx(errors.numpy(), rel=1e-5)
+    assert first.counts.tolist() == [10, 8] * 25
+    assert float(first.gene_errors.sum()) == pytest.approx(first.sums.squared_error)
+    assert float(first.gene_counts.sum()) == first.sums.masked_genes
+    assert (first.gene_counts >= 0).all() and len(first.gene_counts) == run.genes
+    moved = evaluate(loop.engine, data.val.rows(np.arange(50)[::-1].copy()), run)
+    assert moved.errors.flip(0).numpy() == pytest.approx(first.errors.numpy(), rel=1e-5)
+    assert moved.gene_errors.numpy() == pytest.approx(first.gene_errors.numpy(), rel=1e-5)
     other_seed = new_loop(run.model_copy(update={"seed": 2}), data)
     other_seed.engine.model.load_state_dict(loop.engine.weights())
-    assert evaluate(other_seed.engine, data.val, run)[0] == first
+    assert evaluate(other_seed.engine, data.val, run).sums == first.sums
 
 
 def test_training_masks_change_with_epoch_and_seed(make_run: MakeRun, data: RunData) -> None:

@@ -23,7 +23,7 @@ from scaling_ray.model.masking import EVALUATION_MASK_SEED, draw_masks, log_norm
 from scaling_ray.places import Place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.order import RunOrder
-from scaling_ray.shards.read import Cells
+from scaling_ray.shards.read import Cells, read_measured, read_rows, shards_order
 from scaling_ray.spec import RunSpec, TrainSpec, content_hash
 from scaling_ray.storage import write_atomic, write_json
 
@@ -101,10 +101,24 @@ def closed_form_references(
         count = float(masked.sum())
         facts[f"{split}_masked_genes"] = int(count)
         facts[f"{split}_gene_mean_mse"] = float(gene_mean_errors(moments.mean, values, masked).sum()) / count
+        by_gene = np.where(masked, (values - moments.mean) ** 2, 0.0).sum(0), masked.sum(0)
+        facts[f"{split}_gene_mean_per_gene_bits"] = per_gene_bits(*by_gene)
         if split == "test":
             errors = gaussian_errors(moments, shrinkage, values, masked, hidden) if shrinkage is not None else None
             facts["test_gaussian_mse"] = float(errors.sum()) / count if errors is not None else None
     return facts
+
+
+def per_gene_bits(squared_error: NDArray[np.float64], masked_genes: NDArray[np.integer]) -> float:
+    """Bits per masked gene under a Gaussian of each gene's own error variance: the mean of 0.5 log2(2 pi e variance).
+
+    Args:
+        squared_error: (V,) summed over the masked entries of each gene.
+        masked_genes: (V,) how many those are; genes without any, or predicted without error, are left out.
+    """
+    told = (masked_genes > 0) & (squared_error > 0)
+    variance = squared_error[told] / masked_genes[told]
+    return float(np.average(0.5 * np.log2(2 * np.pi * np.e * variance), weights=masked_genes[told]))
 
 
 def write_closed_form(
@@ -168,3 +182,27 @@ def read_floor(directory: Path, genes: int, train: TrainSpec) -> dict[str, NDArr
         return None
     table = pq.read_table(path)
     return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def closed_form_task(
+    directory: str, run: str, shards: Place, manifest: str, train: Cells | None, val: Cells, test: Cells
+) -> None:
+    """``write_closed_form`` of a run given as text, from the cells of its node or, where train is None, the shards."""
+    spec, record = RunSpec.model_validate_json(run), ShardManifest.model_validate_json(manifest)
+    torch.set_num_threads(1)
+    measured = read_measured(shards, record, spec.genes)
+
+    def read(rows: Ints) -> Cells:
+        if train is not None:
+            return train.narrowed(spec.genes).rows(rows)
+        return read_rows(shards, record, "train", spec.genes, rows, measured)
+
+    order = shards_order(shards, record, spec)
+    write_closed_form(Path(directory), spec, order, read, val.narrowed(spec.genes), test.narrowed(spec.genes))
+
+
+def floor_task(directory: str, shards: Place, manifest: str, genes: int, test: Cells, train: str) -> None:
+    """``write_planted_floor`` of records given as text."""
+    torch.set_num_threads(1)
+    record, spec = ShardManifest.model_validate_json(manifest), TrainSpec.model_validate_json(train)
+    write_planted_floor(Path(directory), shards, record, genes, test.narrowed(genes), spec)

@@ -15,7 +15,7 @@ from scaling_ray.model.sizes import parameters_without_embedding
 from scaling_ray.records import RunFailure, RunResult
 from scaling_ray.spec import RunSpec
 from scaling_ray.storage import write_atomic
-from scaling_ray.sweep.references import read_closed_form, read_floor, reference_name
+from scaling_ray.sweep.references import per_gene_bits, read_closed_form, read_floor, reference_name
 from scaling_ray.train.checkpoint import read_metrics, read_result
 
 SCHEMA = pa.schema(
@@ -61,6 +61,10 @@ SCHEMA = pa.schema(
         ("attainable_bits", pa.float64()),
         ("bound_bits", pa.float64()),
         ("bound_z", pa.float64()),
+        ("test_per_gene_bits", pa.float64()),
+        ("baseline_per_gene_bits", pa.float64()),
+        ("precision", pa.string()),
+        ("stacked", pa.int64()),
         ("attempts", pa.int64()),
         ("mlflow_run_id", pa.string()),
         ("data_hash", pa.string()),
@@ -104,6 +108,10 @@ def run_row(sweep: Path, run: RunSpec, train_cells: int) -> dict[str, Any]:
     closed = read_closed_form(sweep / "references", reference_name(run, train_cells))
     if closed:
         row |= {"baseline_mse": closed["test_gene_mean_mse"], "gaussian_mse": closed["test_gaussian_mse"]}
+        row["baseline_per_gene_bits"] = closed["test_gene_mean_per_gene_bits"]
+    if (directory / "test_genes.parquet").is_file():
+        genes = pq.read_table(directory / "test_genes.parquet")
+        row["test_per_gene_bits"] = per_gene_bits(genes["squared_error"].to_numpy(), genes["masked_genes"].to_numpy())
     if result is not None:
         row["undertrained"] = _undertrained(directory, result, closed["val_gene_mean_mse"] if closed else None)
     row |= _floors(sweep, run)

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from scaling_ray.cluster import own_errors, ray, ray_session  # before ray.tune: it sets what ray reads once
 from scaling_ray.errors import BadInput, Preempted, RunsFailed
@@ -24,19 +22,19 @@ from scaling_ray.places import Place, place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.format import SPLITS, read_manifest, verify
 from scaling_ray.shards.order import check_donors, chosen_donors
-from scaling_ray.shards.read import Cells, Feed, read_measured, read_rows, shards_order
+from scaling_ray.shards.read import Feed
 from scaling_ray.shards.stream import open_feed, read_resident
-from scaling_ray.spec import RunSpec, SweepSpec, TrainSpec, load_spec
+from scaling_ray.spec import RunSpec, SweepSpec, load_spec
 from scaling_ray.storage import Lease, output_directory, partial_directory, write_atomic, write_json
 from scaling_ray.sweep.export import keep_genes
 from scaling_ray.sweep.failures import guarded, record_failure, recorded_failure, within_memory
 from scaling_ray.sweep.plan import as_planned, make_plan, run_cost
-from scaling_ray.sweep.references import floor_path, reference_name, write_closed_form, write_planted_floor
+from scaling_ray.sweep.references import closed_form_task, floor_path, floor_task, reference_name
 from scaling_ray.sweep.results import write_results
 from scaling_ray.sweep.stopping import asked_to_stop, stop_file, stop_on_sigterm
 from scaling_ray.sweep.tracked import is_tracked
 from scaling_ray.sweep.trial import Trial
-from scaling_ray.train.checkpoint import prepare_run, publish_winner, read_result
+from scaling_ray.train.checkpoint import prepare_run, publish_winner, read_metrics, read_result
 
 Progress = Callable[[str], None]
 
@@ -237,8 +235,8 @@ class _Sweep:
     def _start_references(self, splits: dict[str, Any]) -> list[Any]:
         directory = self.sweep / "references"
         directory.mkdir(exist_ok=True)
-        closed_form = ray.remote(num_cpus=1)(_closed_form_task)
-        floor = ray.remote(num_cpus=1)(_floor_task)
+        closed_form = ray.remote(num_cpus=1)(closed_form_task)
+        floor = ray.remote(num_cpus=1)(floor_task)
         one_per_name = {reference_name(run, self.train_cells): run for run in self.runs}
         tasks = [
             closed_form.remote(
@@ -359,11 +357,17 @@ class _Sweep:
         )
 
     def announce(self, run: RunSpec, seconds: float) -> None:
-        """One line for a run that ended; the results table is brought up to date."""
-        left = len(self._waiting(self.runs))
-        result = read_result(self.directory(run))
-        end = f"val_mse {result.val_mse:.4f}" if result else "failed"
+        """A line for a run that ended, and one for each note it left; the results table is brought up to date."""
+        left, directory = len(self._waiting(self.runs)), self.directory(run)
+        result = read_result(directory)
+        failure = recorded_failure(directory)
+        end = f"val_mse {result.val_mse:.4f}" if result else f"failed ({failure})" if failure else "stopped, saved"
         self.progress(f"[{len(self.runs) - left:>3}/{len(self.runs)}] {run.run_id:55} {end}  {seconds:.0f} s")
+        for row in read_metrics(directory / "metrics.jsonl"):
+            if row["kind"] == "note":
+                self.progress(f"{run.run_id}: {row['note']}")
+        if result is not None and result.micro_batch != run.micro_batch:
+            self.progress(f"{run.run_id}: memory allowed micro-batches of {result.micro_batch}, not {run.micro_batch}")
         write_results(self.sweep, self.runs, self.train_cells)
 
     def _follower(self, seconds: float = 5.0) -> Any:
@@ -424,26 +428,3 @@ def _probe_task(run: str) -> int:
     from scaling_ray.train.bench import probe_micro_batch
 
     return probe_micro_batch(RunSpec.model_validate_json(run))
-
-
-def _closed_form_task(
-    directory: str, run: str, shards: Place, manifest: str, train: Cells | None, val: Cells, test: Cells
-) -> None:
-    spec, record = RunSpec.model_validate_json(run), ShardManifest.model_validate_json(manifest)
-    torch.set_num_threads(1)
-    measured = read_measured(shards, record, spec.genes)
-
-    def read(rows: NDArray[np.int64]) -> Cells:
-        if train is not None:
-            return train.narrowed(spec.genes).rows(rows)
-        return read_rows(shards, record, "train", spec.genes, rows, measured)
-
-    order = shards_order(shards, record, spec)
-    write_closed_form(Path(directory), spec, order, read, val.narrowed(spec.genes), test.narrowed(spec.genes))
-
-
-def _floor_task(directory: str, shards: Place, manifest: str, genes: int, test: Cells, train: str) -> None:
-    torch.set_num_threads(1)
-    record = ShardManifest.model_validate_json(manifest)
-    spec = TrainSpec.model_validate_json(train)
-    write_planted_floor(Path(directory), shards, record, genes, test.narrowed(genes), spec)

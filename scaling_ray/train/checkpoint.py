@@ -26,7 +26,7 @@ from scaling_ray.spec import NUMERICS_VERSION, RunSpec, content_hash
 from scaling_ray.storage import PARTIAL_PREFIX, create_if_absent, partial_directory, publish_directory, write_atomic
 from scaling_ray.train.sharded import UNREADABLE, WHOLE, check_state, read_state, write_tensors
 
-PUBLISHED = ("metrics.jsonl", "test_cells.parquet", "checkpoints")
+PUBLISHED = ("metrics.jsonl", "test_cells.parquet", "test_genes.parquet", "checkpoints")
 
 
 @dataclass

@@ -9,6 +9,7 @@ Calls marked "every rank" are collective: all ranks make them, in the same order
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -108,10 +109,11 @@ class PlainEngine:
         self._grad_clip = run.train.grad_clip
         self._names = [name for name, _ in self.model.named_parameters()]
         self._gradient_bytes = 0
+        self._trained: Callable[..., Any] = torch.compile(self.model, dynamic=False) if run.compile else self.model
 
     def forward(self, values_BG: Tensor, hidden_BG: Tensor, positions_BK: Tensor, last: bool) -> Tensor:
         """See Engine."""
-        predictions: Tensor = self.model(values_BG, hidden_BG, positions_BK)
+        predictions: Tensor = self._trained(values_BG, hidden_BG, positions_BK)
         return predictions
 
     def accumulate(self, loss: Tensor, last: bool) -> None:

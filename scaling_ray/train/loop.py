@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaling_ray.errors import BadInput, Diverged, Preempted
-from scaling_ray.model.objectives import squared_error_sums
+from scaling_ray.model.objectives import squared_error_sums, squared_errors
 from scaling_ray.model.sizes import training_flops_per_cell
 from scaling_ray.records import MetricSums, RunResult, StopReason
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed, run_order
@@ -87,24 +87,38 @@ def autocast(run: RunSpec, device: torch.device) -> contextlib.AbstractContextMa
     return contextlib.nullcontext()
 
 
-def evaluate(
-    engine: Engine, cells: Cells, run: RunSpec, made: list[Batch] | None = None
-) -> tuple[MetricSums, Tensor, Tensor]:
-    """Error on cells under the fixed evaluation masks.
+@dataclass(frozen=True)
+class Evaluation:
+    """Errors on N cells under the fixed evaluation masks, over all ranks, float64 on the CPU.
+
+    errors (N,) squared error of each cell, counts (N,) its masked genes; gene_errors and gene_counts (V,) the same by
+    gene.
+    """
+
+    errors: Tensor
+    counts: Tensor
+    gene_errors: Tensor
+    gene_counts: Tensor
+
+    @property
+    def sums(self) -> MetricSums:
+        """Over all cells."""
+        return MetricSums(float(self.errors.sum()), float(self.counts.sum()))
+
+
+def evaluate(engine: Engine, cells: Cells, run: RunSpec, made: list[Batch] | None = None) -> Evaluation:
+    """Error on cells under the fixed evaluation masks. Every rank.
 
     Args:
         engine: with the weights.
         cells: N of them.
         run: its recipe, micro-batch and precision.
         made: ``evaluation_batches`` of these cells, where they are asked for again and again.
-
-    Returns:
-        the sums over all ranks, and per cell (N,) its squared error and its number of masked genes.
     """
-    device, width = engine.device, run.micro_batch
-    errors = torch.zeros(len(cells), dtype=torch.float64, device=device)
-    counts = torch.zeros(len(cells), dtype=torch.float64, device=device)
-    starts = range(0, len(cells), width)
+    device, width, n_cells = engine.device, run.micro_batch, len(cells)
+    of_cells = torch.zeros(2, n_cells, dtype=torch.float64, device=device)
+    of_genes = torch.zeros(2, run.genes, dtype=torch.float64, device=device)
+    starts = range(0, n_cells, width)
     engine.model.eval()
     with torch.no_grad(), autocast(run, device):
         for first in range(0, len(starts), engine.ranks):
@@ -117,15 +131,21 @@ def evaluate(
             else:
                 (batch,) = evaluation_batches(cells.rows(slice(start, start + width)), run.train, width, device)
             predictions = engine.model(batch.values, batch.masks.hidden, batch.masks.positions)
-            if index >= len(starts):
-                continue
-            stop = start + len(batch.values)
-            errors[start:stop] = squared_error_sums(predictions, batch.targets, batch.masks.weights).double()
-            counts[start:stop] = batch.masks.weights.sum(1).double()
+            if index < len(starts):
+                errors = squared_errors(predictions, batch.targets, batch.masks.weights)
+                of_cells[0, start : start + len(errors)] = errors.sum(1).double()
+                of_cells[1, start : start + len(errors)] = batch.masks.weights.sum(1).double()
+                add_by_gene(of_genes, errors, batch)
     engine.model.train()
-    summed = engine.sum_over_ranks(torch.stack([errors, counts])).cpu()
-    errors, counts = summed[0], summed[1]
-    return MetricSums(float(errors.sum()), float(counts.sum())), errors, counts
+    summed = engine.sum_over_ranks(torch.cat([of_cells, of_genes], dim=1)).cpu()
+    return Evaluation(*summed[:, :n_cells], *summed[:, n_cells:])
+
+
+def add_by_gene(of_genes: Tensor, errors_BK: Tensor, batch: Batch) -> None:
+    """Add to (2, V) the squared errors of a batch's masked genes, and their number, gene by gene."""
+    where = batch.masks.positions.flatten()
+    of_genes[0].index_add_(0, where, errors_BK.double().flatten())
+    of_genes[1].index_add_(0, where, batch.masks.weights.double().flatten())
 
 
 @dataclass(frozen=True)
@@ -243,11 +263,11 @@ class TrainingLoop:
         if self._curve is None:
             cells = self.data.val.rows(slice(0, run.train.curve_cells))
             self._curve = cells, evaluation_batches(cells, run.train, run.micro_batch, self.engine.device)
-        sums, _, _ = evaluate(self.engine, self._curve[0], run, self._curve[1])
-        if not math.isfinite(sums.mse):
-            raise Diverged(f"update {self.progress.optimizer_steps}: validation error {sums.mse}; lower the rate")
-        smoothed, best = self.progress.add_evaluation(sums.mse, run.train.smoothing_evaluations)
-        return sums.mse, smoothed, best
+        mse = evaluate(self.engine, self._curve[0], run, self._curve[1]).sums.mse
+        if not math.isfinite(mse):
+            raise Diverged(f"update {self.progress.optimizer_steps}: validation error {mse}; lower the rate")
+        smoothed, best = self.progress.add_evaluation(mse, run.train.smoothing_evaluations)
+        return mse, smoothed, best
 
     def should_stop(self) -> bool:
         """Early stopping: the smoothed validation error has not fallen for ``patience_evaluations`` evaluations."""
@@ -287,12 +307,12 @@ def run_to_result(
     progress = loop.progress
     _, chosen = engine.share(None, attempt.load_best() if attempt is not None else {})
     engine.load_weights(model_tensors(chosen))
-    val, _, _ = evaluate(engine, data.val, run)
+    val = evaluate(engine, data.val, run)
     test = evaluate(engine, data.test, run) if run.role == "law" else None
     if attempt is None:
         return None
     if test is not None:
-        write_test_cells(attempt.directory / "test_cells.parquet", data.test, test[1], test[2])
+        write_test_errors(attempt.directory, data.test, test)
     result = run_result(
         run,
         progress,
@@ -300,8 +320,8 @@ def run_to_result(
         data_hash=data.data_hash,
         lr=loop.lr,
         cells_resolved=len(loop.feed.order.rows),
-        val_mse=val.mse,
-        test=test[0] if test is not None else None,
+        val_mse=val.sums.mse,
+        test=test.sums if test is not None else None,
         stop_reason=stop_reason,
         wall_seconds=time.monotonic() - began,
         workers=engine.ranks,
@@ -442,9 +462,12 @@ def _train(
     return "early_stop" if loop.should_stop() and progress.optimizer_steps < loop.total_steps else "budget"
 
 
-def write_test_cells(path: Path, cells: Cells, errors: Tensor, counts: Tensor) -> None:
-    """The cells of the test split with the sums of each: what comparisons cell by cell need."""
-    table = pa.table(
-        {"cell": cells.cell, "squared_error": errors.numpy(), "masked_genes": counts.numpy().astype(np.int32)}
-    )
-    pq.write_table(table, path, compression="zstd")
+def write_test_errors(directory: Path, cells: Cells, found: Evaluation) -> None:
+    """The test split's errors cell by cell and gene by gene: what paired comparisons and bits by gene need."""
+    by_cell = {"cell": cells.cell, "squared_error": found.errors, "masked_genes": found.counts}
+    by_gene = {"gene": np.arange(len(found.gene_errors)), "squared_error": found.gene_errors}
+    by_gene |= {"masked_genes": found.gene_counts}
+    for name, columns in (("test_cells", by_cell), ("test_genes", by_gene)):
+        table = pa.table({key: np.asarray(values) for key, values in columns.items()})
+        whole = table.set_column(2, "masked_genes", table["masked_genes"].cast(pa.int32()))
+        pq.write_table(whole, directory / f"{name}.parquet", compression="zstd")

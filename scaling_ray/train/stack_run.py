@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scaling_ray.errors import BadInput, Diverged, Preempted
-from scaling_ray.model.objectives import squared_error_sums
+from scaling_ray.model.objectives import squared_errors
 from scaling_ray.records import MetricSums
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed, joined
 from scaling_ray.spec import RunSpec
@@ -34,6 +34,8 @@ from scaling_ray.train.checkpoint import Attempt, Progress, commit_result, read_
 from scaling_ray.train.loop import (
     ASK_SECONDS,
     UNSETTLED_UPDATES,
+    Evaluation,
+    add_by_gene,
     autocast,
     ends_part,
     eval_row,
@@ -41,7 +43,7 @@ from scaling_ray.train.loop import (
     row_interval,
     run_result,
     train_row,
-    write_test_cells,
+    write_test_errors,
 )
 from scaling_ray.train.stack import StackedAdamW, StackedTransformer
 
@@ -148,12 +150,13 @@ class StackedLoop:
         ]
 
     def forward(self, batch: Batch, cells: int) -> Tensor:
-        """(R, B) squared error sums of R x B cells."""
+        """(R, B, K) squared errors of R x B cells."""
         models = len(self.runs)
         shaped = (part.view(models, cells, -1) for part in (batch.values, batch.masks.hidden, batch.masks.positions))
         with autocast(self.run, self.device):
             predictions = self.model.forward(*shaped)
-            return squared_error_sums(predictions.flatten(0, 1), batch.targets, batch.masks.weights).view(models, cells)
+            found = squared_errors(predictions.flatten(0, 1), batch.targets, batch.masks.weights)
+            return found.view(models, cells, -1)
 
     def update(self) -> None:
         """One optimizer step of every member."""
@@ -166,7 +169,7 @@ class StackedLoop:
         for start in range(0, cells, run.micro_batch):
             stop = min(start + run.micro_batch, cells)
             part = batch if stop - start == cells else _columns(batch, models, start, stop)
-            loss = self.forward(part, stop - start).sum(1)
+            loss = self.forward(part, stop - start).sum((1, 2))
             (loss / share).sum().backward()
             squared_error += loss.detach().double()
         scale = self.lr(0, step) / float(self.runs[0].lr or 1.0)
@@ -212,33 +215,32 @@ class StackedLoop:
         after = [(m.row_squared_error, m.row_masked_genes) for m in self.progress.members]
         return [MetricSums(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after, strict=True)]
 
-    def evaluate(self, batches: list[Batch], weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Under the fixed evaluation masks: (R, N) squared errors and (N,) masked genes, float64 on the CPU.
-
-        ``weights`` (R, P) instead of the present ones.
-        """
+    def evaluate(self, batches: list[Batch], weights: Tensor | None = None) -> list[Evaluation]:
+        """Under the fixed evaluation masks, by member; ``weights`` (R, P) instead of the present ones."""
         models, own = len(self.runs), None
         if weights is not None:
             own = self.model.flat.clone()
             self.model.flat.copy_(weights)
         self.model.training = False
         errors, counts = [], []
+        of_genes = torch.zeros(models, 2, self.run.genes, dtype=torch.float64, device=self.device)
         with torch.no_grad():
             for batch in batches:
-                repeated = Batch(
-                    batch.values.repeat(models, 1), batch.masks.repeated(models), batch.targets.repeat(models, 1)
-                )
-                errors.append(self.forward(repeated, len(batch.values)).double())
+                masks, targets = batch.masks.repeated(models), batch.targets.repeat(models, 1)
+                found = self.forward(Batch(batch.values.repeat(models, 1), masks, targets), len(batch.values))
+                errors.append(found.sum(2).double())
                 counts.append(batch.masks.weights.sum(1).double())
+                for r in range(models):
+                    add_by_gene(of_genes[r], found[r], batch)
         self.model.training = True
         if own is not None:
             self.model.flat.copy_(own)
-        return torch.cat(errors, dim=1).cpu(), torch.cat(counts).cpu()
+        by_member, count = torch.cat(errors, dim=1).cpu(), torch.cat(counts).cpu()
+        return [Evaluation(by_member[r], count, *of_genes[r].cpu()) for r in range(models)]
 
     def evaluate_curve(self, batches: list[Batch]) -> dict[int, tuple[float, float]]:
         """By running member its value on the validation curve, as it is and smoothed; its best weights are kept."""
-        errors, counts = self.evaluate(batches)
-        values = (errors.sum(1) / counts.sum()).tolist()
+        values = [found.sums.mse for found in self.evaluate(batches)]
         found = {}
         for r in self.running():
             if not math.isfinite(values[r]):
@@ -361,18 +363,16 @@ def stack_to_results(
     alive = [r for r in range(len(runs)) if r not in progress.failures]
     if not alive:
         return
-    val_errors, val_counts = loop.evaluate(evaluation_batches(val, run.train, run.micro_batch, device), loop.best)
-    tested: tuple[Tensor, Tensor] | None = None
+    val_batches = evaluation_batches(val, run.train, run.micro_batch, device)
+    validated, tested = loop.evaluate(val_batches, loop.best), None
     if run.role == "law":
         tested = loop.evaluate(evaluation_batches(test, run.train, run.micro_batch, device), loop.best)
     for r in alive:
         member, attempt = progress.members[r], attempts[r]
         weights = loop.model.named(loop.best, r)
         attempt.save_best(member, {f"model.{name}": tensor for name, tensor in weights.items()})
-        sums = None
         if tested is not None:
-            write_test_cells(attempt.directory / "test_cells.parquet", test, tested[0][r], tested[1])
-            sums = MetricSums(float(tested[0][r].sum()), float(tested[1].sum()))
+            write_test_errors(attempt.directory, test, tested[r])
         stopped = member.optimizer_steps < loop.total_steps
         result = run_result(
             runs[r],
@@ -381,8 +381,8 @@ def stack_to_results(
             data_hash=data_hash,
             lr=float(runs[r].lr or 0.0),
             cells_resolved=len(feeds[r].order.rows),
-            val_mse=float(val_errors[r].sum() / val_counts.sum()),
-            test=sums,
+            val_mse=validated[r].sums.mse,
+            test=tested[r].sums if tested is not None else None,
             stop_reason="early_stop" if stopped else "budget",
             wall_seconds=time.monotonic() - began,
             stacked=len(runs),
