@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 DEMO ?= out/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test test-slow bench check clean
+.PHONY: setup demo cells test test-slow bench bench-data bench-train bench-laws check clean
 
 setup: $(READY)
 
@@ -37,9 +37,17 @@ test: setup
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not network and not gpu"
 
-bench: setup
+bench: bench-data bench-train bench-laws
+
+bench-data: setup
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/peers tiledbsoma-ml==0.1.0
 	@$(BIN)/python benchmarks/data_plane.py --work '$(abspath out/bench)' --peers-path '$(abspath out/peers)' $(BENCH)
+
+bench-train: setup
+	@$(BIN)/python benchmarks/training.py --work '$(abspath out/bench)' $(BENCH)
+
+bench-laws: setup
+	@$(BIN)/python benchmarks/laws.py $(BENCH)
 
 check: setup
 	@$(BIN)/ruff check .

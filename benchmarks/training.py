@@ -29,6 +29,20 @@ from scaling_ray.train.bench import MADE_CELLS, made_cells, made_updates, matmul
 GENES, CELLS_PER_STEP = 512, 32
 MASKED = round(0.15 * GENES)
 STACKED = 8
+SHARDS = """
+name = "bench"
+[data]
+genes = 512
+[grid]
+sizes = ["TINY"]
+genes = [512]
+cells = ["all"]
+seeds = [1]
+[lr]
+rates = [1e-2]
+[resources]
+cpus = 2
+"""
 
 Rate = Callable[[], float]
 """Cells a second, measured once."""
@@ -162,10 +176,10 @@ def stacked(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 
 def fed_by_stream(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The same step fed by the stream of some shards, and out of memory."""
-    if options.shards is None:
-        return {"left_out": "no --shards"}
+    """The same step fed by the stream of planted shards, and out of memory."""
+    from scaling_ray.census.plant import plant
     from scaling_ray.cluster import ray_session
+    from scaling_ray.shards.convert import build_shards
     from scaling_ray.shards.format import read_manifest, row_groups
     from scaling_ray.shards.order import RunOrder, replicate_rows
     from scaling_ray.shards.read import Feed, ResidentFeed, read_split
@@ -173,17 +187,20 @@ def fed_by_stream(options: argparse.Namespace, device: torch.device) -> dict[str
     from scaling_ray.train.engine import PlainEngine
     from scaling_ray.train.loop import RunData, TrainingLoop
 
-    manifest = read_manifest(options.shards)
+    census, shards = options.work / "census-100000", options.work / "shards-100000"
+    plant(census, n_cells=100_000, n_genes=2_000)
+    build_shards(parse_spec(SHARDS), str(census), shards)
+    manifest = read_manifest(shards)
     n_train = manifest.splits["train"].cells
     order = RunOrder(replicate_rows(n_train, None, 1), row_groups(manifest, "train"), 1)
-    val = read_split(options.shards, manifest, "val", GENES)
-    train = read_split(options.shards, manifest, "train", GENES)
+    val = read_split(shards, manifest, "val", GENES)
+    train = read_split(shards, manifest, "train", GENES)
     out = {}
     with ray_session(2):
         for size in ("XS", "S"):
             run = run_of(size)
             run = run.model_copy(update={"train": run.train.model_copy(update={"max_cells_seen": 10**9})})
-            stream = StreamFeed(options.shards, manifest, GENES, order)
+            stream = StreamFeed(shards, manifest, GENES, order)
             rates: dict[str, Rate] = {}
             feeds: dict[str, Feed] = {"stream": stream, "resident": ResidentFeed(train, order)}
             for name, feed in feeds.items():
@@ -236,7 +253,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=list(MEASURES), default=list(MEASURES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
-    parser.add_argument("--shards", type=Path, default=None, help="shards with 512 genes for the stream")
+    parser.add_argument(
+        "--work", type=Path, default=Path("out/bench"), help="directory for the stream's Census and shards"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

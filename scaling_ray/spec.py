@@ -431,7 +431,7 @@ class SweepSpec(Frozen):
             micro_batch=(
                 train.micro_batch
                 if isinstance(train.micro_batch, int)
-                else choose_micro_batch(shape, genes, train.cells_per_step, self.device)
+                else choose_micro_batch(shape, genes, train.cells_per_step, train.dropout, self.device)
             ),
             precision=choose_precision(shape, self.device) if train.precision == "auto" else train.precision,
             compile=self.resources.compile,

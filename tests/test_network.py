@@ -249,6 +249,7 @@ def test_width_one_trained_long_enough_is_the_per_gene_training_mean(make_run: C
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own
 def test_compiled_is_the_same_to_rounding() -> None:
     run = small_run("max_cells_seen = 640\nmicro_batch = 32", lr=1e-3)
     cells = synthetic_cells(100)

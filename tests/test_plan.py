@@ -19,6 +19,8 @@ sizes = ["XXS", "TINY", "S"]
 genes = [512]
 cells = [1000, "all"]
 seeds = [1, 2, 3]
+[train]
+cells_per_step = 16
 [lr]
 rates = [1e-3]
 [resources]
@@ -40,7 +42,7 @@ def spec(**changes: str) -> SweepSpec:
 @pytest.mark.parametrize("size", LADDER)
 def test_choices_fit_any_size_and_device(size: str, device: str) -> None:
     for cells_per_step in (1, 7, 16, 32, 4096):
-        micro_batch = choose_micro_batch(LADDER[size], 512, cells_per_step, device)  # type: ignore[arg-type]
+        micro_batch = choose_micro_batch(LADDER[size], 512, cells_per_step, 0.1, device)  # type: ignore[arg-type]
         assert 1 <= micro_batch <= cells_per_step
     assert choose_precision(LADDER[size], device) in ("fp32", "bf16")  # type: ignore[arg-type]
 

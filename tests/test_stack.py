@@ -76,11 +76,15 @@ def test_loss_and_gradients_are_those_of_the_models_alone(shape: Shape) -> None:
         assert float(losses[r].detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
         expected_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert len(expected_gradients) == len(stacked.parts)
-        # Width 1: what LayerNorm hands back is zero but for rounding, which it magnifies by 1/sqrt(its epsilon).
-        scale = max(float(g.norm()) for g in expected_gradients.values()) * (1.0 if shape.width == 1 else 0.01)
+        scale = max(float(g.norm()) for g in expected_gradients.values())
         for name, gradient in expected_gradients.items():
             difference = float((stacked.named(gradients, r)[name] - gradient).norm())
-            assert difference <= 1e-5 * max(float(gradient.norm()), scale), name
+            floor = 1e-5 * 0.01 * scale
+            if shape.width == 1:
+                # In theory zero for all that comes before a LayerNorm: it hands back rounding, magnified by
+                # 1/sqrt(its epsilon).
+                floor = 1.2e-7 * 1e-5**-0.5 * scale
+            assert difference <= max(1e-5 * float(gradient.norm()), floor), name
 
 
 def test_weights_are_drawn_as_alone() -> None:

@@ -21,6 +21,8 @@ CHUNK_ELEMENTS = 1 << 18
 """Entries of attention matrices made together: a megabyte of float32."""
 GPU_HEAD_MULTIPLE = 8
 """Fused attention on a GPU wants heads of a multiple of this width."""
+CPU_HEAD_WIDTH = 16
+"""Fused attention on a CPU takes 0.6 of the time at this width of what it takes at 2 to 8 (at 1 it is fastest)."""
 
 _STEPS = 1 << 16
 
@@ -104,6 +106,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, rate: float) -> Tensor:
         return mixed
     if query.device.type == "cuda":
         return padded_attention(query, key, value, rate, GPU_HEAD_MULTIPLE)
+    if 1 < query.shape[3] <= CPU_HEAD_WIDTH // 2:
+        return padded_attention(query, key, value, rate, CPU_HEAD_WIDTH)
     return functional.scaled_dot_product_attention(query, key, value, dropout_p=rate)
 
 

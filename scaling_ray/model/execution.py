@@ -17,9 +17,6 @@ Device = Literal["cpu", "cpu_bf16", "cuda"]
 """A CPU, a CPU with bf16 dot products (AVX512-BF16 or AMX), a CUDA GPU."""
 Precision = Literal["fp32", "bf16"]
 
-STACKED_WIDTH = 16
-"""Models up to this width and one layer train several at a time."""
-
 
 def device_here() -> Device:
     """What this machine's runs would train on."""
@@ -38,19 +35,30 @@ def choose_precision(shape: Shape, device: Device) -> Precision:
     return "bf16" if least_width is not None and shape.width >= least_width else "fp32"
 
 
-def choose_micro_batch(shape: Shape, genes: int, cells_per_step: int, device: Device) -> int:
-    """Cells of one forward and backward pass: what keeps activations in a CPU's cache, or a GPU busy."""
-    units = shape.width * genes
+def choose_micro_batch(shape: Shape, genes: int, cells_per_step: int, dropout: float, device: Device) -> int:
+    """Cells of one forward and backward pass: what keeps activations in a CPU's cache, or a GPU busy.
+
+    A model of one layer never makes a whole attention matrix: all cells of an update at once. Others on a CPU take few
+    cells, fewer still where dropout keeps each matrix for the backward pass.
+    """
     if device == "cuda":
-        most = max(1, (1 << 25) // (units * shape.layers))
+        most = max(1, (1 << 25) // (shape.width * genes * shape.layers))
+    elif shape.layers == 1:
+        most = cells_per_step
     else:
-        most = max(4, (1 << 18) // units)
+        most = 4 if dropout > 0 else 8
     most = min(most, cells_per_step)
-    return 1 << (most.bit_length() - 1)
+    return most if device != "cuda" else 1 << (most.bit_length() - 1)
 
 
 def choose_stack(shape: Shape, micro_batch: int, device: Device) -> int:
-    """Most models of this shape that train as one."""
-    if shape.layers > 1 or shape.width > STACKED_WIDTH:
+    """Most models of this shape that train as one: those whose operations are too small to be worth their start.
+
+    On a CPU more of them fit into its cache where each is smaller; beyond it they would only take turns.
+    """
+    if shape.layers > 1 or shape.width > 16:
         return 1
-    return 64 if device == "cuda" else 8
+    if device == "cuda":
+        return 64
+    units = shape.width * micro_batch
+    return 8 if units <= 64 else 4 if units <= 256 else 1

@@ -58,6 +58,11 @@ class Block(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
+def visible_and_hidden(values: Tensor, hidden: Tensor) -> Tensor:
+    """(..., 2): a gene's value, 0 where it is hidden, and 1 where it is hidden."""
+    return torch.stack([values.masked_fill(hidden, 0.0), hidden.to(values.dtype)], -1)
+
+
 class MaskedGeneTransformer(nn.Module):
     """Predicts the values of masked genes of a panel of ``genes`` genes."""
 
@@ -91,8 +96,17 @@ class MaskedGeneTransformer(nn.Module):
                 module.bias.zero_()
 
     def _tokens(self, values_BG: Tensor, hidden_BG: Tensor) -> Tensor:
-        seen = values_BG[:, :, None] * self.value_projection.weight[:, 0] + self.value_projection.bias
-        return torch.where(hidden_BG[:, :, None], self.mask_token, seen) + self.gene_embedding
+        """Embedding plus value or mask token, (B, G, D), as one matrix product.
+
+        With s 1 where a gene is hidden and v 0 there: v w + b + s (m - b) + e = [v, s] [w, m - b] + (e + b).
+        """
+        told_BG2 = visible_and_hidden(values_BG, hidden_BG)
+        bias = self.value_projection.bias
+        rows_2D = torch.stack([self.value_projection.weight[:, 0], self.mask_token - bias])
+        cells = len(values_BG)
+        return torch.baddbmm(
+            (self.gene_embedding + bias).expand(cells, -1, -1), told_BG2, rows_2D.expand(cells, -1, -1)
+        )
 
     def forward(self, values_BG: Tensor, hidden_BG: Tensor, positions_BK: Tensor) -> Tensor:
         """(B, G) values, (B, G) bool hidden, (B, K) positions of masked genes -> (B, K) predictions."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scaling_ray.model.dropout import attention, dropout
-from scaling_ray.model.network import MaskedGeneTransformer
+from scaling_ray.model.network import MaskedGeneTransformer, visible_and_hidden
 from scaling_ray.model.sizes import Shape
 from scaling_ray.spec import TrainSpec
 
@@ -68,13 +68,18 @@ class StackedTransformer:
             part.grad = None
         return gathered
 
-    def _linear(self, x_RND: Tensor, name: str, rows: slice = slice(None)) -> Tensor:
-        weight_ROD, bias_RO = self.parts[f"{name}.weight"][:, rows], self.parts[f"{name}.bias"][:, rows]
-        return torch.baddbmm(bias_RO[:, None, :], x_RND, weight_ROD.mT)
+    def _linear(self, x_RND: Tensor, name: str) -> Tensor:
+        return torch.baddbmm(self.parts[f"{name}.bias"][:, None, :], x_RND, self.parts[f"{name}.weight"].mT)
 
-    def _norm(self, x_RND: Tensor, name: str) -> Tensor:
-        normed = functional.layer_norm(x_RND, (self.shape.width,))
-        return torch.addcmul(self.parts[f"{name}.bias"][:, None], normed, self.parts[f"{name}.weight"][:, None])
+    def _normed_linear(self, normed_RND: Tensor, norm: str, name: str, rows: slice = slice(None)) -> Tensor:
+        """A linear map of a LayerNorm, whose own scale and shift are folded into it: they are small, the cells many."""
+        weight_ROD, bias_RO = self.parts[f"{name}.weight"][:, rows], self.parts[f"{name}.bias"][:, rows]
+        scale_RD, shift_RD = self.parts[f"{norm}.weight"], self.parts[f"{norm}.bias"]
+        folded_RO = torch.baddbmm(bias_RO[:, :, None], weight_ROD, shift_RD[:, :, None])[:, :, 0]
+        return torch.baddbmm(folded_RO[:, None, :], normed_RND, (weight_ROD * scale_RD[:, None, :]).mT)
+
+    def _norm(self, x_RND: Tensor) -> Tensor:
+        return functional.layer_norm(x_RND, (self.shape.width,))
 
     def _heads(self, x_RND: Tensor, cells: int) -> Tensor:
         return x_RND.reshape(len(self) * cells, -1, self.shape.heads, x_RND.shape[2] // self.shape.heads).transpose(
@@ -86,31 +91,27 @@ class StackedTransformer:
         models, cells, genes = values_RBG.shape
         masked, width = positions_RBK.shape[2], self.shape.width
         parts = self.parts
-        scale, shift = (
-            parts["value_projection.weight"][:, None, None, :, 0],
-            parts["value_projection.bias"][:, None, None],
-        )
-        seen = values_RBG[..., None] * scale + shift
-        x = torch.where(hidden_RBG[..., None], parts["mask_token"][:, None, None], seen)
-        x = (x + parts["gene_embedding"][:, None]).view(models, cells * genes, width)
+        bias = parts["value_projection.bias"]
+        rows_R2D = torch.stack([parts["value_projection.weight"][:, :, 0], parts["mask_token"] - bias], 1)
+        told = torch.bmm(visible_and_hidden(values_RBG, hidden_RBG).view(models, cells * genes, 2), rows_R2D)
+        x = told.view(models, cells, genes, width) + (parts["gene_embedding"] + bias[:, None])[:, None]
+        x = x.view(models, cells * genes, width)
         rate = self.rate if self.training else 0.0
         # where a cell's masked genes lie among the tokens of its model
         tokens = (positions_RBK + torch.arange(cells, device=x.device)[:, None] * genes).view(models, -1, 1)
         index = tokens.expand(-1, -1, width)
         for layer in range(self.shape.layers):
             name, last = f"blocks.{layer}", layer == self.shape.layers - 1
-            normed = self._norm(x, f"{name}.norm_attention")
+            into, before, after = f"{name}.query_key_value", f"{name}.norm_attention", f"{name}.norm_feedforward"
+            normed = self._norm(x)
             asking = normed.gather(1, index) if last else normed
-            query = self._linear(asking, f"{name}.query_key_value", slice(0, width))
-            key_value = self._linear(normed, f"{name}.query_key_value", slice(width, None))
-            key, value = key_value.split(width, dim=2)
+            query = self._normed_linear(asking, before, into, slice(0, width))
+            key, value = self._normed_linear(normed, before, into, slice(width, None)).split(width, dim=2)
             mixed = attention(self._heads(query, cells), self._heads(key, cells), self._heads(value, cells), rate)
             mixed = mixed.transpose(1, 2).reshape(models, -1, width)
             kept = x.gather(1, index) if last else x
             kept = kept + dropout(self._linear(mixed, f"{name}.attention_out"), rate)
-            inner = functional.gelu(
-                self._linear(self._norm(kept, f"{name}.norm_feedforward"), f"{name}.feedforward_in")
-            )
+            inner = functional.gelu(self._normed_linear(self._norm(kept), after, f"{name}.feedforward_in"))
             x = kept + dropout(self._linear(dropout(inner, rate), f"{name}.feedforward_out"), rate)
         return self._linear(x, "head").view(models, cells, masked)
 
