@@ -58,7 +58,7 @@ def run_of(size: str, train: str = "", cells_per_step: int = CELLS_PER_STEP) -> 
 
 def cells_per_update(size: str) -> int:
     """Updates of the large sizes are of fewer cells, on a CPU, so that one does not take minutes."""
-    return CELLS_PER_STEP if torch.cuda.is_available() or LADDER[size].width < 500 else 4
+    return CELLS_PER_STEP if torch.cuda.is_available() or LADDER[size].width < 500 else 8
 
 
 def ours(run: RunSpec, seconds: float, device: torch.device, members: int = 1) -> Rate:

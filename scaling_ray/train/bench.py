@@ -18,7 +18,7 @@ from scaling_ray.train.stack_run import StackedLoop
 
 MADE_CELLS = 4_096
 MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
-WARM_UPDATES = 2
+WARM_UPDATES = 1
 PROBE_SECONDS = 1.0
 
 
