@@ -164,12 +164,13 @@ def stacked(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         for cells in (16, 32):
             run = run_of(size, cells_per_step=cells)
             members = choose_stack(run.shape, run.micro_batch, "cuda" if device.type == "cuda" else "cpu")
-            rates = {
-                "stacked": ours(run, options.seconds, device, members),
-                "alone": ours(run, options.seconds, device),
-            }
-            found = ratio(in_turns(rates, options.repeats), "stacked", "alone")
-            out[f"{size}-planned-{cells}"] = found | {"members": members, "micro_batch": run.micro_batch}
+            how: dict[str, Any] = {"members": members, "micro_batch": run.micro_batch}
+            if members == 1:
+                out[f"{size}-planned-{cells}"] = how | {"ratio": 1.0}
+                continue
+            rates = {"stacked": ours(run, options.seconds, device, members)}
+            rates["alone"] = ours(run, options.seconds, device)
+            out[f"{size}-planned-{cells}"] = how | ratio(in_turns(rates, options.repeats), "stacked", "alone")
     for name, found in out.items():
         say(f"stacked, {name}: {found['ratio']:.2f}")
     return out
