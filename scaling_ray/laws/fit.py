@@ -37,6 +37,13 @@ class Points:
     loss: Floats  # (C,) mean over the runs of the cell
     runs: Floats  # (C,) number of runs
     replicate_rss: float
+    run_weight: Floats | None = None  # (C,) weight of one run of the cell; one each where None
+    cell_rss: Floats | None = None  # (C,) unweighted sum of squares of runs around the mean of their cell
+
+    @property
+    def weight(self) -> Floats:
+        """Weight of each cell mean, (C,): its runs, times what one of them weighs."""
+        return self.runs if self.run_weight is None else self.runs * self.run_weight
 
     @property
     def n_runs(self) -> int:
@@ -69,8 +76,9 @@ def gather(axes: Mapping[str, Floats], loss: Floats) -> Points:
         keys, cell_of_run = np.zeros((1, 0)), np.zeros(loss.size, dtype=np.int64)
     runs = np.bincount(cell_of_run, minlength=len(keys)).astype(np.float64)
     mean = np.bincount(cell_of_run, weights=loss, minlength=len(keys)) / runs
-    replicate_rss = float(np.sum((loss - mean[cell_of_run]) ** 2))
-    return Points({name: keys[:, i].copy() for i, name in enumerate(axes)}, mean, runs, replicate_rss)
+    cell_rss = np.bincount(cell_of_run, weights=(loss - mean[cell_of_run]) ** 2, minlength=len(keys))
+    named = {name: keys[:, i].copy() for i, name in enumerate(axes)}
+    return Points(named, mean, runs, float(cell_rss.sum()), cell_rss=cell_rss)
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,11 @@ class Problem:
     def __init__(self, form: Form, points: Points) -> None:
         """Take ``form`` to ``points``, whose axes must include the form's."""
         self.form, self.points = form, points
-        self._root_runs = np.sqrt(points.runs)
-        self._target = points.loss * self._root_runs
+        self._root_weight = np.sqrt(points.weight)
+        self._target = points.loss * self._root_weight
         # Axes are divided by their geometric mean, so that columns stay near one at every exponent.
         self._reference = {axis: float(np.exp(np.mean(np.log(points.axes[axis])))) for axis in form.axes}
-        self._log_axes = {axis: np.log(points.axes[axis] / self._reference[axis]) for axis in form.axes}
+        self._largest = {axis: float(np.max(points.axes[axis])) for axis in form.axes}
 
     @property
     def freedom(self) -> int:
@@ -111,51 +119,53 @@ class Problem:
             return float(solution.exponents[self.form.exponents.index(name)])
         return float(solution.coefficients[self.form.coefficients.index(name)])
 
-    def design(self, exponents: Floats) -> tuple[Floats, Floats]:
-        """Columns (K, C, m) for K trial exponents (K, q), and what turns their coefficients to plain units (K, m)."""
-        trials, cells = exponents.shape[0], self.points.n_cells
-        columns = np.empty((trials, cells, len(self.form.terms)))
-        units = np.ones((trials, len(self.form.terms)))
+    def columns_at(self, exponents: Floats, axes: Mapping[str, Floats]) -> tuple[Floats, Floats]:
+        """The law's columns at ``axes`` (each (N,)) for K trial exponents (K, q).
+
+        Returns:
+            columns (K, N, m), and what turns their coefficients to plain units (K, m).
+        """
+        count = len(next(iter(axes.values()))) if axes else self.points.n_cells
+        columns = np.ones((exponents.shape[0], count, len(self.form.terms)))
+        units = np.ones((exponents.shape[0], len(self.form.terms)))
         for j, term in enumerate(self.form.terms):
-            if term.axis is None or term.exponent is None:
-                columns[:, :, j] = 1.0
+            if term.axis is None:
+                continue
+            if term.exponent is None:
+                columns[:, :, j] = np.log(self._largest[term.axis] / np.asarray(axes[term.axis]))[None, :]
                 continue
             power = exponents[:, self.form.exponents.index(term.exponent)]
-            columns[:, :, j] = np.exp(-power[:, None] * self._log_axes[term.axis][None, :])
+            logs = np.log(np.asarray(axes[term.axis]) / self._reference[term.axis])
+            columns[:, :, j] = np.exp(-power[:, None] * logs[None, :])
             units[:, j] = self._reference[term.axis] ** power
         return columns, units
 
-    def solve(self, exponents: Floats, fixed: Mapping[int, float] | None = None) -> tuple[Floats, Floats]:
-        """Best non-negative coefficients at each of K trial exponents (K, q).
+    def design(self, exponents: Floats) -> tuple[Floats, Floats]:
+        """Columns (K, C, m) at the cells for K trial exponents (K, q), and their units (K, m)."""
+        return self.columns_at(exponents, self.points.axes)
 
-        Args:
-            exponents: trial exponents, (K, q).
-            fixed: coefficient index -> value held there, in plain units.
+    def weighted_design(self, exponents: Floats) -> tuple[Floats, Floats, Floats]:
+        """Columns (K, C, m) and target (C,) whose plain least squares is the weighted one, and units (K, m)."""
+        columns, units = self.design(exponents)
+        return columns * self._root_weight[None, :, None], self._target, units
+
+    def solve(self, exponents: Floats) -> tuple[Floats, Floats]:
+        """Best non-negative coefficients at each of K trial exponents (K, q).
 
         Returns:
             misfit sum of squares of cell means (K,) and coefficients (K, m) in plain units.
         """
-        fixed = fixed or {}
-        columns, units = self.design(exponents)
-        weighted = columns * self._root_runs[None, :, None]
-        target = np.broadcast_to(self._target, weighted.shape[:2]).copy()
-        scaled = np.zeros_like(units)
-        for j, value in fixed.items():
-            scaled[:, j] = value / units[:, j]
-            target -= scaled[:, j, None] * weighted[:, :, j]
-        free = [j for j in range(units.shape[1]) if j not in fixed]
-        misfit, best = _non_negative(weighted[:, :, free], target)
-        scaled[:, free] = best
+        weighted, target, units = self.weighted_design(exponents)
+        misfit, scaled = _non_negative(weighted, np.broadcast_to(target, weighted.shape[:2]))
         return misfit, scaled * units
 
     def search(
         self,
         held: Mapping[int, float] | None = None,
-        fixed: Mapping[int, float] | None = None,
         tolerance: float = 1e-9,
         near: Floats | None = None,
     ) -> Solution:
-        """The minimum over the exponents not ``held`` and the coefficients not ``fixed`` (index -> value).
+        """The minimum over the exponents not ``held`` (index -> value).
 
         Global, from every minimum of a grid; or, with ``near`` (q,), from there only.
         """
@@ -169,7 +179,7 @@ class Problem:
         def misfit_at(log_free: Floats) -> tuple[Floats, Floats]:
             logs = np.tile(base, (len(log_free), 1))
             logs[:, free] = log_free
-            return self.solve(np.exp(logs), fixed)
+            return self.solve(np.exp(logs))
 
         misfit, coefficients = misfit_at(trials)
         best_trial, best_misfit, best_coefficients = trials[0], np.inf, coefficients[0]
@@ -225,14 +235,9 @@ class Problem:
 
     def predict(self, solution: Solution, axes: Mapping[str, Floats]) -> Floats:
         """The law's loss at ``axes`` (each (N,))."""
-        total: Floats = np.zeros(len(next(iter(axes.values()))))
-        for j, term in enumerate(self.form.terms):
-            if term.axis is None or term.exponent is None:
-                total = total + solution.coefficients[j]
-            else:
-                power = solution.exponents[self.form.exponents.index(term.exponent)]
-                total = total + solution.coefficients[j] * np.asarray(axes[term.axis]) ** -power
-        return total
+        columns, units = self.columns_at(solution.exponents[None, :], axes)
+        predicted: Floats = columns[0] @ (solution.coefficients / units[0])
+        return predicted
 
 
 def _lattice(axis: Floats, dimensions: int) -> Floats:
@@ -258,7 +263,7 @@ def _non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
     """Exact non-negative least squares for K small problems at once, by trying every set of active columns.
 
     Args:
-        columns: (K, C, m), m at most 3 or so.
+        columns: (K, C, m), m at most 4 or so.
         target: (K, C).
 
     Returns:
@@ -273,7 +278,7 @@ def _non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
             if pending.size == 0:
                 return rss, best
             some, wanted = columns[pending][:, :, active], target[pending]
-            left, solved = _least_squares(some, wanted)
+            left, solved = least_squares(some, wanted)
             feasible = np.all(solved >= 0.0, axis=1)
             better = feasible & (left < rss[pending])
             rows = pending[better]
@@ -286,7 +291,7 @@ def _non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
     return rss, best
 
 
-def _least_squares(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
+def least_squares(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
     """Unconstrained least squares of K problems (K, C, m), (K, C) by modified Gram-Schmidt with the target as last.
 
     Batched LAPACK spends most of its time entering and leaving matrices this small. Bjorck, BIT 7 (1967) 1: backward

@@ -16,7 +16,8 @@ from scipy.special import fdtrc
 
 from scaling_ray.laws.fit import Floats, Points, Problem, Solution
 from scaling_ray.laws.forms import EXPONENT_SEARCH, Form
-from scaling_ray.laws.intervals import Interval, Refit
+from scaling_ray.laws.intervals import Interval
+from scaling_ray.laws.refits import Refit
 
 Rows = Mapping[str, NDArray]  # one entry per column, each (R,)
 

@@ -18,7 +18,8 @@ from scaling_ray.laws import gates
 from scaling_ray.laws.columns import numbers
 from scaling_ray.laws.fit import Points, Problem, Solution, gather
 from scaling_ray.laws.forms import CONSTANT, PARAMS_CELLS, POWER, POWER_FLOOR, Form
-from scaling_ray.laws.intervals import OPEN, Interval, Refit, hold_out_largest, leave_one_out, profile
+from scaling_ray.laws.intervals import OPEN, Interval, profile
+from scaling_ray.laws.refits import Refit, hold_out_largest, leave_one_out
 
 ESTIMATOR = "least_squares"
 FORMAT = 1
