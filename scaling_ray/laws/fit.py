@@ -156,7 +156,7 @@ class Problem:
             misfit sum of squares of cell means (K,) and coefficients (K, m) in plain units.
         """
         weighted, target, units = self.weighted_design(exponents)
-        misfit, scaled = _non_negative(weighted, np.broadcast_to(target, weighted.shape[:2]))
+        misfit, scaled = non_negative(weighted, np.broadcast_to(target, weighted.shape[:2]))
         return misfit, scaled * units
 
     def search(
@@ -207,11 +207,23 @@ class Problem:
         exponents = np.exp(logs)
         return Solution(best_misfit + self.points.replicate_rss, best_misfit, exponents, best_coefficients)
 
-    def misfit_along(self, index: int, log_values: Floats) -> Floats:
-        """Best misfit with exponent ``index`` held at each exp(log_values) (N,), the other (at most one) free: (N,)."""
+    def misfit_along(
+        self, index: int, log_values: Floats, near: tuple[float, float] | None = None, tolerance: float = 1e-5
+    ) -> tuple[Floats, Floats]:
+        """Best misfit with exponent ``index`` held at each exp(log_values) (N,), the other (at most one) free.
+
+        Args:
+            index: of the exponent that is held.
+            log_values: where it is held.
+            near: range of the other's logarithm to start from; all of its search where None.
+            tolerance: of the other's logarithm; the misfit is flat to second order there.
+
+        Returns:
+            misfit (N,) and the other's logarithm (N,), zero where there is none.
+        """
         n_exponents, held = len(self.form.exponents), np.asarray(log_values)
         if n_exponents == 1:
-            return self.solve(np.exp(held)[:, None])[0]
+            return self.solve(np.exp(held)[:, None])[0], np.zeros(held.size)
 
         def misfit_at(other: Floats) -> Floats:  # (N, T) -> (N, T)
             logs = np.empty((other.size, 2))
@@ -219,17 +231,17 @@ class Problem:
             logs[:, 1 - index] = other.reshape(-1)
             return self.solve(np.exp(logs))[0].reshape(other.shape)
 
-        axis = np.linspace(_LOG_LOW, _LOG_HIGH, 61)
+        axis = np.linspace(_LOG_LOW, _LOG_HIGH, 61) if near is None else np.linspace(*near, 9)
         other = np.tile(axis, (held.size, 1))
-        reach, lowest = float(axis[1] - axis[0]), np.full(held.size, np.inf)
-        offsets = np.linspace(-1.0, 1.0, 11)
+        each, reach, lowest = np.arange(held.size), float(axis[1] - axis[0]), np.full(held.size, np.inf)
+        centre, offsets = np.zeros(held.size), np.linspace(-1.0, 1.0, 9)
         while True:
             misfit = misfit_at(other)
             best = np.argmin(misfit, axis=1)
-            lowest = np.minimum(lowest, misfit[np.arange(held.size), best])
-            if reach < 1e-5:
-                return lowest
-            centre = other[np.arange(held.size), best]
+            centre = np.where(misfit[each, best] < lowest, other[each, best], centre)
+            lowest = np.minimum(lowest, misfit[each, best])
+            if reach < tolerance:
+                return lowest, centre
             other = np.clip(centre[:, None] + reach * offsets, _LOG_LOW, _LOG_HIGH)
             reach *= float(offsets[1] - offsets[0]) * 1.5
 
@@ -259,7 +271,7 @@ def _local_minima(misfit: Floats) -> list[int]:
     return [int(i) for i in flat[np.argsort(misfit.reshape(-1)[flat])][:_STARTS]]
 
 
-def _non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
+def non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
     """Exact non-negative least squares for K small problems at once, by trying every set of active columns.
 
     Args:
@@ -277,7 +289,9 @@ def _non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
         for active in combinations(range(width), size):
             if pending.size == 0:
                 return rss, best
-            some, wanted = columns[pending][:, :, active], target[pending]
+            # Every column of every problem is what the first pass takes, without a copy.
+            first = size == width and pending.size == trials
+            some, wanted = (columns, target) if first else (columns[pending][:, :, active], target[pending])
             left, solved = least_squares(some, wanted)
             feasible = np.all(solved >= 0.0, axis=1)
             better = feasible & (left < rss[pending])

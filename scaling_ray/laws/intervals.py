@@ -20,6 +20,7 @@ _SCAN_POINTS, _RESCAN_POINTS = 41, 9
 _REGION_POINTS = {0: 1, 1: 241, 2: 41}
 _REGION_ZOOM = {0: 1, 1: 21, 2: 9}
 _AT_EDGE = 1e-6  # in log exponents
+_SEARCH = (float(np.log(EXPONENT_SEARCH[0])), float(np.log(EXPONENT_SEARCH[1])))
 
 # Exponents (K, q) -> what the coefficients in scaled units (K, m) are multiplied with and summed.
 Weights = Callable[[Floats], Floats]
@@ -154,17 +155,21 @@ def _outermost_crossing(problem: Problem, index: int, edge: float, centre: float
 
     The whole span is scanned, so that a second valley below the limit counts as what the runs leave open.
     """
-    outside, inside = edge, centre
-    points = _SCAN_POINTS
+    outside, inside, points = edge, centre, _SCAN_POINTS
+    near: tuple[float, float] | None = None
     while abs(inside - outside) > 1e-7:
         steps = np.linspace(outside, inside, points)
+        misfit, other = problem.misfit_along(index, steps, near, 1e-3 if near is None else 1e-5)
         points = _RESCAN_POINTS
-        below = problem.misfit_along(index, steps) <= limit
+        below = misfit <= limit
         below[-1] = True  # the optimum, or a point found below in the scan before
         first = int(np.argmax(below))
         if first == 0:
             return None if outside == edge else outside
         outside, inside = float(steps[first - 1]), float(steps[first])
+        ends = sorted((float(other[first - 1]), float(other[first])))
+        margin = 0.02 + 0.25 * (ends[1] - ends[0])
+        near = (max(ends[0] - margin, _SEARCH[0]), min(ends[1] + margin, _SEARCH[1]))
     return inside
 
 
@@ -222,19 +227,31 @@ def _ends_at(problem: Problem, exponents: Floats, weights: Weights, limit: float
     found = np.full(trials, -sign * np.inf)
     targets = np.broadcast_to(target, columns.shape[:2])
     faces = [list(range(width))] + [[j for j in range(width) if j != left] for left in range(width) if width > 1]
+    pending = np.arange(trials)
     for active in faces:
-        some, along = columns[:, :, active], wanted[:, active]
-        misfit, solved = least_squares(some, targets)
-        inside = misfit <= limit
-        if not np.any(inside):
+        if pending.size == 0:
+            break
+        whole = len(active) == width
+        some, along = columns if whole else columns[pending][:, :, active], wanted[pending][:, active]
+        misfit, solved = least_squares(some, targets[pending])
+        inside = np.flatnonzero(misfit <= limit)
+        if inside.size == 0:
+            if whole:
+                break
             continue
-        some, along, misfit, solved = some[inside], along[inside], misfit[inside], solved[inside]
+        rows, some, along, misfit, solved = pending[inside], some[inside], along[inside], misfit[inside], solved[inside]
         gram = np.einsum("kcm,kcn->kmn", some, some)
-        towards = np.einsum("kmn,kn->km", np.linalg.pinv(gram, hermitian=True), along)
+        ridge = 1e-14 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(len(active))
+        towards = np.linalg.solve(gram + ridge, along[:, :, None])[:, :, 0]
         leverage = np.maximum(np.einsum("km,km->k", along, towards), 0.0)
         step = np.sqrt((limit - misfit) / np.where(leverage > 0, leverage, np.inf))
         end = solved + sign * step[:, None] * towards
         scale = 1e-12 * np.max(np.abs(solved), axis=1, keepdims=True)
-        value = np.where(np.all(end >= -scale, axis=1), np.sum(along * end, axis=1), -sign * np.inf)
-        found[inside] = np.maximum(found[inside], value) if sign > 0 else np.minimum(found[inside], value)
+        feasible = np.all(end >= -scale, axis=1)
+        value = np.where(feasible, np.sum(along * end, axis=1), -sign * np.inf)
+        found[rows] = np.maximum(found[rows], value) if sign > 0 else np.minimum(found[rows], value)
+        if whole:
+            # An end inside the non-negative coefficients cannot be passed by one on a face.
+            # With all columns outside the limit every face is outside too.
+            pending = rows[~feasible]
     return found
