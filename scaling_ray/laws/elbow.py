@@ -69,7 +69,7 @@ def find_elbow(points: Points, smooth: Solution, freedom: int) -> Elbow | None:
         solved[negative, 0], solved[negative, 1] = 0.0, only[negative, 0]
         return np.where(negative, bare, rss), solved
 
-    alphas = np.linspace(*np.log(EXPONENT_SEARCH), _ALPHAS)
+    alphas = np.linspace(float(np.log(EXPONENT_SEARCH[0])), float(np.log(EXPONENT_SEARCH[1])), _ALPHAS)
     breaks = np.linspace(low, high, _BREAKS)
     grid = np.stack([g.ravel() for g in np.meshgrid(alphas, breaks)], axis=1)
     rss, solved = misfit_at(grid[:, 0], grid[:, 1])

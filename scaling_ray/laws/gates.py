@@ -42,6 +42,7 @@ COHORT_COLUMNS = (
 PER_CELL_COLUMNS = ("max_cells_seen", "lr", "micro_steps")
 
 _AXIS_WORDS = {"params": ("sizes", "parameters"), "cells": ("data sizes", "training cells")}
+_AXIS_WORDS |= {"flops": ("budgets", "FLOP")}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def verdict(shut: Sequence[Shut]) -> str:
 def count_gates(form: Form, points: Points) -> list[Shut]:
     """Too few sizes, or too few distinct numbers of cells, to determine an exponent at all."""
     shut = []
-    needs = {"params": MIN_SIZES, "cells": MIN_CELL_COUNTS}
+    needs = {"params": MIN_SIZES, "cells": MIN_CELL_COUNTS, "flops": MIN_SIZES}
     for axis in form.axes:
         values = points.distinct(axis)
         if values.size < needs[axis]:
@@ -201,9 +202,23 @@ def f_tests(problem: Problem, best: Solution) -> Tests:
         rss, groups = _within(points, np.asarray(group).reshape(-1))
         rss += points.replicate_rss
         effects[axis] = _f_tail(rss - noise_rss, saturated - groups, noise_rss, freedom)
+        if saturated - groups < 1 <= problem.freedom:
+            effects[axis] = _nested_effect(problem, best, axis)
     extra = points.n_cells - len(form.parameters)
     lack = _f_tail(best.misfit_rss, extra, points.replicate_rss, points.replicate_freedom)
     return Tests(effects, lack)
+
+
+def _nested_effect(problem: Problem, best: Solution, axis: str) -> float | None:
+    """Whether the law without an axis does as well, by the residuals of the whole law.
+
+    For tables where nearly every cell has values of its own, such as a D that differs from run to run.
+    """
+    form = problem.form
+    shorter = Form(f"{form.name}_without_{axis}", "", tuple(term for term in form.terms if term.axis != axis))
+    reduced = Problem(shorter, problem.points).search()
+    extra = len(form.parameters) - len(shorter.parameters)
+    return _f_tail(reduced.rss - best.rss, extra, best.rss, problem.freedom)
 
 
 def fit_gates(
@@ -214,7 +229,7 @@ def fit_gates(
     shut = []
     for axis, p in tests.effect_p.items():
         plural, unit = _AXIS_WORDS[axis]
-        what = "size" if axis == "params" else "data"
+        what = {"params": "size", "cells": "data", "flops": "compute"}[axis]
         if p is None:
             shut.append(
                 Shut(
