@@ -76,7 +76,8 @@ def gather(axes: Mapping[str, Floats], loss: Floats) -> Points:
         keys, cell_of_run = np.zeros((1, 0)), np.zeros(loss.size, dtype=np.int64)
     runs = np.bincount(cell_of_run, minlength=len(keys)).astype(np.float64)
     mean = np.bincount(cell_of_run, weights=loss, minlength=len(keys)) / runs
-    cell_rss = np.bincount(cell_of_run, weights=(loss - mean[cell_of_run]) ** 2, minlength=len(keys))
+    squares = np.bincount(cell_of_run, weights=(loss - mean[cell_of_run]) ** 2, minlength=len(keys))
+    cell_rss: Floats = np.asarray(squares, dtype=np.float64)
     named = {name: keys[:, i].copy() for i, name in enumerate(axes)}
     return Points(named, mean, runs, float(cell_rss.sum()), cell_rss=cell_rss)
 

@@ -128,10 +128,12 @@ def _headline(cells: float | None, fit: Fitted) -> dict[str, Any]:
     return head
 
 
-def _counts_to_fit(rows: Rows, d_values: np.ndarray) -> list[float | None]:
+def _counts_to_fit(rows: Rows, d_values: np.ndarray) -> Sequence[float | None]:
     """Numbers of cells that get laws of size of their own; of very many, those with sizes enough for an exponent."""
+    if not d_values.size:
+        return [None]
     if d_values.size <= MANY_CELL_COUNTS:
-        return [float(d) for d in d_values] or [None]
+        return [float(d) for d in d_values]
     sizes = {d: np.unique(rows["params"][rows["cells"] == d]).size for d in d_values}
     return [float(d) for d in d_values if sizes[d] >= gates.MIN_SIZES][-MANY_CELL_COUNTS:]
 
