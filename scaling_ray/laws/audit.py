@@ -176,8 +176,8 @@ def _reasons(rows: Rows, as_published: PublishedFit, fits: dict[str, Fitted]) ->
         of_all = next(iter(fits.values())).intervals["alpha"]
         reasons.append(
             f"the choice of runs, of P and of best or final loss moves alpha from {min(values):.2f} to "
-            f"{max(values):.2f}, while the 95% interval of all 18 runs is {of_all.low:.3f} to {of_all.high:.3f}: seed noise "
-            f"is not what is open here"
+            f"{max(values):.2f}, where the 95% interval of all 18 runs is {of_all.low:.3f} to {of_all.high:.3f}: "
+            "seed noise is not what is open here"
         )
     everyone = {name: column for name, column in rows.items() if name in ("params", "loss", "size")}
     protocol = gates.protocol_gates(everyone | {"baseline": np.full(rows["loss"].size, GENE_MEAN_MSE)})

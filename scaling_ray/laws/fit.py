@@ -232,7 +232,7 @@ class Problem:
             logs[:, 1 - index] = other.reshape(-1)
             return self.solve(np.exp(logs))[0].reshape(other.shape)
 
-        axis = np.linspace(_LOG_LOW, _LOG_HIGH, 61) if near is None else np.linspace(*near, 9)
+        axis = np.linspace(_LOG_LOW, _LOG_HIGH, 31) if near is None else np.linspace(*near, 9)
         other = np.tile(axis, (held.size, 1))
         each, reach, lowest = np.arange(held.size), float(axis[1] - axis[0]), np.full(held.size, np.inf)
         centre, offsets = np.zeros(held.size), np.linspace(-1.0, 1.0, 9)

@@ -108,6 +108,7 @@ def protocol_gates(rows: Rows) -> list[Shut]:
                     f"runs of one cell that share {name}",
                 )
             )
+    shut += _seed_gates(rows, cell_of_run)
     if "undertrained" in rows and (count := int(np.sum(_flags(rows["undertrained"])))):
         cells = len(np.unique(cell_of_run[_flags(rows["undertrained"])]))
         shut.append(
@@ -138,6 +139,21 @@ def protocol_gates(rows: Rows) -> list[Shut]:
                 )
             )
     return shut
+
+
+def _seed_gates(rows: Rows, cell_of_run: NDArray) -> list[Shut]:
+    """Runs of one cell are repeats only where their seeds are known to differ."""
+    if "seed" not in rows:
+        return []
+    seeds = rows["seed"].astype(str)
+    if missing := int(np.sum(seeds == "")):
+        reason = f"{missing} of {seeds.size} runs have no seed, so it is not known which runs of a cell are repeats"
+        return [Shut(reason, "the seed of every run")]
+    keys = np.array([f"{cell}/{seed}" for cell, seed in zip(cell_of_run, seeds, strict=True)])
+    if repeated := seeds.size - np.unique(keys).size:
+        reason = f"{repeated} runs have the size, cells and seed of another run: they are copies and not repeats"
+        return [Shut(reason, "one run of each size, cells and seed")]
+    return []
 
 
 def _gene_mean_gate(rows: Rows) -> list[Shut]:

@@ -59,7 +59,7 @@ def points_of(columns: Mapping[str, Any], baselines: Sequence[str]) -> tuple[Row
             if status not in ("done", ""):
                 drop(text["status"] == status, str(status))
     if "run_id" in text:
-        ids, seen = np.unique(text["run_id"][keep], return_counts=True)
+        ids, seen = np.unique(text["run_id"][keep & (text["run_id"] != "")], return_counts=True)
         if np.any(seen > 1):
             raise BadInput("run_id", str(ids[seen > 1][0]), "stands in the table more than once; keep one row per run")
     values = {name: numbers(columns, name, keep) for name in _NUMBERS if name in columns}
@@ -68,8 +68,11 @@ def points_of(columns: Mapping[str, Any], baselines: Sequence[str]) -> tuple[Row
         bad = np.flatnonzero(keep & ~(np.isfinite(values[name]) & (values[name] > 0)))
         if bad.size:
             shown = ", ".join(str(i + 1) for i in bad[:8]) + (", ..." if bad.size > 8 else "")
+            way_out = "correct it, or leave the row out"
+            if name == "loss":
+                way_out += " (a run that diverged: status failed, failure diverged)"
             what = f"row {shown}" if bad.size == 1 else f"rows {shown}"
-            raise BadInput(name, str(columns[name][bad[0]]), f"{what}: must be a positive finite number")
+            raise BadInput(name, str(columns[name][bad[0]]), f"{what}: must be a positive finite number; {way_out}")
     if not np.any(keep):
         raise BadInput("table", count, "no finished run is left that could be a point of a law")
     rows: Rows = {name: (values[name] if name in values else text[name])[keep] for name in names}
