@@ -45,8 +45,8 @@ _NAMES = {
     "multinomial_bits": ("multinomial_bits",),
     "beta_binomial_bits": ("beta_binomial_bits",),
 }
-_LOSSES = ("loss", "test_mse", "test_loss", "val_mse", "best_val_mse", "val_loss", "validation_loss", "eval_loss")
-_LOSSES += ("final_loss", "mse", "l")
+_LOSSES: tuple[str, ...] = ("loss", "test_mse", "test_loss", "val_mse", "best_val_mse", "val_loss")
+_LOSSES += ("validation_loss", "eval_loss", "final_loss", "mse", "l")
 _VALIDATION = ("val_mse", "best_val_mse", "val_loss", "validation_loss", "eval_loss")
 _FINAL = ("final_loss", "final_val_mse")
 # Baselines were measured on test cells, and are comparable with a loss on test cells only.

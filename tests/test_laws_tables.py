@@ -109,5 +109,6 @@ def test_a_table_without_repeats_is_judged_by_its_residuals():
     head = result["headline"]
     assert head["verdict"] == "supported", head["reasons"]
     for name, truth in (("alpha", 0.3478), ("beta", 0.3658), ("E", 1.8172)):
-        assert head["parameters"][name]["low"] <= truth <= head["parameters"][name]["high"]
+        found = head["parameters"][name]
+        assert found["widest_low"] <= truth <= found["widest_high"]
     assert 20 <= len(result["leave_one_out"]) <= 24

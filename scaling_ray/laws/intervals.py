@@ -93,13 +93,25 @@ def profiles(problem: Problem, best: Solution, names: tuple[str, ...], level: fl
 
 
 def profile_at(
-    problem: Problem, best: Solution, axes: Mapping[str, Floats], signs: Floats, level: float = 0.95
+    problem: Problem,
+    best: Solution,
+    axes: Mapping[str, Floats],
+    signs: Floats,
+    level: float = 0.95,
+    known: Mapping[str, Interval] | None = None,
 ) -> Interval:
-    """F-profile interval of ``sum(signs * law(axes))`` over N places: a predicted loss, or a difference of two."""
+    """F-profile interval of ``sum(signs * law(axes))`` over N places: a predicted loss, or a difference of two.
+
+    ``known`` may hold the exponents' profiles of the same level, which are found otherwise.
+    """
     limit = threshold(problem, best, level)
     if limit is None:
         return OPEN
-    region = [_profile_exponent(problem, best, i, limit) for i in range(len(problem.form.exponents))]
+    names = problem.form.exponents
+    if known is not None and all(name in known for name in names):
+        region = [known[name] for name in names]
+    else:
+        region = [_profile_exponent(problem, best, i, limit) for i in range(len(names))]
 
     def weights(exponents: Floats) -> Floats:
         combined: Floats = np.einsum("n,knm->km", signs, problem.columns_at(exponents, axes)[0])

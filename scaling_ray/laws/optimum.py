@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from scaling_ray.laws.fit import Floats, gather
-from scaling_ray.laws.intervals import Interval, profile_at, union
+from scaling_ray.laws.fit import Floats
+from scaling_ray.laws.intervals import profile_at, union
 from scaling_ray.laws.judge import Fitted
 from scaling_ray.laws.many import Design
 from scaling_ray.laws.points import Rows
@@ -24,7 +24,7 @@ MAX_EPOCHS = 4.0
 DRAWS = 400
 
 
-def next_steps(fit: Fitted, rows: Rows) -> list[dict[str, Any]]:
+def next_steps(fit: Fitted) -> list[dict[str, Any]]:
     """What the next size and twice the cells would buy under a supported law: loss gained, with an interval.
 
     The interval is the widest of the profile of the difference and those of the leave-one-out refits' laws.
@@ -49,23 +49,15 @@ def next_steps(fit: Fitted, rows: Rows) -> list[dict[str, Any]]:
         places = {name: np.array([here[name], there[name]]) for name in fit.form.axes}
         signs = np.array([1.0, -1.0])
         gain = float(signs @ fit.problem.predict(fit.best, places))
-        interval = union([profile_at(fit.problem, fit.best, places, signs), *_gains_without(fit, rows, places, signs)])
+        own = profile_at(fit.problem, fit.best, places, signs, known=fit.intervals)
+        without = [profile_at(r.problem, r.best, places, signs, known=r.intervals) for r in fit.refits]
+        interval = union([own, *without])
         noun = "parameters" if axis == "params" else "cells"
         text = f"{what.capitalize()} ({here[axis]:,.0f} to {to:,.0f} {noun}) would buy {gain:.4f} of loss"
         if interval.low is not None and interval.high is not None:
             text += f" ({interval.low:.4f} to {interval.high:.4f})"
         entry = {"what": what, "axis": axis, "from": here[axis], "to": to, "gain": gain, "unit": "loss"}
         found.append(entry | {"low": interval.low, "high": interval.high, "sentence": text + "."})
-    return found
-
-
-def _gains_without(fit: Fitted, rows: Rows, places: dict[str, Floats], signs: Floats) -> list[Interval]:
-    found = []
-    for refit in fit.refits:
-        kept = ~np.isin(rows[refit.axis], refit.values_left_out)
-        points = gather({axis: rows[axis][kept] for axis in fit.form.axes}, rows["loss"][kept])
-        problem = type(fit.problem)(fit.form, points)
-        found.append(profile_at(problem, problem.search(), places, signs))
     return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtrit
 
-from scaling_ray.laws.fit import Floats, Problem, gather
+from scaling_ray.laws.fit import Floats, Problem, Solution, gather
 from scaling_ray.laws.forms import Form
 from scaling_ray.laws.intervals import Interval, profile, profile_at, profiles
 
@@ -26,11 +26,12 @@ class Refit:
 
     axis: str
     left_out: float
-    values_left_out: Floats
     exponent: str
     values: Mapping[str, float]
     intervals: Mapping[str, Interval]
     bonferroni: Interval  # of the exponent, at 1 - 0.05 / refits
+    problem: Problem
+    best: Solution
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,12 @@ def leave_one_out(
             Refit(
                 axis,
                 float(np.exp(np.mean(np.log(group)))) if group.size > 1 else float(group[0]),
-                group,
                 exponent,
                 {name: problem.value(best, name) for name in form.parameters},
                 profiles(problem, best, names or form.parameters),
                 profile(problem, best, exponent, 1.0 - 0.05 / len(groups)),
+                problem,
+                best,
             )
         )
     return refits

@@ -93,7 +93,7 @@ def fit_table(
     entries = _with_aicc(fitted) + [_entry(at, fit) for at, fit in shapes]
     entries += [elbow for at, fit in fitted if (elbow := _elbow(at, fit)) is not None]
     entries += _other_estimators(cells, head, here)
-    steps = optimum.next_steps(head, here)
+    steps = optimum.next_steps(head)
     return {
         "format": FORMAT,
         "headline": _headline(cells, head),
