@@ -20,6 +20,7 @@ from scaling_ray.laws.forms import EXPONENT_SEARCH, Form
 _GRID_POINTS = {1: 601, 2: 37}
 _STARTS = {1: 1, 2: 2}
 _STEPS = 60
+_HALVINGS = 16  # of 1% in the exponent
 _TABLES_AT_ONCE = 500
 _LOW, _HIGH = (float(np.log(edge)) for edge in EXPONENT_SEARCH)
 
@@ -163,33 +164,27 @@ class Design:
     def profile(self, loss: Floats, solutions: Solutions, limit: Floats) -> tuple[Floats, Floats]:
         """Outermost exponents whose misfit is at most ``limit`` (B,), for a form with one exponent: low, high (B,).
 
-        NaN where an end is open. Ends are interpolated between points 1% apart in the exponent.
+        NaN where an end is open. Brackets come from the grid, 1% apart in the exponent, and are then halved.
         """
         misfit = self.grid_misfit(loss)
+        target = np.asarray(loss) * self._root
         below = misfit <= limit[:, None]
         centre = np.log(solutions.exponents[:, 0])
-        each, axis = np.arange(len(misfit)), self.grid_axis
-        first = np.where(below.any(axis=1), below.argmax(axis=1), axis.size)
-        last = np.where(below.any(axis=1), axis.size - 1 - below[:, ::-1].argmax(axis=1), -1)
+        axis, any_below = self.grid_axis, below.any(axis=1)
+        first, last = below.argmax(axis=1), axis.size - 1 - below[:, ::-1].argmax(axis=1)
         ends = []
         for inner, step, edge in ((first, -1, 0), (last, 1, axis.size - 1)):
-            open_end = below[:, edge]
             # An interval narrower than the grid holds the optimum and no grid point.
-            narrow = ~below.any(axis=1)
             nearest = np.searchsorted(axis, centre) - (1 if step < 0 else 0)
-            outer = np.clip(np.where(narrow, nearest, inner + step), 0, axis.size - 1)
-            inside_at = np.where(narrow, centre, axis[np.clip(inner, 0, axis.size - 1)])
-            inside_rss = np.where(narrow, solutions.misfit_rss, misfit[each, np.clip(inner, 0, axis.size - 1)])
-            beyond = step * (centre - inside_at) > 0  # the optimum lies between the last grid point and the end
-            inside_at = np.where(beyond, centre, inside_at)
-            inside_rss = np.where(beyond, solutions.misfit_rss, inside_rss)
-            rise = misfit[each, outer] - solutions.misfit_rss
-            # Misfit rises nearly as a square of the distance to the optimum: interpolate its root.
-            a, b = np.sqrt(np.maximum(inside_rss - solutions.misfit_rss, 0)), np.sqrt(np.maximum(rise, 0))
-            wanted = np.sqrt(np.maximum(limit - solutions.misfit_rss, 0))
-            share = np.clip((wanted - a) / np.where(b > a, b - a, np.inf), 0.0, 1.0)
-            end = inside_at + share * (axis[outer] - inside_at)
-            ends.append(np.where(open_end, np.nan, np.exp(end)))
+            outer = axis[np.clip(np.where(any_below, inner + step, nearest), 0, axis.size - 1)]
+            inside = np.where(any_below, axis[inner], centre)
+            # The optimum may lie between the last grid point below the limit and the end.
+            inside = np.where(step * (centre - inside) > 0, centre, inside)
+            for _ in range(_HALVINGS):
+                middle = 0.5 * (inside + outer)
+                low_enough = non_negative(self._columns(middle[:, None]), target)[0] <= limit
+                inside, outer = np.where(low_enough, middle, inside), np.where(low_enough, outer, middle)
+            ends.append(np.where(below[:, edge], np.nan, np.exp(inside)))
         return ends[0], ends[1]
 
 
