@@ -2,6 +2,7 @@
 # make cells  the same from your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
 # make bench  measures the data plane into reports/benchmarks/ (half an hour); BENCH='--only stream' for a part
+# make bench-laws  counts what the laws promise on tables of known truth (five minutes)
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ READY := $(VENV)/.ready
 DEMO ?= out/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test test-slow bench check clean
+.PHONY: setup demo cells test test-slow bench bench-laws check clean
 
 setup: $(READY)
 
@@ -39,6 +40,9 @@ test-slow: setup
 bench: setup
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/peers tiledbsoma-ml==0.1.0
 	@$(BIN)/python benchmarks/data_plane.py --work '$(abspath out/bench)' --peers-path '$(abspath out/peers)' $(BENCH)
+
+bench-laws: setup
+	@$(BIN)/python benchmarks/laws.py
 
 check: setup
 	@$(BIN)/ruff check .

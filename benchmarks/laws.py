@@ -4,9 +4,9 @@ Writes reports/benchmarks/laws.json, each entry with the machine, the date and t
 judges: bars and figures stand side by side in ``bars``. Designs were fixed before their outcome was seen:
 
 - sizes: six of the study's ladder (TINY to XL) and eight equally spaced over the same range; 3 seeds;
-- with floor: the smallest size stands 1.0 above a floor of 1.0, about the gap that the smallest sizes of a planted sweep
-  have; without: the largest size is at 0.5, so that no loss is near zero;
-- undertrained: 0.03 more at the largest size; elbow: a power law up to the third or fourth of six sizes, then a plateau;
+- with floor: the smallest size stands 1.0 above a floor of 1.0, about the gap that the smallest sizes of a planted
+  sweep have; without: the largest size is at 0.5, so that no loss is near zero;
+- undertrained: 0.03 more at the largest size; elbow: a power law up to the third or fourth of six sizes, flat after it;
 - edge-floor: every size but the first already at the floor (alpha = 4), so that the floor fits the smallest loss and
   alpha has nothing to hold it below the edge of its search.
 """
@@ -114,12 +114,19 @@ def clean(tables: int) -> dict[str, Any]:
         for noise in NOISES
     }
     widths = over(everything, lambda j, alpha: j.log_width_ratio()[j.answered])
+    by_ladder = {
+        title: float(
+            np.median(over(lambda c, t=title: c["ladder"] == t, lambda j, alpha: j.log_width_ratio()[j.answered]))
+        )
+        for title in LADDERS
+    }
     return {
         "median_relative_error": errors,
         "median_relative_error_with_floor": with_floor,
         "statistical_coverage": share(over(everything, lambda j, alpha: j.covers(alpha)[j.answered])),
         "headline_coverage": share(over(everything, lambda j, alpha: j.covers(alpha, widest=True)[j.answered])),
         "log_width_ratio_median": float(np.median(widths)),
+        "log_width_ratio_median_by_ladder": by_ladder,
         "log_width_ratio_above_4": share(widths > 4.0),
         "answered_where_expected_ratio_below_2": share(
             over(lambda c: c["expected_ratio"] < 2.0, lambda j, alpha: j.answered)
@@ -252,6 +259,11 @@ def audit_check() -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began} | json.loads((out / "audit.json").read_text())["published"]
 
 
+def _named(cell: dict[str, Any]) -> str:
+    floor = "floor" if cell["floor"] else "no floor"
+    return f"{cell['ladder']}, alpha {cell['alpha']}, {floor}, noise {cell['noise']:g}"
+
+
 def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Each bar beside its figure, as far as measured."""
     rows: list[dict[str, Any]] = []
@@ -261,13 +273,21 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
 
     if "clean" in found:
         c = found["clean"]
-        error, width = c["median_relative_error"], c["log_width_ratio_median"]
-        bar("recovery, noise 0.006", "<= 0.025", error["0.006"], error["0.006"] <= 0.025)
-        bar("recovery, noise 0.02", "<= 0.05", error["0.02"], error["0.02"] <= 0.05)
+        # Judged on the tables with a floor, the harder half: without one alpha is known to a thousandth.
+        for noise, limit in (("0.006", 0.025), ("0.02", 0.05)):
+            error = c["median_relative_error_with_floor"][noise]
+            bar(f"recovery with floor, noise {noise}", f"<= {limit}", error, error <= limit)
+            worst = max((x for x in c["cells"] if f"{x['noise']:g}" == noise), key=lambda x: x["median_relative_error"])
+            error = worst["median_relative_error"]
+            bar(f"  its worst cell ({_named(worst)})", f"<= {limit}", error, error <= limit)
         s, h = c["statistical_coverage"], c["headline_coverage"]
         bar("statistical coverage", "0.91..0.985", s, 0.91 <= s <= 0.985)
         bar("headline coverage", ">= 0.92", h, h >= 0.92)
-        bar("headline log-width over the profile's, median", "<= 4", width, width <= 4.0)
+        for title, width in c["log_width_ratio_median_by_ladder"].items():
+            bar(f"headline log-width over the profile's, median, {title}", "<= 4", width, width <= 4.0)
+        worst = max(c["cells"], key=lambda x: x["log_width_ratio_median"])
+        width = worst["log_width_ratio_median"]
+        bar(f"  its worst cell ({_named(worst)})", "<= 4", width, width <= 4.0)
         a = c["answered_where_expected_ratio_below_2"]
         bar("answered", ">= 0.95", a, a >= 0.95)
     if "undertrained" in found:
@@ -275,7 +295,10 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
         bar("headline coverage, largest size undertrained by 0.03", ">= 0.90", u, u >= 0.90)
     if "refused" in found:
         r = found["refused"]["lowest"]
-        bar("refused, lowest of all kinds", ">= 0.95", r, r >= 0.95)
+        bar("refused, lowest of all kinds (elbow at noise 0.006)", ">= 0.95", r, r >= 0.95)
+        elbows = {n: share for n, share in found["refused"]["beside"].items() if n.startswith("elbow")}
+        worst_elbow = min(elbows, key=lambda n: elbows[n])
+        bar(f"  {worst_elbow}", ">= 0.95", elbows[worst_elbow], elbows[worst_elbow] >= 0.95)
     if "params_cells" in found:
         p = found["params_cells"]
         e = p["median_relative_error"]

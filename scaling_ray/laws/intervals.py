@@ -167,6 +167,8 @@ def _outermost_crossing(problem: Problem, index: int, edge: float, centre: float
 
     The whole span is scanned, so that a second valley below the limit counts as what the runs leave open.
     """
+    if abs(centre - edge) < _AT_EDGE:
+        return None
     outside, inside, points = edge, centre, _SCAN_POINTS
     near: tuple[float, float] | None = None
     while abs(inside - outside) > 1e-7:
