@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling_ray.laws import fit_table
+from scaling_ray.laws import fit_table, refit
 from scaling_ray.laws.fit import Problem, gather
 from scaling_ray.laws.forms import PARAMS_CELLS
 from scaling_ray.laws.intervals import profiles
@@ -236,16 +236,24 @@ def speed(refits: int = 2_000) -> dict[str, Any]:
     """Seconds for so many refits of L(P, D) on 200 runs (66 cells), the factoring of the design included."""
     sizes, cells = (g.ravel() for g in np.meshgrid(np.geomspace(1e4, 1e8, 11), np.geomspace(2e3, 2e5, 6)))
     law = 1.2 + 6.0 * sizes**-0.3 + 8.0 * cells**-0.4
-    runs = np.full(sizes.size, 3.0)
-    runs[:2] = 4.0
-    losses = law + np.random.default_rng(8).normal(0.0, 0.006, (refits, law.size)) / np.sqrt(runs)
+    seeds = np.where(np.arange(sizes.size) < 2, SEEDS + 1, SEEDS)
+    axes = {"params": np.repeat(sizes, seeds), "cells": np.repeat(cells, seeds)}
+    losses = np.repeat(law, seeds) + np.random.default_rng(8).normal(0.0, 0.006, (refits, int(seeds.sum())))
     began = time.perf_counter()
-    found = Design(PARAMS_CELLS, {"params": sizes, "cells": cells}, runs).fit(losses)
+    found = refit(PARAMS_CELLS, axes, losses)
     seconds = time.perf_counter() - began
+    # The same without a single repeated cell: nothing to gather.
+    jitter = np.random.default_rng(9).uniform(0.9, 1.1, (2, int(seeds.sum())))
+    apart = {"params": axes["params"] * jitter[0], "cells": axes["cells"] * jitter[1]}
+    law_apart = 1.2 + 6.0 * apart["params"] ** -0.3 + 8.0 * apart["cells"] ** -0.4
+    losses = law_apart + np.random.default_rng(8).normal(0.0, 0.006, losses.shape)
+    began = time.perf_counter()
+    refit(PARAMS_CELLS, apart, losses)
     return {
         "refits": refits,
-        "runs": int(runs.sum()),
+        "runs": int(seeds.sum()),
         "seconds": seconds,
+        "seconds_without_repeated_cells": time.perf_counter() - began,
         "median_alpha": float(np.median(found.exponents[:, 0])),
     }
 

@@ -97,6 +97,8 @@ def _fit(options: argparse.Namespace) -> int:
     found = fit_table(read_table(options.table))
     write_json(options.out, found)
     headline = found["headline"]
+    used = {name: column for name, column in found["columns_used"].items() if column is not None}
+    say("columns used: " + ", ".join(n if n == column else f"{n} = {column}" for n, column in used.items()))
     print(f"{headline['verdict']}: {'; '.join(headline['reasons']) or headline['form']}")
     return 0
 

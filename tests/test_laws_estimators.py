@@ -167,6 +167,10 @@ def test_a_plateau_is_found_where_it_begins_and_a_smooth_law_has_none():
         assert (found.p < 0.01) == breaks
         if breaks:
             assert np.log10(found.break_params) == pytest.approx(6.3, abs=0.15)
+    rising = gather({"params": np.repeat(sizes, 3)}, 1 + 0.01 * np.log(np.repeat(sizes, 3)))
+    problem = Problem(POWER_FLOOR, rising)
+    found = find_elbow(rising, problem.search(), problem.freedom)
+    assert found.coefficient >= 0 and found.floor >= 0
 
 
 def test_the_logarithmic_law_is_linear_least_squares():

@@ -112,3 +112,20 @@ def test_a_table_without_repeats_is_judged_by_its_residuals():
         found = head["parameters"][name]
         assert found["widest_low"] <= truth <= found["widest_high"]
     assert 20 <= len(result["leave_one_out"]) <= 24
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("without noise", lambda x, d, noise: 1 + x**-0.4 + d**-0.3),
+        ("constant", lambda x, d, noise: 1.5 + 0 * x),
+        ("nothing but noise", lambda x, d, noise: 1.5 + noise),
+        ("rising", lambda x, d, noise: 1 + 0.1 * np.log(x) + noise),
+    ],
+)
+def test_degenerate_tables_give_a_verdict_and_plain_numbers(name: str, loss):
+    params, cells = (np.repeat(g.ravel(), 2) for g in np.meshgrid(np.geomspace(1e4, 1e7, 4), [1e3, 1e4, 1e5]))
+    noise = np.random.default_rng(0).normal(0, 0.01, params.size)
+    result = fit_table({"params": params, "cells": cells, "loss": loss(params / 1e4, cells / 1e3, noise)})
+    json.dumps(result, allow_nan=False)
+    assert (result["headline"]["verdict"] == "supported") == (name == "without noise"), result["headline"]["reasons"]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import fdtrc
 
-from scaling_ray.laws.fit import Floats, Points, Problem, Solution, least_squares
-from scaling_ray.laws.forms import EXPONENT_SEARCH, POWER_FLOOR
+from scaling_ray.laws.fit import Floats, Points, Solution, non_negative
+from scaling_ray.laws.forms import EXPONENT_SEARCH
 
 FORMULA = "L = a min(P, P0)^-alpha + c"
 PARAMETERS = ("alpha", "P0", "c", "a")
@@ -63,11 +63,7 @@ def find_elbow(points: Points, smooth: Solution, freedom: int) -> Elbow | None:
         clipped = np.minimum(logs[None, :], breaks[:, None]) - reference
         power = np.exp(-np.exp(log_alpha)[:, None] * clipped)
         columns = np.stack([np.ones_like(power), power], axis=2) * root[None, :, None]
-        rss, solved = least_squares(columns, np.broadcast_to(target, power.shape))
-        bare, only = least_squares(columns[:, :, 1:], np.broadcast_to(target, power.shape))
-        negative = solved[:, 0] < 0
-        solved[negative, 0], solved[negative, 1] = 0.0, only[negative, 0]
-        return np.where(negative, bare, rss), solved
+        return non_negative(columns, np.broadcast_to(target, power.shape))
 
     alphas = np.linspace(float(np.log(EXPONENT_SEARCH[0])), float(np.log(EXPONENT_SEARCH[1])), _ALPHAS)
     breaks = np.linspace(low, high, _BREAKS)
@@ -97,8 +93,3 @@ def find_elbow(points: Points, smooth: Solution, freedom: int) -> Elbow | None:
         tail = float(fdtrc(1, noise_freedom, gained * noise_freedom / noise)) if noise > 0 else float(gained == 0.0)
         p = min(1.0, tail * (sizes.size - 2))
     return Elbow(alpha, float(np.exp(centre[1])), float(best[0]), coefficient, value, p)
-
-
-def smooth_problem(points: Points) -> Problem:
-    """The smooth law that an elbow is compared with."""
-    return Problem(POWER_FLOOR, points)

@@ -25,6 +25,7 @@ MIN_SIZES, MIN_CELL_COUNTS = 4, 3
 SIZE_EFFECT_P, LACK_OF_FIT_P = 0.001, 0.01
 MAX_RATIO = 3.0
 LEAK_Z = -4.0
+SEARCH_ERROR = 1e-5
 MIN_RESIDUAL_FREEDOM = 8  # without repeated cells, residuals stand in for seed noise from here on
 
 # What must be the same in all runs of one law, and what may follow the size and the data but not change within a cell.
@@ -221,7 +222,10 @@ def f_tests(problem: Problem, best: Solution) -> Tests:
         if saturated - groups < 1 <= problem.freedom:
             effects[axis] = _nested_effect(problem, best, axis)
     extra = points.n_cells - len(form.parameters)
-    lack = _f_tail(best.misfit_rss, extra, points.replicate_rss, points.replicate_freedom)
+    # Rounding is no lack of fit, even where copies of one loss leave no noise to hide it.
+    rounding = 1e-20 * float(np.sum(points.runs * points.loss**2))
+    misfit = best.misfit_rss if best.misfit_rss > rounding else 0.0
+    lack = _f_tail(misfit, extra, points.replicate_rss, points.replicate_freedom)
     return Tests(effects, lack)
 
 
@@ -274,7 +278,9 @@ def fit_gates(
         )
     for name in form.exponents:
         estimate = problem.value(best, name)
-        moved = [refit for refit in refits if refit.exponent == name and refit.bonferroni.excludes(estimate)]
+        own = [refit for refit in refits if refit.exponent == name and refit.bonferroni.excludes(estimate)]
+        # Without noise intervals have no width, and the searches' own last digits would lie outside.
+        moved = [refit for refit in own if abs(refit.values[name] / estimate - 1.0) > SEARCH_ERROR]
         if moved:
             plural, unit = _AXIS_WORDS[form.axis_of(name)]
             shut.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from scipy.special import fdtri, stdtrit
@@ -199,7 +200,7 @@ def _extremes(
     """Range of ``weights . coefficients`` over every set of parameters whose misfit is at most ``limit``.
 
     At given exponents that set is an ellipsoid in the coefficients, so the range there is closed; the profile is the
-    union over the exponents of the region. Where an end leaves the non-negative coefficients, the faces without one
+    union over the exponents of the region. Where an end leaves the non-negative coefficients, the faces without some
     of them hold the end instead. With ``open_at_edge`` an end that only the edge of an exponent's search made is none.
     """
     box = np.log([[i.low or EXPONENT_SEARCH[0], i.high or EXPONENT_SEARCH[1]] for i in region]).reshape(-1, 2)
@@ -226,7 +227,7 @@ def _extremes(
                 reach = reach * 2.0 * (offsets[1] - offsets[0])
         edges = np.log(EXPONENT_SEARCH)
         stuck = bool(np.any((centre < edges[0] + _AT_EDGE) | (centre > edges[1] - _AT_EDGE)))
-        ends.append(None if stuck and open_at_edge else sign * value)
+        ends.append(None if (stuck and open_at_edge) or not np.isfinite(value) else sign * value)
     return Interval(ends[0], ends[1])
 
 
@@ -240,7 +241,7 @@ def _ends_at(problem: Problem, exponents: Floats, weights: Weights, limit: float
     trials, _, width = columns.shape
     found = np.full(trials, -sign * np.inf)
     targets = np.broadcast_to(target, columns.shape[:2])
-    faces = [list(range(width))] + [[j for j in range(width) if j != left] for left in range(width) if width > 1]
+    faces = [list(active) for size in range(width, 0, -1) for active in combinations(range(width), size)]
     pending = np.arange(trials)
     for active in faces:
         if pending.size == 0:

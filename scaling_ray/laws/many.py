@@ -188,6 +188,20 @@ class Design:
         return ends[0], ends[1]
 
 
+def refit(form: Form, axes: Mapping[str, Floats], losses: Floats) -> Solutions:
+    """Fit a law to B sets of losses (B, R) of the same R runs, for example draws of a bootstrap or of seed noise.
+
+    Runs that share all ``axes`` (each (R,)) are gathered into their mean, which is least squares over runs.
+    """
+    stacked = np.stack([np.asarray(axes[name], dtype=np.float64) for name in form.axes], axis=1)
+    cells, cell_of_run, runs = np.unique(stacked, axis=0, return_inverse=True, return_counts=True)
+    belongs = np.zeros((len(stacked), len(cells)))
+    belongs[np.arange(len(stacked)), np.asarray(cell_of_run).reshape(-1)] = 1.0
+    means = np.atleast_2d(losses) @ (belongs / runs)
+    named = {name: cells[:, i] for i, name in enumerate(form.axes)}
+    return Design(form, named, runs.astype(np.float64)).fit(means)
+
+
 def _lowest_minima(misfit: Floats, count: int) -> list[np.ndarray]:
     """Flat indices of the ``count`` lowest grid minima of each table; the lowest again where there are fewer."""
     lowest = np.ones(misfit.shape, dtype=bool)
