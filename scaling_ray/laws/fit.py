@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 _GRID_POINTS = {0: 1, 1: 121, 2: 37}  # per free exponent, equally spaced in its logarithm
 _ZOOM_POINTS = {0: 1, 1: 17, 2: 9}
 _STARTS = 4
+_MOST_STEPS = 200  # along a flat valley rounding alone would go on for ever
 _LOG_LOW, _LOG_HIGH = (float(np.log(edge)) for edge in EXPONENT_SEARCH)
 
 
@@ -190,7 +191,9 @@ class Problem:
             reach = float(axis[1] - axis[0]) if free else 0.0
             offsets = np.linspace(-1.0, 1.0, _ZOOM_POINTS[len(free)])
             window = _lattice(offsets, len(free))
-            while reach > tolerance:
+            steps = 0
+            while reach > tolerance and steps < _MOST_STEPS:
+                steps += 1
                 around = np.clip(centre + reach * window, _LOG_LOW, _LOG_HIGH)
                 values, solved = misfit_at(around)
                 k = int(np.argmin(values))

@@ -20,6 +20,7 @@ from scaling_ray.laws.forms import EXPONENT_SEARCH
 _SCAN_POINTS, _RESCAN_POINTS = 41, 9
 _REGION_POINTS = {0: 1, 1: 241, 2: 41}
 _REGION_ZOOM = {0: 1, 1: 21, 2: 9}
+_MOST_STEPS = 80  # along a flat rim rounding alone would go on for ever
 _AT_EDGE = 1e-6  # in log exponents
 _SEARCH = (float(np.log(EXPONENT_SEARCH[0])), float(np.log(EXPONENT_SEARCH[1])))
 
@@ -60,8 +61,8 @@ def threshold(problem: Problem, best: Solution, level: float) -> float | None:
     if problem.freedom < 1:
         return None
     allowed = best.rss * float(fdtri(1, problem.freedom, level)) / problem.freedom
-    # A table without any noise would leave nothing to bracket.
-    exact = 1e-20 * float(np.sum(problem.points.weight * problem.points.loss**2))
+    # A table without any noise would leave nothing to bracket but the search's own last digits.
+    exact = 1e-14 * float(np.sum(problem.points.weight * problem.points.loss**2))
     return best.misfit_rss + max(allowed, exact)
 
 
@@ -172,9 +173,12 @@ def _outermost_crossing(problem: Problem, index: int, edge: float, centre: float
         return None
     outside, inside, points = edge, centre, _SCAN_POINTS
     near: tuple[float, float] | None = None
+    # The other exponent's own error, squared, must stay far below what the limit allows.
+    total = float(np.sum(problem.points.weight * problem.points.loss**2))
+    coarse = 1e-3 if limit > 1e-9 * total else 1e-7
     while abs(inside - outside) > 1e-7:
         steps = np.linspace(outside, inside, points)
-        misfit, other = problem.misfit_along(index, steps, near, 1e-3 if near is None else 1e-5)
+        misfit, other = problem.misfit_along(index, steps, near, coarse if near is None else min(coarse, 1e-5))
         points = _RESCAN_POINTS
         below = misfit <= limit
         below[-1] = True  # the optimum, or a point found below in the scan before
@@ -216,7 +220,9 @@ def _extremes(
         reach = (box[:, 1] - box[:, 0]) / max(_REGION_POINTS[dimensions] - 1, 1)
         offsets = np.linspace(-1.0, 1.0, _REGION_ZOOM[dimensions])
         window = np.stack([g.ravel() for g in np.meshgrid(*[offsets] * dimensions)], axis=1) if dimensions else None
-        while window is not None and np.max(reach) > 1e-7:
+        steps = 0
+        while window is not None and np.max(reach) > 1e-7 and steps < _MOST_STEPS:
+            steps += 1
             around = np.clip(centre + reach * window, box[:, 0], box[:, 1])
             values = sign * _ends_at(problem, np.exp(around), weights, limit, sign)
             k = int(np.argmax(values))
