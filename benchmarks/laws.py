@@ -2,8 +2,9 @@
 
 Writes reports/benchmarks/laws.json, each entry with the machine, the date and the commit. Seeds are fixed. Nothing here
 judges: bars and figures stand side by side in ``bars``. The bars leave designs open, and trial runs were seen before
-these were settled: log-linear tables and two largest sizes that turn up (refused less often) stand beside the edge-floor
-bar and not in it, elbows at the higher noise likewise, and recovery depends on the gap, so that half of it is shown too.
+these were settled: log-linear tables and two largest sizes that turn up (refused less often) stand beside the
+edge-floor bar and not in it, elbows at the higher noise likewise, and recovery depends on the gap, so that half of it
+is shown too.
 
 - sizes: six of the study's ladder (TINY to XL) and eight equally spaced over the same range; 3 seeds;
 - with floor: the smallest size stands 1.0 above a floor of 1.0, about the gap that the smallest sizes of a planted
