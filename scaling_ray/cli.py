@@ -102,7 +102,21 @@ def _fit(options: argparse.Namespace) -> int:
     found = fit_table(read_table(options.table))
     write_json(options.out, found)
     headline = found["headline"]
+    used = {name: column for name, column in found["columns_used"].items() if column is not None}
+    say("columns used: " + ", ".join(n if n == column else f"{n} = {column}" for n, column in used.items()))
     print(f"{headline['verdict']}: {'; '.join(headline['reasons']) or headline['form']}")
+    return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from scaling_ray.report.audit_page import build_audit
+
+    page, found = build_audit(options.out, options.published)
+    reported, supported = found["published"], found["supported"]
+    print(f"reported: alpha {reported['alpha']!r}, a {reported['a']!r}, c {reported['c']!r}, R2 {reported['r2_log']!r}")
+    low, high = supported["alpha"]["low"], supported["alpha"]["high"]
+    print(f"supported: {supported['verdict']}; alpha {low:.2f} to {high:.2f} over declared choices of the same runs")
+    print(page)
     return 0
 
 
@@ -300,6 +314,14 @@ def build_parser() -> argparse.ArgumentParser:
         "table", type=Path, metavar="SWEEP_DIR|TABLE", help="a sweep, or .csv/.parquet with columns params and loss"
     )
     fit.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    audit = verb(verbs, "audit", _audit, "re-read the published law: what was reported, what the same runs support")
+    audit.add_argument("--out", type=Path, required=True, help="directory of audit.json and audit.html")
+    audit.add_argument(
+        "--published",
+        type=Path,
+        default=None,
+        help="directory of the published run tables (the shipped ones if left out)",
+    )
     report = verb(verbs, "report", _report, "write a sweep's report: report.html, report.json, figures")
     report.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
     report.add_argument("--out", type=Path, required=True, help="directory of the report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scaling_ray.laws.many import refit
 from scaling_ray.laws.table import fit_table
 
-__all__ = ["fit_table"]
+__all__ = ["fit_table", "refit"]

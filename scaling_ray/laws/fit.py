@@ -22,6 +22,7 @@ Floats = NDArray[np.float64]
 _GRID_POINTS = {0: 1, 1: 121, 2: 37}  # per free exponent, equally spaced in its logarithm
 _ZOOM_POINTS = {0: 1, 1: 17, 2: 9}
 _STARTS = 4
+_MOST_STEPS = 200  # along a flat valley rounding alone would go on for ever
 _LOG_LOW, _LOG_HIGH = (float(np.log(edge)) for edge in EXPONENT_SEARCH)
 
 
@@ -37,6 +38,13 @@ class Points:
     loss: Floats  # (C,) mean over the runs of the cell
     runs: Floats  # (C,) number of runs
     replicate_rss: float
+    run_weight: Floats | None = None  # (C,) weight of one run of the cell; one each where None
+    cell_rss: Floats | None = None  # (C,) unweighted sum of squares of runs around the mean of their cell
+
+    @property
+    def weight(self) -> Floats:
+        """Weight of each cell mean, (C,): its runs, times what one of them weighs."""
+        return self.runs if self.run_weight is None else self.runs * self.run_weight
 
     @property
     def n_runs(self) -> int:
@@ -69,8 +77,10 @@ def gather(axes: Mapping[str, Floats], loss: Floats) -> Points:
         keys, cell_of_run = np.zeros((1, 0)), np.zeros(loss.size, dtype=np.int64)
     runs = np.bincount(cell_of_run, minlength=len(keys)).astype(np.float64)
     mean = np.bincount(cell_of_run, weights=loss, minlength=len(keys)) / runs
-    replicate_rss = float(np.sum((loss - mean[cell_of_run]) ** 2))
-    return Points({name: keys[:, i].copy() for i, name in enumerate(axes)}, mean, runs, replicate_rss)
+    squares = np.bincount(cell_of_run, weights=(loss - mean[cell_of_run]) ** 2, minlength=len(keys))
+    cell_rss: Floats = np.asarray(squares, dtype=np.float64)
+    named = {name: keys[:, i].copy() for i, name in enumerate(axes)}
+    return Points(named, mean, runs, float(cell_rss.sum()), cell_rss=cell_rss)
 
 
 @dataclass(frozen=True)
@@ -94,11 +104,11 @@ class Problem:
     def __init__(self, form: Form, points: Points) -> None:
         """Take ``form`` to ``points``, whose axes must include the form's."""
         self.form, self.points = form, points
-        self._root_runs = np.sqrt(points.runs)
-        self._target = points.loss * self._root_runs
+        self._root_weight = np.sqrt(points.weight)
+        self._target = points.loss * self._root_weight
         # Axes are divided by their geometric mean, so that columns stay near one at every exponent.
         self._reference = {axis: float(np.exp(np.mean(np.log(points.axes[axis])))) for axis in form.axes}
-        self._log_axes = {axis: np.log(points.axes[axis] / self._reference[axis]) for axis in form.axes}
+        self._largest = {axis: float(np.max(points.axes[axis])) for axis in form.axes}
 
     @property
     def freedom(self) -> int:
@@ -111,51 +121,53 @@ class Problem:
             return float(solution.exponents[self.form.exponents.index(name)])
         return float(solution.coefficients[self.form.coefficients.index(name)])
 
-    def design(self, exponents: Floats) -> tuple[Floats, Floats]:
-        """Columns (K, C, m) for K trial exponents (K, q), and what turns their coefficients to plain units (K, m)."""
-        trials, cells = exponents.shape[0], self.points.n_cells
-        columns = np.empty((trials, cells, len(self.form.terms)))
-        units = np.ones((trials, len(self.form.terms)))
+    def columns_at(self, exponents: Floats, axes: Mapping[str, Floats]) -> tuple[Floats, Floats]:
+        """The law's columns at ``axes`` (each (N,)) for K trial exponents (K, q).
+
+        Returns:
+            columns (K, N, m), and what turns their coefficients to plain units (K, m).
+        """
+        count = len(next(iter(axes.values()))) if axes else self.points.n_cells
+        columns = np.ones((exponents.shape[0], count, len(self.form.terms)))
+        units = np.ones((exponents.shape[0], len(self.form.terms)))
         for j, term in enumerate(self.form.terms):
-            if term.axis is None or term.exponent is None:
-                columns[:, :, j] = 1.0
+            if term.axis is None:
+                continue
+            if term.exponent is None:
+                columns[:, :, j] = np.log(self._largest[term.axis] / np.asarray(axes[term.axis]))[None, :]
                 continue
             power = exponents[:, self.form.exponents.index(term.exponent)]
-            columns[:, :, j] = np.exp(-power[:, None] * self._log_axes[term.axis][None, :])
+            logs = np.log(np.asarray(axes[term.axis]) / self._reference[term.axis])
+            columns[:, :, j] = np.exp(-power[:, None] * logs[None, :])
             units[:, j] = self._reference[term.axis] ** power
         return columns, units
 
-    def solve(self, exponents: Floats, fixed: Mapping[int, float] | None = None) -> tuple[Floats, Floats]:
-        """Best non-negative coefficients at each of K trial exponents (K, q).
+    def design(self, exponents: Floats) -> tuple[Floats, Floats]:
+        """Columns (K, C, m) at the cells for K trial exponents (K, q), and their units (K, m)."""
+        return self.columns_at(exponents, self.points.axes)
 
-        Args:
-            exponents: trial exponents, (K, q).
-            fixed: coefficient index -> value held there, in plain units.
+    def weighted_design(self, exponents: Floats) -> tuple[Floats, Floats, Floats]:
+        """Columns (K, C, m) and target (C,) whose plain least squares is the weighted one, and units (K, m)."""
+        columns, units = self.design(exponents)
+        return columns * self._root_weight[None, :, None], self._target, units
+
+    def solve(self, exponents: Floats) -> tuple[Floats, Floats]:
+        """Best non-negative coefficients at each of K trial exponents (K, q).
 
         Returns:
             misfit sum of squares of cell means (K,) and coefficients (K, m) in plain units.
         """
-        fixed = fixed or {}
-        columns, units = self.design(exponents)
-        weighted = columns * self._root_runs[None, :, None]
-        target = np.broadcast_to(self._target, weighted.shape[:2]).copy()
-        scaled = np.zeros_like(units)
-        for j, value in fixed.items():
-            scaled[:, j] = value / units[:, j]
-            target -= scaled[:, j, None] * weighted[:, :, j]
-        free = [j for j in range(units.shape[1]) if j not in fixed]
-        misfit, best = _non_negative(weighted[:, :, free], target)
-        scaled[:, free] = best
+        weighted, target, units = self.weighted_design(exponents)
+        misfit, scaled = non_negative(weighted, np.broadcast_to(target, weighted.shape[:2]))
         return misfit, scaled * units
 
     def search(
         self,
         held: Mapping[int, float] | None = None,
-        fixed: Mapping[int, float] | None = None,
         tolerance: float = 1e-9,
         near: Floats | None = None,
     ) -> Solution:
-        """The minimum over the exponents not ``held`` and the coefficients not ``fixed`` (index -> value).
+        """The minimum over the exponents not ``held`` (index -> value).
 
         Global, from every minimum of a grid; or, with ``near`` (q,), from there only.
         """
@@ -169,7 +181,7 @@ class Problem:
         def misfit_at(log_free: Floats) -> tuple[Floats, Floats]:
             logs = np.tile(base, (len(log_free), 1))
             logs[:, free] = log_free
-            return self.solve(np.exp(logs), fixed)
+            return self.solve(np.exp(logs))
 
         misfit, coefficients = misfit_at(trials)
         best_trial, best_misfit, best_coefficients = trials[0], np.inf, coefficients[0]
@@ -179,7 +191,9 @@ class Problem:
             reach = float(axis[1] - axis[0]) if free else 0.0
             offsets = np.linspace(-1.0, 1.0, _ZOOM_POINTS[len(free)])
             window = _lattice(offsets, len(free))
-            while reach > tolerance:
+            steps = 0
+            while reach > tolerance and steps < _MOST_STEPS:
+                steps += 1
                 around = np.clip(centre + reach * window, _LOG_LOW, _LOG_HIGH)
                 values, solved = misfit_at(around)
                 k = int(np.argmin(values))
@@ -197,11 +211,23 @@ class Problem:
         exponents = np.exp(logs)
         return Solution(best_misfit + self.points.replicate_rss, best_misfit, exponents, best_coefficients)
 
-    def misfit_along(self, index: int, log_values: Floats) -> Floats:
-        """Best misfit with exponent ``index`` held at each exp(log_values) (N,), the other (at most one) free: (N,)."""
+    def misfit_along(
+        self, index: int, log_values: Floats, near: tuple[float, float] | None = None, tolerance: float = 1e-5
+    ) -> tuple[Floats, Floats]:
+        """Best misfit with exponent ``index`` held at each exp(log_values) (N,), the other (at most one) free.
+
+        Args:
+            index: of the exponent that is held.
+            log_values: where it is held.
+            near: range of the other's logarithm to start from; all of its search where None.
+            tolerance: of the other's logarithm; the misfit is flat to second order there.
+
+        Returns:
+            misfit (N,) and the other's logarithm (N,), zero where there is none.
+        """
         n_exponents, held = len(self.form.exponents), np.asarray(log_values)
         if n_exponents == 1:
-            return self.solve(np.exp(held)[:, None])[0]
+            return self.solve(np.exp(held)[:, None])[0], np.zeros(held.size)
 
         def misfit_at(other: Floats) -> Floats:  # (N, T) -> (N, T)
             logs = np.empty((other.size, 2))
@@ -209,30 +235,25 @@ class Problem:
             logs[:, 1 - index] = other.reshape(-1)
             return self.solve(np.exp(logs))[0].reshape(other.shape)
 
-        axis = np.linspace(_LOG_LOW, _LOG_HIGH, 61)
+        axis = np.linspace(_LOG_LOW, _LOG_HIGH, 31) if near is None else np.linspace(*near, 9)
         other = np.tile(axis, (held.size, 1))
-        reach, lowest = float(axis[1] - axis[0]), np.full(held.size, np.inf)
-        offsets = np.linspace(-1.0, 1.0, 11)
+        each, reach, lowest = np.arange(held.size), float(axis[1] - axis[0]), np.full(held.size, np.inf)
+        centre, offsets = np.zeros(held.size), np.linspace(-1.0, 1.0, 9)
         while True:
             misfit = misfit_at(other)
             best = np.argmin(misfit, axis=1)
-            lowest = np.minimum(lowest, misfit[np.arange(held.size), best])
-            if reach < 1e-5:
-                return lowest
-            centre = other[np.arange(held.size), best]
+            centre = np.where(misfit[each, best] < lowest, other[each, best], centre)
+            lowest = np.minimum(lowest, misfit[each, best])
+            if reach < tolerance:
+                return lowest, centre
             other = np.clip(centre[:, None] + reach * offsets, _LOG_LOW, _LOG_HIGH)
             reach *= float(offsets[1] - offsets[0]) * 1.5
 
     def predict(self, solution: Solution, axes: Mapping[str, Floats]) -> Floats:
         """The law's loss at ``axes`` (each (N,))."""
-        total: Floats = np.zeros(len(next(iter(axes.values()))))
-        for j, term in enumerate(self.form.terms):
-            if term.axis is None or term.exponent is None:
-                total = total + solution.coefficients[j]
-            else:
-                power = solution.exponents[self.form.exponents.index(term.exponent)]
-                total = total + solution.coefficients[j] * np.asarray(axes[term.axis]) ** -power
-        return total
+        columns, units = self.columns_at(solution.exponents[None, :], axes)
+        predicted: Floats = columns[0] @ (solution.coefficients / units[0])
+        return predicted
 
 
 def _lattice(axis: Floats, dimensions: int) -> Floats:
@@ -254,11 +275,11 @@ def _local_minima(misfit: Floats) -> list[int]:
     return [int(i) for i in flat[np.argsort(misfit.reshape(-1)[flat])][:_STARTS]]
 
 
-def _non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
+def non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
     """Exact non-negative least squares for K small problems at once, by trying every set of active columns.
 
     Args:
-        columns: (K, C, m), m at most 3 or so.
+        columns: (K, C, m), m at most 4 or so.
         target: (K, C).
 
     Returns:
@@ -272,8 +293,10 @@ def _non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
         for active in combinations(range(width), size):
             if pending.size == 0:
                 return rss, best
-            some, wanted = columns[pending][:, :, active], target[pending]
-            left, solved = _least_squares(some, wanted)
+            # Every column of every problem is what the first pass takes, without a copy.
+            first = size == width and pending.size == trials
+            some, wanted = (columns, target) if first else (columns[pending][:, :, active], target[pending])
+            left, solved = least_squares(some, wanted)
             feasible = np.all(solved >= 0.0, axis=1)
             better = feasible & (left < rss[pending])
             rows = pending[better]
@@ -286,7 +309,7 @@ def _non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
     return rss, best
 
 
-def _least_squares(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
+def least_squares(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
     """Unconstrained least squares of K problems (K, C, m), (K, C) by modified Gram-Schmidt with the target as last.
 
     Batched LAPACK spends most of its time entering and leaving matrices this small. Bjorck, BIT 7 (1967) 1: backward

@@ -1,8 +1,12 @@
-"""The shapes a law may take: a sum of terms ``coefficient * axis ** -exponent``, every coefficient >= 0."""
+"""The shapes a law may take: a sum of terms ``coefficient * axis ** -exponent``, every coefficient >= 0.
+
+A term with an axis and no exponent is ``coefficient * log(largest axis / axis)``, so that its law reads from the
+largest value down and stays a sum of non-negative terms. The law that breaks is not such a sum: see ``elbow.py``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The exponents are searched here and nowhere else; an estimate on the edge of a search is no estimate.
 EXPONENT_SEARCH = (0.01, 3.0)
@@ -10,7 +14,7 @@ EXPONENT_SEARCH = (0.01, 3.0)
 
 @dataclass(frozen=True)
 class Term:
-    """``coefficient * axis ** -exponent``, or the bare coefficient (a floor) where ``axis`` is None."""
+    """``coefficient * axis ** -exponent``; with no ``axis`` a floor; with no ``exponent`` a logarithm of the axis."""
 
     coefficient: str
     axis: str | None = None
@@ -63,3 +67,13 @@ PARAMS_CELLS = Form(
     "L = E + a / P^alpha + b / D^beta",
     (Term("E"), Term("a", "params", "alpha"), Term("b", "cells", "beta")),
 )
+CELLS_LOG = Form("cells_log", "L = k + b log(D_max / D)", (Term("k"), Term("b", "cells")))
+
+
+def in_axis(form: Form, axis: str, symbol: str) -> Form:
+    """A form of P on another axis, for example exact FLOPs: ``power_floor`` becomes ``power_floor_flops``."""
+    terms = tuple(term if term.axis is None else replace(term, axis=axis) for term in form.terms)
+    return Form(f"{form.name}_{axis}", form.formula.replace("P^", f"{symbol}^"), terms)
+
+
+POWER_FLOPS, POWER_FLOOR_FLOPS = in_axis(POWER, "flops", "C"), in_axis(POWER_FLOOR, "flops", "C")

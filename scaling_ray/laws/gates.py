@@ -16,7 +16,8 @@ from scipy.special import fdtrc
 
 from scaling_ray.laws.fit import Floats, Points, Problem, Solution
 from scaling_ray.laws.forms import EXPONENT_SEARCH, Form
-from scaling_ray.laws.intervals import Interval, Refit
+from scaling_ray.laws.intervals import Interval
+from scaling_ray.laws.refits import Refit
 
 Rows = Mapping[str, NDArray]  # one entry per column, each (R,)
 
@@ -24,6 +25,7 @@ MIN_SIZES, MIN_CELL_COUNTS = 4, 3
 SIZE_EFFECT_P, LACK_OF_FIT_P = 0.001, 0.01
 MAX_RATIO = 3.0
 LEAK_Z = -4.0
+SEARCH_ERROR = 1e-5
 MIN_RESIDUAL_FREEDOM = 8  # without repeated cells, residuals stand in for seed noise from here on
 
 # What must be the same in all runs of one law, and what may follow the size and the data but not change within a cell.
@@ -41,6 +43,7 @@ COHORT_COLUMNS = (
 PER_CELL_COLUMNS = ("max_cells_seen", "lr", "micro_steps")
 
 _AXIS_WORDS = {"params": ("sizes", "parameters"), "cells": ("data sizes", "training cells")}
+_AXIS_WORDS |= {"flops": ("budgets", "FLOP")}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def verdict(shut: Sequence[Shut]) -> str:
 def count_gates(form: Form, points: Points) -> list[Shut]:
     """Too few sizes, or too few distinct numbers of cells, to determine an exponent at all."""
     shut = []
-    needs = {"params": MIN_SIZES, "cells": MIN_CELL_COUNTS}
+    needs = {"params": MIN_SIZES, "cells": MIN_CELL_COUNTS, "flops": MIN_SIZES}
     for axis in form.axes:
         values = points.distinct(axis)
         if values.size < needs[axis]:
@@ -106,6 +109,7 @@ def protocol_gates(rows: Rows) -> list[Shut]:
                     f"runs of one cell that share {name}",
                 )
             )
+    shut += _seed_gates(rows, cell_of_run)
     if "undertrained" in rows and (count := int(np.sum(_flags(rows["undertrained"])))):
         cells = len(np.unique(cell_of_run[_flags(rows["undertrained"])]))
         shut.append(
@@ -136,6 +140,21 @@ def protocol_gates(rows: Rows) -> list[Shut]:
                 )
             )
     return shut
+
+
+def _seed_gates(rows: Rows, cell_of_run: NDArray) -> list[Shut]:
+    """Runs of one cell are repeats only where their seeds are known to differ."""
+    if "seed" not in rows:
+        return []
+    seeds = rows["seed"].astype(str)
+    if missing := int(np.sum(seeds == "")):
+        reason = f"{missing} of {seeds.size} runs have no seed, so it is not known which runs of a cell are repeats"
+        return [Shut(reason, "the seed of every run")]
+    keys = np.array([f"{cell}/{seed}" for cell, seed in zip(cell_of_run, seeds, strict=True)])
+    if repeated := seeds.size - np.unique(keys).size:
+        reason = f"{repeated} runs have the size, cells and seed of another run: they are copies and not repeats"
+        return [Shut(reason, "one run of each size, cells and seed")]
+    return []
 
 
 def _gene_mean_gate(rows: Rows) -> list[Shut]:
@@ -200,9 +219,26 @@ def f_tests(problem: Problem, best: Solution) -> Tests:
         rss, groups = _within(points, np.asarray(group).reshape(-1))
         rss += points.replicate_rss
         effects[axis] = _f_tail(rss - noise_rss, saturated - groups, noise_rss, freedom)
+        if saturated - groups < 1 <= problem.freedom:
+            effects[axis] = _nested_effect(problem, best, axis)
     extra = points.n_cells - len(form.parameters)
-    lack = _f_tail(best.misfit_rss, extra, points.replicate_rss, points.replicate_freedom)
+    # Rounding is no lack of fit, even where copies of one loss leave no noise to hide it.
+    rounding = 1e-20 * float(np.sum(points.runs * points.loss**2))
+    misfit = best.misfit_rss if best.misfit_rss > rounding else 0.0
+    lack = _f_tail(misfit, extra, points.replicate_rss, points.replicate_freedom)
     return Tests(effects, lack)
+
+
+def _nested_effect(problem: Problem, best: Solution, axis: str) -> float | None:
+    """Whether the law without an axis does as well, by the residuals of the whole law.
+
+    For tables where nearly every cell has values of its own, such as a D that differs from run to run.
+    """
+    form = problem.form
+    shorter = Form(f"{form.name}_without_{axis}", "", tuple(term for term in form.terms if term.axis != axis))
+    reduced = Problem(shorter, problem.points).search()
+    extra = len(form.parameters) - len(shorter.parameters)
+    return _f_tail(reduced.rss - best.rss, extra, best.rss, problem.freedom)
 
 
 def fit_gates(
@@ -213,7 +249,7 @@ def fit_gates(
     shut = []
     for axis, p in tests.effect_p.items():
         plural, unit = _AXIS_WORDS[axis]
-        what = "size" if axis == "params" else "data"
+        what = {"params": "size", "cells": "data", "flops": "compute"}[axis]
         if p is None:
             shut.append(
                 Shut(
@@ -242,7 +278,9 @@ def fit_gates(
         )
     for name in form.exponents:
         estimate = problem.value(best, name)
-        moved = [refit for refit in refits if refit.exponent == name and refit.bonferroni.excludes(estimate)]
+        own = [refit for refit in refits if refit.exponent == name and refit.bonferroni.excludes(estimate)]
+        # Without noise intervals have no width, and the searches' own last digits would lie outside.
+        moved = [refit for refit in own if abs(refit.values[name] / estimate - 1.0) > SEARCH_ERROR]
         if moved:
             plural, unit = _AXIS_WORDS[form.axis_of(name)]
             shut.append(

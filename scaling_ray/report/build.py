@@ -82,4 +82,7 @@ def _nothing_to_fit(reason: str) -> dict[str, Any]:
     empty: dict[str, Any] = {
         name: [] for name in ("choices", "fits", "leave_one_out", "held_out_largest", "excluded", "notes")
     }
-    return {"format": 1, "headline": head, **empty, "baselines": {"by_cells": [], "sizes": []}, "points": {"runs": 0}}
+    blank = {"budgets": [], "reason": "there is nothing to fit"}
+    empty |= {"next_steps": [], "compute_optimal": blank, "iso_flop": blank | {"growth": None}}
+    empty |= {"planted_floor": None, "units": {"names": {}, "conditional_on": None, "by_cell": []}}
+    return {"format": 2, "headline": head, **empty, "baselines": {"by_cells": [], "sizes": []}, "points": {"runs": 0}}
