@@ -22,6 +22,7 @@ from scaling_ray.model.sizes import training_flops_per_cell
 from scaling_ray.records import MetricSums, RunResult
 from scaling_ray.shards.read import Cells
 from scaling_ray.spec import RunSpec, TrainSpec
+from scaling_ray.train.batches import BatchSource
 from scaling_ray.train.checkpoint import (
     Attempt,
     Progress,
@@ -537,3 +538,13 @@ def test_sums_add_and_divide_once() -> None:
     assert sums == MetricSums(7.0, 7.0)
     assert sums.mse == 1.0
     assert math.isnan(MetricSums().mse)
+
+
+def test_cells_kept_on_the_device_make_the_same_batches(make_run: MakeRun, data: RunData) -> None:
+    run = make_run("max_cells_seen = 6400\numi_fraction = 0.5")
+    feed = data.feed(run)
+    kept, made = (BatchSource(feed, run.train, run.seed, torch.device("cpu"), keep=keep) for keep in (True, False))
+    for step in (0, 5, 11, 199):
+        one, other = kept.batch(step, slice(4, 20)), made.batch(step, slice(4, 20))
+        assert torch.equal(one.values, other.values) and torch.equal(one.targets, other.targets)
+        assert torch.equal(one.masks.positions, other.masks.positions)
