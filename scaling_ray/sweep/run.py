@@ -313,7 +313,7 @@ class _Sweep:
             tune.Tuner(
                 trainable,
                 param_space={"runs": tune.grid_search([[run.model_dump_json() for run in group] for group in groups])},
-                tune_config=tune.TuneConfig(metric="val_mse", mode="min", reuse_actors=True),
+                tune_config=tune.TuneConfig(reuse_actors=True),
                 run_config=tune.RunConfig(
                     name="trials",
                     storage_path=str(scratch.resolve()),
@@ -361,7 +361,9 @@ class _Sweep:
         left, directory = len(self._waiting(self.runs)), self.directory(run)
         result = read_result(directory)
         failure = recorded_failure(directory)
-        end = f"val_mse {result.val_mse:.4f}" if result else f"failed ({failure})" if failure else "stopped, saved"
+        if result is None and failure is None and asked_to_stop(self.sweep):
+            return
+        end = f"val_mse {result.val_mse:.4f}" if result else f"failed ({failure or 'lost'})"
         self.progress(f"[{len(self.runs) - left:>3}/{len(self.runs)}] {run.run_id:55} {end}  {seconds:.0f} s")
         for row in read_metrics(directory / "metrics.jsonl"):
             if row["kind"] == "note":
@@ -407,9 +409,7 @@ def _trial(
 
         with contextlib.suppress(Preempted):
             Trial(place, shards, record, held, feed).train(runs)
-    results = [result for run in runs if (result := read_result(place / "runs" / run.run_id))]
-    best = min((result.val_mse for result in results), default=float("inf"))
-    tune.report({"val_mse": best, "seconds": time.monotonic() - began})
+    tune.report({"seconds": time.monotonic() - began})
 
 
 def _progress_callback(sweep: _Sweep) -> Any:
