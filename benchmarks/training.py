@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import machine, say
@@ -46,6 +46,13 @@ cpus = 2
 
 Rate = Callable[[], float]
 """Cells a second, measured once."""
+
+
+class Plain(NamedTuple):
+    """The plain loop's dropout, and the cells of its batches."""
+
+    dropout: float
+    batch: int
 
 
 def run_of(size: str, train: str = "", cells_per_step: int = CELLS_PER_STEP) -> RunSpec:
@@ -93,42 +100,37 @@ def ratio(found: dict[str, list[float]], one: str, other: str) -> dict[str, Any]
     return {"ratio": statistics.median(ratios), "ratios": ratios, "cells_per_second": found}
 
 
+def against_reference(
+    name: str, options: argparse.Namespace, device: torch.device, sizes: tuple[str, ...], train: str, plain: Plain
+) -> dict[str, Any]:
+    """Sizes by lines of a spec against the plain loop, in turns."""
+    out = {}
+    for size in sizes:
+        run = run_of(size, train, cells_per_update(size))
+        accumulation = run.train.cells_per_step // plain.batch
+        rates = {"ours": ours(run, options.seconds, device)}
+        rates["reference"] = reference(size, options.seconds, device, plain.dropout, plain.batch, accumulation)
+        found = ratio(in_turns(rates, options.repeats), "ours", "reference")
+        out[size] = found | {"micro_batch": run.micro_batch, "precision": run.precision}
+        say(f"{name}, {size}: {out[size]['ratio']:.2f}")
+    return out
+
+
 def same_recipe(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Dropout 0.1 and float32 on both sides."""
-    out = {}
-    for size in ("TINY", "XS", "S"):
-        run = run_of(size, 'dropout = 0.1\nprecision = "fp32"')
-        rates = {"ours": ours(run, options.seconds, device)}
-        rates["reference"] = reference(size, options.seconds, device, 0.1, 4, 8)
-        out[size] = ratio(in_turns(rates, options.repeats), "ours", "reference") | {"micro_batch": run.micro_batch}
-        say(f"same recipe, {size}: {out[size]['ratio']:.2f}")
-    return out
+    train = 'dropout = 0.1\nprecision = "fp32"'
+    return against_reference("same recipe", options, device, ("TINY", "XS", "S"), train, Plain(0.1, 4))
 
 
 def without_dropout(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Dropout 0 and float32 on both sides, batches of 32."""
-    out = {}
-    for size in ("TINY", "XS"):
-        run = run_of(size, 'precision = "fp32"')
-        rates = {"ours": ours(run, options.seconds, device)}
-        rates["reference"] = reference(size, options.seconds, device, 0.0, 32, 1)
-        out[size] = ratio(in_turns(rates, options.repeats), "ours", "reference") | {"micro_batch": run.micro_batch}
-        say(f"without dropout, {size}: {out[size]['ratio']:.2f}")
-    return out
+    train = 'precision = "fp32"'
+    return against_reference("without dropout", options, device, ("TINY", "XS"), train, Plain(0.0, CELLS_PER_STEP))
 
 
 def own_recipe(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The default recipe (no dropout, precision by size) against the plain loop at dropout 0.1."""
-    out = {}
-    for size in ("XXS", "TINY", "XS", "S", "M"):
-        cells = cells_per_update(size)
-        run = run_of(size, cells_per_step=cells)
-        rates = {"ours": ours(run, options.seconds, device)}
-        rates["reference"] = reference(size, options.seconds, device, 0.1, 4, cells // 4)
-        found = in_turns(rates, options.repeats)
-        out[size] = ratio(found, "ours", "reference") | {"micro_batch": run.micro_batch, "precision": run.precision}
-        say(f"own recipe, {size}: {out[size]['ratio']:.2f}")
-    return out
+    return against_reference("own recipe", options, device, ("XXS", "TINY", "XS", "S", "M"), "", Plain(0.1, 4))
 
 
 def share_of_matmul(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
