@@ -71,6 +71,9 @@ def result_of(run: RunSpec) -> RunResult:
         train_seconds=0.5,
         workers=1,
         engine="plain",
+        micro_batch=32,
+        precision="fp32",
+        stacked=1,
         host="h",
     )
 
