@@ -55,7 +55,8 @@ def test_ladder_holds_seven_sizes_in_rising_order() -> None:
 def test_flops_agree_with_the_count_of_torch(shape: Shape) -> None:
     """torch counts matrix products. The formula has 3VD of input work, which is done as a product that counts as 4VD.
 
-    Its backward pass is one product and not two: values and masks need no gradient. Attention through the math path is counted as plain products, so its score recomputation cannot hide.
+    Its backward pass is one product and not two: values and masks need no gradient. Attention through the math path is
+    counted as plain products, so its score recomputation cannot hide.
     """
     genes, masked, cells = 40, 6, 2
     network = MaskedGeneTransformer(shape, genes)
