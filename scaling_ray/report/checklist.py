@@ -34,7 +34,7 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
         (
             "form",
             "Which variables, in which units?",
-            "; ".join(f"{d['term']}: {d['means']}" for d in report["definitions"]),
+            "; ".join(f"{d['term']}: {d['means']}" for d in report["definitions"] if len(d["term"]) == 1),
         ),
         ("form", "Which other forms were tried?", ", ".join(name.replace("_", " ") for name in others) or None),
         ("form", "When was the form chosen?", "by the shape of the table (number of sizes and of D), before any fit"),
@@ -131,9 +131,10 @@ def _rates(report: dict[str, Any]) -> str | None:
     tried = [len(row["tried"]) for row in table if row["tried"]]
     if not tried:
         return "fixed, not chosen among several" if any(row["used"] for row in table) else None
+    many = f"{min(tried)}" + (f" to {max(tried)}" if max(tried) > min(tried) else "")
     edge = [row["size"] for row in table if row["at_edge"]]
     rest = f"; at an edge of those tried: {', '.join(edge)}" if edge else "; none at an edge of those tried"
-    return f"per size, {min(tried)} to {max(tried)} rates on validation, with a seed that no law uses{rest}"
+    return f"per size, {many} rates on validation, with a seed that no law uses{rest}"
 
 
 def _stopping(train: dict[str, Any]) -> str | None:
@@ -157,4 +158,5 @@ def _held_out(fit: dict[str, Any]) -> str | None:
     if not fit["held_out_largest"]:
         return None
     inside = sum(bool(held["covered"]) for held in judged)
-    return f"the largest size, predicted by the others: {inside} of {len(fit['held_out_largest'])} cells inside their interval"
+    total = len(fit["held_out_largest"])
+    return f"the largest size, predicted by the others: {inside} of {total} cells inside their interval"

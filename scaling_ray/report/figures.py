@@ -54,19 +54,21 @@ def draw(chart: Chart, width: int, height: int) -> str:
     bars = [bar for s in chart.series for bar in s.bars]
     names = [s.label for s in chart.series] + [level.label for level in chart.levels]
     right = min(max([12, *(len(name) for name in names)]) * LETTER + 16 if any(names) else 20, 0.38 * width)
-    right += max((9 + 3 * (i + len(s.bars)) for i, s in enumerate(chart.series) if s.bars), default=0)
-    left, top, bottom = 58.0, 16.0, 62.0 if chart.x_names else 46.0
+    # Predictions stand beside their observations, the last of which may be at the right end.
+    beside = max((8 + 6 * (i + len(s.bars)) for i, s in enumerate(chart.series) if s.bars), default=0)
+    top, bottom = 16.0, 62.0 if chart.x_names else 46.0
     x_low, x_high = _log_span([x for x, _ in points])
     ys = [y for _, y in points] + [level.y for level in chart.levels]
     reach = max(ys) - min(ys)  # a wide prediction may not squeeze the measured losses: it is cut at the frame
     ends = [y for _, *three in bars for y in three if y is not None]
     ys += [min(max(y, min(ys) - 0.35 * reach), max(ys) + 0.35 * reach) for y in ends]
     marks = ticks(min(ys), max(ys), 5 if height < 360 else 7)
+    left = max(58.0, 32.0 + LETTER * max(len(plain(mark, marks)) for mark in marks))
     pad = 0.06 * (max(ys) - min(ys)) or 0.05 * abs(ys[0]) or 1.0
     y_low, y_high = min(ys) - pad, max(ys) + pad
 
     def across(x: float) -> float:
-        return left + (math.log10(x) - x_low) / (x_high - x_low) * (width - left - right)
+        return left + (math.log10(x) - x_low) / (x_high - x_low) * (width - left - right - beside)
 
     def down(y: float) -> float:
         return top + (y_high - y) / (y_high - y_low) * (height - top - bottom)
@@ -112,10 +114,12 @@ def draw(chart: Chart, width: int, height: int) -> str:
         for x, y in series.hollow:
             parts.append(f'<circle class="o{colour}" cx="{across(x):.1f}" cy="{down(y):.1f}" r="3.6"/>')
         for number, bar in enumerate(series.bars):
-            parts.append(_bar(bar, colour, across(bar[0]) + 9 + 3 * (i + number), down, top, base))
+            parts.append(_bar(bar, colour, across(bar[0]) + 9 + 6 * (i + number), down, top, base))
         last = means[-1] if means else series.hollow[-1]
         if series.label:
-            labels.append((down(last[1]), series.label, f"p{colour} name", across(last[0]) if series.joined else end))
+            labels.append(
+                (down(last[1]), series.label, f"p{colour} name", across(last[0]) if series.joined else math.inf)
+            )
     parts += _labels(labels, end, top, base)
     parts.append("</svg>")
     return "".join(parts)
@@ -138,7 +142,7 @@ def small_multiples(
         return ""
     columns = max(1, min(len(panels), width // 230))
     rows = math.ceil(len(panels) / columns)
-    left, top, head, foot, gap = 58.0, 30.0, 22.0, 22.0, 16.0
+    left, top, head, foot, gap = 58.0, 30.0, 22.0, 30.0, 16.0
     panel_width = (width - left - 12 - gap * (columns - 1)) / columns
     panel_height = 132.0
     height = top + rows * (head + panel_height + foot) + 26
@@ -193,7 +197,7 @@ def _labels(labels: Sequence[tuple[float, str, str, float]], end: float, top: fl
         limit = heights[i] - LINE_HEIGHT
     parts = []
     for (y, label, css, x), place in zip(placed, heights, strict=True):
-        if x < end or abs(place - y) > 1:
+        if x < end or (x == end and abs(place - y) > 1):
             parts.append(f'<path class="lead" d="M{x + 5:.1f} {y:.1f}L{max(end, x + 5) + 4:.1f} {place:.1f}"/>')
         parts.append(text(end + 12, max(place, top) + 4.5, label, css, "start"))
     return parts
@@ -229,8 +233,12 @@ def _log_marks(low: float, high: float, room: float) -> list[tuple[float, str]]:
     if len(decades) > 2:
         step = 2 if len(decades) * 34 > room else 1
         return [(10.0**decade, power_of_ten(decade)) for decade in decades if decade % step == 0]
-    fine = [m * 10.0**d for d in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
-    return [(value, short(value)) for value in fine if low <= math.log10(value) <= high]
+    for multiples in ((1, 2, 5), (1, 3), (1, 5), (1,), range(1, 10)):
+        fine = [m * 10.0**d for d in range(math.floor(low), math.ceil(high) + 1) for m in multiples]
+        fine = [value for value in fine if low <= math.log10(value) <= high]
+        if 2 <= len(fine) <= room / 42:
+            break
+    return [(value, short(value)) for value in fine]
 
 
 def _names_below(names: Sequence[tuple[float, str]], across: Callable[[float], float], base: float) -> list[str]:

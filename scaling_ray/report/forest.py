@@ -31,7 +31,7 @@ def draw_forest(
     values += list(band or ())
     if not values:
         return ""
-    above = width < 500
+    above = width < 640
     row_height = _TALL_ROW if above else _ROW
     left = 14.0 if above else min(0.5 * width, max(len(row.label) for row in rows) * LETTER + 24)
     right, top, bottom = 18.0, 8.0, 44.0
@@ -87,5 +87,5 @@ def _estimate(row: Row, y: float, x: object, low: float, high: float) -> str:
 
 
 def _fitted(label: str, room: float) -> str:
-    most = max(8, int(room / (LETTER - 0.6)))
+    most = max(8, int(room / (LETTER + 0.2)))
     return label if len(label) <= most else label[: most - 1].rstrip() + "…"

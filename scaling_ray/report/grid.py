@@ -1,4 +1,4 @@
-"""The grid of a sweep as a report shows it: cells over seeds, what is done of what was planned, rates, protocol, cost."""
+"""The grid of a sweep as a report shows it: cells over seeds, done of planned, rates, protocol, plan and actual."""
 
 from __future__ import annotations
 

@@ -66,11 +66,11 @@ def _span(parameter: dict[str, Any], low: str = "low", high: str = "high") -> st
     """An interval for reading; an open end is said."""
     ends = [parameter.get(low), parameter.get(high)]
     if ends == [None, None]:
-        return "open on both sides"
+        return "open"
     if ends[0] is None:
-        return f"below {_number(ends[1], 3)}, open downwards"
+        return f"below {_number(ends[1], 3)} (open)"
     if ends[1] is None:
-        return f"above {_number(ends[0], 3)}, open upwards"
+        return f"above {_number(ends[0], 3)} (open)"
     return f"{_number(ends[0], 3)} to {_number(ends[1], 3)}"
 
 

@@ -11,7 +11,13 @@ from scaling_ray.report.evidence import law_of, leave_one_out, residuals
 from scaling_ray.report.forest import Row, draw_forest
 from scaling_ray.report.runs import Run, finite, is_baseline, is_point, mean
 
-FIRST, WIDE, HALF, NARROW = 730, 1100, 540, 348  # pixels a figure is drawn for: first screen, column, half of it, phone
+FIRST, WIDE, HALF, CHOICES, NARROW = (
+    730,
+    1100,
+    540,
+    430,
+    348,
+)  # pixels a figure is drawn for: first screen, column, half of it, phone
 
 _SIZE_CAPTION = (
     "Points are runs, one per seed; lines join the means, one line for each number of training cells D. Hollow points: "
@@ -90,7 +96,7 @@ def _forests(fit: Mapping[str, Any], runs: Sequence[Run], suffix: str) -> list[P
     found = []
     if rows:
         title = "alpha under each declared choice"
-        wide, narrow = (draw_forest(title, "alpha", rows, width) for width in (HALF, NARROW))
+        wide, narrow = (draw_forest(title, "alpha", rows, width) for width in (CHOICES, NARROW))
         found.append(Picture(f"choices{suffix}", _CHOICES_CAPTION, wide, narrow, "choices"))
     for parameter, refits in leave_one_out(fit, runs).items():
         rows = [Row(f"without {r['without']}", r["value"], r["low"], r["high"]) for r in refits]

@@ -1,4 +1,4 @@
-"""From runs and a fit to the content of ``report.json``: the verdict in words, what stands on the first screen, and all."""
+"""From runs and a fit to the content of ``report.json``: the verdict in words, the first screen, and all below it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FORMAT = 2
 LOSS = "mean squared error per masked gene on test cells, of the checkpoint that validation chose"
 _NORMALISATION = {
     "corrected": "log1p of counts scaled to 10,000 by the cell's whole library",
-    "published": "log1p of counts scaled to 10,000 over the panel's genes alone, so that visible genes give away a part "
-    "of the masked",
+    "published": "log1p of counts scaled to 10,000 over the panel's genes alone: visible genes give away a part of the "
+    "masked",
 }
 
 
