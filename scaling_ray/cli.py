@@ -123,7 +123,7 @@ def _audit(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from scaling_ray.report.build import build_report
 
-    print(build_report(options.sweep, options.out))
+    print(build_report(options.sweep, options.out, beside=options.beside))
     return 0
 
 
@@ -325,6 +325,9 @@ def build_parser() -> argparse.ArgumentParser:
     report = verb(verbs, "report", _report, "write a sweep's report: report.html, report.json, figures")
     report.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
     report.add_argument("--out", type=Path, required=True, help="directory of the report")
+    report.add_argument(
+        "--beside", type=Path, default=None, metavar="SWEEP_DIR", help="another sweep, of the other recipe, to compare"
+    )
     status = verb(verbs, "status", _status, "a line per run of a sweep")
     status.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
     track = group("track", "MLflow tracking of a sweep")

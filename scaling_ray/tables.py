@@ -39,7 +39,7 @@ _NAMES = {
     "failure": ("failure",),
     "role": ("role",),
     "run_id": ("run_id",),
-    "per_gene_bits": ("per_gene_bits",),
+    "per_gene_bits": ("per_gene_bits", "test_per_gene_bits"),
     "count_bits": ("count_bits",),
     "nb_bits": ("nb_bits",),
     "multinomial_bits": ("multinomial_bits",),

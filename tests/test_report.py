@@ -8,15 +8,18 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from scaling_ray.errors import BadInput
 from scaling_ray.report.build import build_report
+from scaling_ray.report.runs import read_mlflow_link
 
 SIZES = {
     "XXS": (1, 533),
@@ -193,7 +196,7 @@ def test_a_rebuild_is_the_same_to_the_byte(tmp_path: Path):
     sweep = write_sweep(tmp_path / "s", sizes=("XXS", "W8", "TINY", "XS"), cells=(2_000,))
     page = build_report(sweep, tmp_path / "once")
     again = build_report(sweep, tmp_path / "twice")
-    for name in ("report.html", "report.json", "fit.json", "figures/loss-by-size.svg"):
+    for name in ("report.html", "report.json", "fit.json", "figures/loss-by-size.svg", "figures/loss-by-size.png"):
         assert (again.parent / name).read_bytes() == (page.parent / name).read_bytes()
 
 
@@ -260,3 +263,149 @@ def test_building_needs_neither_ray_nor_torch_nor_mlflow(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def text_of(page: Path) -> str:
+    """What a reader sees: the page without markup and style."""
+    text = re.sub(r"<style>.*?</style>|<svg.*?</svg>", " ", page.read_text(), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", text)))
+
+
+def test_the_first_screen_has_what_a_sceptic_asks_for(built):
+    report = json.loads((built[1].parent / "report.json").read_text())
+    seen = text_of(built[1])
+    first = seen[: seen.index("Best model")]
+    alpha = report["headline"]["parameters"]["alpha"]
+    assert f"{alpha['value']:.3f}" in first and f"{alpha['widest_low']:.3f} to {alpha['widest_high']:.3f}" in first
+    for words in (
+        "from seed noise",
+        "all trainable parameters",
+        "unique training cells",
+        "whole library",
+        "cosine schedule",
+        "predicted it before it was fitted",
+        "12 / 2 / 1 donors",
+        "6.0 to 96 epochs",
+        "Leak test passed",
+        "scaling-ray sweep",
+        "without the smallest size",
+    ):
+        assert words in first, words
+    picture = built[1].read_text().split("</svg>")[0]
+    assert all(f">{name}<" in picture for name in ("gene mean", "shrunk Gaussian", "planted floor", "D = 500"))
+
+
+def test_every_run_is_on_the_page_and_every_cell_leads_to_its_runs(built):
+    sweep, page = built
+    text = page.read_text()
+    for row in pq.read_table(sweep / "results.parquet").to_pylist():
+        assert row["run_id"] in text and row["mlflow_run_id"] in text
+    targets = set(re.findall(r'href="#(run-\d+)"', text))
+    assert len(targets) >= 36 and targets <= set(re.findall(r'id="(run-\d+)"', text))
+
+
+def test_the_later_sections_are_filled(built):
+    seen = text_of(built[1])
+    report = json.loads((built[1].parent / "report.json").read_text())
+    for title in ("Done of planned", "Compute-optimal", "In bits", "Plan against actual", "Data card", "Checklist"):
+        assert title in seen
+    assert "is_primary_data – 120" in seen and report["provenance"]["spec_sha256"] in seen
+    assert report["next_steps"] and report["next_steps"][0]["sentence"] in seen
+    answers = {entry["question"]: entry["answer"] for entry in report["checklist"]["entries"]}
+    assert answers["What form is fitted?"] == report["headline"]["formula"] and len(answers) >= 25
+    assert answers["Which data, is it public?"] == "CELLxGENE Census layout, version 2025-11-08"
+    fitted = [run["run_id"] for run in report["residuals"]]
+    assert len(fitted) == 30 and abs(sum(run["residual"] for run in report["residuals"])) < 1e-3
+
+
+def test_figures_are_also_png_of_twice_the_size(built):
+    folder = built[1].parent / "figures"
+    pictures = sorted(folder.glob("*.svg"))
+    assert len(pictures) >= 8
+    for picture in pictures:
+        data = picture.with_suffix(".png").read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and data[-8:-4] == b"IEND"
+        width = int(ElementTree.parse(picture).getroot().get("width"))
+        assert int.from_bytes(data[16:20], "big") == 2 * width
+        with Image.open(picture.with_suffix(".png")) as image:
+            colours = len(image.convert("RGB").getcolors(1 << 20))
+        assert colours > 50, "letters and lines leave many shades"
+
+
+def test_the_page_is_for_desks_phones_dark_rooms_and_paper(built):
+    text = built[1].read_text()
+    for rule in ("max-width:700px", "prefers-color-scheme:dark", "@media print", "overflow-x:auto"):
+        assert rule in text
+    assert text.count('<div class="wide">') == text.count('<div class="narrow">') >= 8
+    assert text.count("<table>") == text.count('<div class="scroll"><table>')
+
+
+def test_a_refused_sweep_shows_no_exponent_of_the_headline(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "s", noise=0.03)
+    page = build_report(sweep, tmp_path / "r")
+    report = json.loads((page.parent / "report.json").read_text())
+    seen = text_of(page)
+    assert report["verdict"] == "refused" and "parameters" not in report["headline"]
+    assert "No exponent, no floor" in seen and report["headline"]["settles"][0] in seen
+    assert all(reason in seen for reason in report["headline"]["reasons"])
+    assert "alpha is" not in report["second_sentence"]
+    assert "all runs" not in (page.parent / "figures" / "leave-one-out-alpha.svg").read_text()
+    assert report["next_steps"] == [] and report["compute_optimal"]["budgets"] == []
+
+
+def test_a_loss_that_is_no_number_is_said_on_the_page(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "s", sizes=("W8", "TINY", "XS", "S"), cells=(2_000,))
+    rows = pq.read_table(sweep / "results.parquet").to_pylist()
+    rows[0]["test_mse"] = float("nan")
+    pq.write_table(pa.Table.from_pylist(rows), sweep / "results.parquet")
+    page = build_report(sweep, tmp_path / "r")
+    assert "must be a positive finite number" in text_of(page)
+    assert "NaN" not in (page.parent / "report.json").read_text()
+
+
+def test_one_size_alone_is_a_page_with_its_losses(tmp_path: Path):
+    page = build_report(write_sweep(tmp_path / "s", sizes=("TINY",), cells=(2_000,)), tmp_path / "r")
+    report = json.loads((page.parent / "report.json").read_text())
+    assert report["verdict"] == "refused" and report["best"]["size"] == "TINY"
+    assert "TINY" in text_of(page)
+
+
+def test_the_plan_stands_against_what_was_done(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,), unfinished=1)
+    rows = pq.read_table(sweep / "results.parquet").to_pylist()
+    cells = [{"run_id": r["run_id"], "hours": 0.01, "workers": 1, "flops": 2 * r["flops"]} for r in rows]
+    stack = [r["run_id"] for r in rows if r["role"] == "rate"]
+    (sweep / "plan.json").write_text(json.dumps({"version": 2, "cells": cells, "stacks": [stack]}))
+    report = json.loads((build_report(sweep, tmp_path / "r").parent / "report.json").read_text())
+    law, rate = report["plan_against_actual"]
+    assert (law["runs"], rate["runs"]) == (1, 3)
+    assert law["actual_hours"] == pytest.approx(12.5 / 3600) and law["flops_ratio"] == pytest.approx(0.5)
+    assert rate["actual_hours"] == pytest.approx(12.5 / 3600), "three that trained as one took the time once"
+    assert report["completeness"][0]["rows"][0]["cells"] == [{"done": 1, "planned": 2, "failed": 0}]
+
+
+@pytest.mark.parametrize(
+    ("uri", "link"),
+    [
+        ("https://mlflow.example/base/", "https://mlflow.example/base/#/runs/abc123"),
+        ("sqlite:////tmp/mlruns.db", None),
+        ("https://user:secret@mlflow.example", None),
+    ],
+)
+def test_runs_link_to_a_tracking_server_and_never_with_a_password(tmp_path: Path, uri: str, link: str | None):
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / "mlflow.json").write_text(json.dumps({"mlflow_run_id": "abc123", "uri": uri}))
+    assert read_mlflow_link(tmp_path, "one") == link
+
+
+def test_two_recipes_stand_side_by_side(tmp_path: Path):
+    corrected = write_sweep(tmp_path / "c", sizes=("TINY", "XS"), cells=(2_000,))
+    published = write_sweep(tmp_path / "p", sizes=("TINY", "XS"), cells=(2_000,), planted=False)
+    rows = pq.read_table(published / "results.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([r | {"recipe": "published"} for r in rows]), published / "results.parquet")
+    page = build_report(corrected, tmp_path / "r", beside=published)
+    beside = json.loads((page.parent / "report.json").read_text())["beside"]
+    assert [side["recipe"] for side in beside["sides"]] == [["published"], ["corrected"]]
+    assert [row["size"] for row in beside["sizes"]] == ["TINY", "XS"]
+    assert "As published against corrected" in text_of(page) and "never one MSE with the other" in text_of(page)

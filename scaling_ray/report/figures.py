@@ -11,27 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-PALETTE = 6
-_LIGHT = "--ink:#1b2330;--soft:#5b6675;--rule:#e3e7ec;"
-_LIGHT += "--c0:#1f5fa8;--c1:#b04d06;--c2:#1b7448;--c3:#84389c;--c4:#a32c46;--c5:#4d5968"
-_DARK = "--ink:#e8ecf2;--soft:#a3aebd;--rule:#2c3542;"
-_DARK += "--c0:#7db4f7;--c1:#f2a765;--c2:#68d29b;--c3:#d6a1ea;--c4:#f790a5;--c5:#b7c1ce"
-_FONTS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
-STYLE = (
-    f".fig{{{_LIGHT};font-family:{_FONTS};font-size:13px;fill:var(--ink)}}"
-    f"@media (prefers-color-scheme:dark){{.fig{{{_DARK}}}}}@media print{{.fig{{{_LIGHT}}}}}"
-    ".fig .soft{fill:var(--soft)}.fig .name{font-weight:600}.fig .grid{stroke:var(--rule);stroke-width:1}"
-    ".fig .axis{stroke:var(--soft);stroke-width:1}.fig .lead{stroke:var(--soft);stroke-width:.75;fill:none}"
-    ".fig .level{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:6 4;fill:none}"
-)
-STYLE += "".join(
-    f".fig .l{i}{{stroke:var(--c{i});fill:none}}.fig .p{i}{{fill:var(--c{i})}}"
-    f".fig .o{i}{{stroke:var(--c{i});fill:none;stroke-width:1.5}}"
-    for i in range(PALETTE)
-)
-
-_LINE_HEIGHT = 15.0
-_LETTER = 7.0  # mean width of a letter at 13 px
+from scaling_ray.report.svg import LETTER, LINE_HEIGHT, PALETTE, open_svg, plain, power_of_ten, short, text, ticks
 
 
 @dataclass(frozen=True)
@@ -42,6 +22,8 @@ class Series:
     points: Sequence[tuple[float, float]]
     hollow: Sequence[tuple[float, float]] = ()
     curve: Sequence[tuple[float, float]] = ()  # drawn thin and dashed, without points
+    bars: Sequence[tuple[float, float, float | None, float | None]] = ()  # x, predicted, low, high: a diamond and a bar
+    joined: bool = True  # a line through the means of equal x
 
 
 @dataclass(frozen=True)
@@ -69,39 +51,43 @@ def draw(chart: Chart, width: int, height: int) -> str:
     points = [p for s in chart.series for p in (*s.points, *s.hollow)]
     if not points:
         return ""
+    bars = [bar for s in chart.series for bar in s.bars]
     names = [s.label for s in chart.series] + [level.label for level in chart.levels]
-    right = min(max(len(name) for name in names) * _LETTER + 22, 0.36 * width)
-    left, top, bottom = 58.0, 16.0, 62.0 if chart.x_names else 46.0
+    right = min(max([12, *(len(name) for name in names)]) * LETTER + 16 if any(names) else 20, 0.38 * width)
+    # Predictions stand beside their observations, the last of which may be at the right end.
+    beside = max((8 + 6 * (i + len(s.bars)) for i, s in enumerate(chart.series) if s.bars), default=0)
+    top, bottom = 16.0, 62.0 if chart.x_names else 46.0
     x_low, x_high = _log_span([x for x, _ in points])
     ys = [y for _, y in points] + [level.y for level in chart.levels]
-    ticks = _ticks(min(ys), max(ys), 5 if height < 360 else 7)
+    reach = max(ys) - min(ys)  # a wide prediction may not squeeze the measured losses: it is cut at the frame
+    ends = [y for _, *three in bars for y in three if y is not None]
+    ys += [min(max(y, min(ys) - 0.35 * reach), max(ys) + 0.35 * reach) for y in ends]
+    marks = ticks(min(ys), max(ys), 5 if height < 360 else 7)
+    left = max(58.0, 32.0 + LETTER * max(len(plain(mark, marks)) for mark in marks))
     pad = 0.06 * (max(ys) - min(ys)) or 0.05 * abs(ys[0]) or 1.0
     y_low, y_high = min(ys) - pad, max(ys) + pad
 
     def across(x: float) -> float:
-        return left + (math.log10(x) - x_low) / (x_high - x_low) * (width - left - right)
+        return left + (math.log10(x) - x_low) / (x_high - x_low) * (width - left - right - beside)
 
     def down(y: float) -> float:
         return top + (y_high - y) / (y_high - y_low) * (height - top - bottom)
 
     end, base = width - right, height - bottom
-    parts = [_open(chart.title, width, height)]
-    for tick in ticks:
+    parts = [open_svg(chart.title, width, height)]
+    for tick in marks:
         if not y_low <= tick <= y_high:
             continue
         y = down(tick)
         parts.append(f'<line class="grid" x1="{left:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 8, y + 4.5, _plain(tick, ticks), "soft", "end"))
-    decades = range(math.ceil(x_low - 1e-9), math.floor(x_high + 1e-9) + 1)
-    crowded = len(decades) * 34 > end - left
-    for decade in decades:
-        x = across(10.0**decade)
+        parts.append(text(left - 8, y + 4.5, plain(tick, marks), "soft", "end"))
+    for value, label in _log_marks(x_low, x_high, end - left):
+        x = across(value)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{base:.1f}"/>')
-        if not crowded or decade % 2 == 0:
-            parts.append(_text(x, base + 17, _power(decade), "soft", "middle"))
+        parts.append(text(x, base + 17, label, "soft", "middle"))
     parts.append(f'<line class="axis" x1="{left:.1f}" x2="{end:.1f}" y1="{base:.1f}" y2="{base:.1f}"/>')
     parts += _names_below(chart.x_names, across, base)
-    parts.append(_text((left + end) / 2, height - 8, chart.x_label, "soft", "middle"))
+    parts.append(text((left + end) / 2, height - 8, chart.x_label, "soft", "middle"))
     middle = (top + base) / 2
     parts.append(
         f'<text class="soft" text-anchor="middle" transform="translate(15 {middle:.1f}) rotate(-90)">'
@@ -118,16 +104,22 @@ def draw(chart: Chart, width: int, height: int) -> str:
         if series.curve:
             path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in series.curve if y_low <= y <= y_high)
             parts.append(f'<polyline class="l{colour}" stroke-width="1.25" stroke-dasharray="2 3" points="{path}"/>')
-        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in means)
-        parts.append(f'<polyline class="l{colour}" stroke-width="2.25" stroke-linejoin="round" points="{path}"/>')
+        if series.joined:
+            path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in means)
+            parts.append(f'<polyline class="l{colour}" stroke-width="2.25" stroke-linejoin="round" points="{path}"/>')
         for x, y in series.points:
             parts.append(
                 f'<circle class="p{colour}" fill-opacity=".75" cx="{across(x):.1f}" cy="{down(y):.1f}" r="3.2"/>'
             )
         for x, y in series.hollow:
             parts.append(f'<circle class="o{colour}" cx="{across(x):.1f}" cy="{down(y):.1f}" r="3.6"/>')
+        for number, bar in enumerate(series.bars):
+            parts.append(_bar(bar, colour, across(bar[0]) + 9 + 6 * (i + number), down, top, base))
         last = means[-1] if means else series.hollow[-1]
-        labels.append((down(last[1]), series.label, f"p{colour} name", across(last[0])))
+        if series.label:
+            labels.append(
+                (down(last[1]), series.label, f"p{colour} name", across(last[0]) if series.joined else math.inf)
+            )
     parts += _labels(labels, end, top, base)
     parts.append("</svg>")
     return "".join(parts)
@@ -150,34 +142,34 @@ def small_multiples(
         return ""
     columns = max(1, min(len(panels), width // 230))
     rows = math.ceil(len(panels) / columns)
-    left, top, head, foot, gap = 58.0, 30.0, 22.0, 22.0, 16.0
+    left, top, head, foot, gap = 58.0, 30.0, 22.0, 30.0, 16.0
     panel_width = (width - left - 12 - gap * (columns - 1)) / columns
     panel_height = 132.0
     height = top + rows * (head + panel_height + foot) + 26
     ys = [y for _, y in points]
-    ticks = _ticks(min(ys), max(ys), 4)
+    marks = ticks(min(ys), max(ys), 4)
     pad = 0.06 * (max(ys) - min(ys)) or 0.05 * abs(ys[0]) or 1.0
     y_low, y_high = min(ys) - pad, max(ys) + pad
-    parts = [_open(title, width, round(height))]
+    parts = [open_svg(title, width, round(height))]
     x = left
     for colour, label in legend:
         parts.append(
             f'<line class="l{colour % PALETTE}" stroke-width="2.5" x1="{x:.1f}" x2="{x + 18:.1f}" y1="13" y2="13"/>'
         )
-        parts.append(_text(x + 24, 17.5, label, "", "start"))
-        x += 24 + len(label) * _LETTER + 18
+        parts.append(text(x + 24, 17.5, label, "", "start"))
+        x += 24 + len(label) * LETTER + 18
     for i, panel in enumerate(panels):
         x0 = left + (i % columns) * (panel_width + gap)
         y0 = top + (i // columns) * (head + panel_height + foot) + head
         longest = max((x for _, curve in panel.curves for x, _ in curve), default=1.0)
-        parts.append(_text(x0, y0 - 7, panel.title, "name", "start"))
-        for tick in ticks:
+        parts.append(text(x0, y0 - 7, panel.title, "name", "start"))
+        for tick in marks:
             if not y_low <= tick <= y_high:
                 continue
             y = y0 + (y_high - tick) / (y_high - y_low) * panel_height
             parts.append(f'<line class="grid" x1="{x0:.1f}" x2="{x0 + panel_width:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
             if i % columns == 0:
-                parts.append(_text(x0 - 8, y + 4.5, _plain(tick, ticks), "soft", "end"))
+                parts.append(text(x0 - 8, y + 4.5, plain(tick, marks), "soft", "end"))
         for colour, curve in panel.curves:
             path = " ".join(
                 f"{x0 + x / longest * panel_width:.1f},{y0 + (y_high - y) / (y_high - y_low) * panel_height:.1f}"
@@ -186,32 +178,11 @@ def small_multiples(
             parts.append(
                 f'<polyline class="l{colour % PALETTE}" stroke-width="1.5" stroke-opacity=".85" points="{path}"/>'
             )
-        parts.append(_text(x0, y0 + panel_height + 16, "0", "soft", "start"))
-        parts.append(_text(x0 + panel_width, y0 + panel_height + 16, _short(longest), "soft", "end"))
-    parts.append(_text(left, height - 8, f"{y_label}, against {x_label}", "soft", "start"))
+        parts.append(text(x0, y0 + panel_height + 16, "0", "soft", "start"))
+        parts.append(text(x0 + panel_width, y0 + panel_height + 16, short(longest), "soft", "end"))
+    parts.append(text(left, height - 8, f"{y_label}, against {x_label}", "soft", "start"))
     parts.append("</svg>")
     return "".join(parts)
-
-
-def standalone(svg: str) -> str:
-    """The same figure as a file of its own: with its style, and a page colour behind it."""
-    if not svg:
-        return ""
-    paper = "svg.fig{background:#fff}@media (prefers-color-scheme:dark){svg.fig{background:#12171f}}"
-    head, body = svg.split(">", 1)
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}><style>{STYLE}{paper}</style>{body}\n'
-
-
-def _open(title: str, width: int, height: int) -> str:
-    label = escape(title, quote=True)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="fig" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" role="img" aria-label="{label}"><title>{label}</title>'
-    )
-
-
-def _text(x: float, y: float, text: str, css: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _labels(labels: Sequence[tuple[float, str, str, float]], end: float, top: float, base: float) -> list[str]:
@@ -219,26 +190,64 @@ def _labels(labels: Sequence[tuple[float, str, str, float]], end: float, top: fl
     placed = sorted(labels)
     heights = [y for y, *_ in placed]
     for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + _LINE_HEIGHT)
+        heights[i] = max(heights[i], heights[i - 1] + LINE_HEIGHT)
     limit = base - 2
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], limit)
-        limit = heights[i] - _LINE_HEIGHT
+        limit = heights[i] - LINE_HEIGHT
     parts = []
     for (y, label, css, x), place in zip(placed, heights, strict=True):
-        if x < end or abs(place - y) > 1:
+        if x < end or (x == end and abs(place - y) > 1):
             parts.append(f'<path class="lead" d="M{x + 5:.1f} {y:.1f}L{max(end, x + 5) + 4:.1f} {place:.1f}"/>')
-        parts.append(_text(end + 12, max(place, top) + 4.5, label, css, "start"))
+        parts.append(text(end + 12, max(place, top) + 4.5, label, css, "start"))
     return parts
+
+
+def _bar(
+    bar: tuple[float, float, float | None, float | None],
+    colour: int,
+    x: float,
+    down: Callable[[float], float],
+    top: float,
+    base: float,
+) -> str:
+    """A prediction beside its observation: a diamond, and its interval where it has one, cut at the frame."""
+    _, value, low, high = bar
+
+    def inside(y: float) -> float:
+        return min(max(down(y), top), base)
+
+    y = inside(value)
+    path = f"M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5z"
+    if low is not None and high is not None:
+        path = f"M{x:.1f} {inside(high):.1f}V{y - 5:.1f}M{x:.1f} {y + 5:.1f}V{inside(low):.1f}" + path
+        for edge in (low, high):
+            if top < down(edge) < base:
+                path += f"M{x - 4:.1f} {down(edge):.1f}h8"
+    return f'<path class="o{colour}" d="{path}"/>'
+
+
+def _log_marks(low: float, high: float, room: float) -> list[tuple[float, str]]:
+    """Positions and labels of a logarithmic axis from 10^low to 10^high: decades, or 1, 2, 5 of a short one."""
+    decades = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
+    if len(decades) > 2:
+        step = 2 if len(decades) * 34 > room else 1
+        return [(10.0**decade, power_of_ten(decade)) for decade in decades if decade % step == 0]
+    for multiples in ((1, 2, 5), (1, 3), (1, 5), (1,), range(1, 10)):
+        fine = [m * 10.0**d for d in range(math.floor(low), math.ceil(high) + 1) for m in multiples]
+        fine = [value for value in fine if low <= math.log10(value) <= high]
+        if 2 <= len(fine) <= room / 42:
+            break
+    return [(value, short(value)) for value in fine]
 
 
 def _names_below(names: Sequence[tuple[float, str]], across: Callable[[float], float], base: float) -> list[str]:
     """Names of positions on the axis, left out where they would run into the one before."""
     parts, free_from = [], -math.inf
     for x, name in sorted(names):
-        place, half = across(x), len(name) * _LETTER / 2
+        place, half = across(x), len(name) * LETTER / 2
         if place - half > free_from:
-            parts.append(_text(place, base + 34, name, "name", "middle"))
+            parts.append(text(place, base + 34, name, "name", "middle"))
             free_from = place + half + 4
     return parts
 
@@ -254,30 +263,3 @@ def _log_span(values: Sequence[float]) -> tuple[float, float]:
     low, high = math.log10(min(values)), math.log10(max(values))
     pad = max(0.06 * (high - low), 0.15)
     return low - pad, high + pad
-
-
-def _ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round numbers (1, 2, 5 times a power of ten) that span low..high."""
-    span = (high - low) or abs(high) or 1.0
-    raw = span / wanted
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [i * step for i in range(first, last + 1)]
-
-
-def _plain(value: float, ticks: Sequence[float]) -> str:
-    step = ticks[1] - ticks[0]
-    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
-
-
-def _power(decade: int) -> str:
-    raised = str(decade).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
-    return f"10{raised}"
-
-
-def _short(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from scaling_ray.report import figures
+from scaling_ray.report import svg
 from scaling_ray.report.pictures import Picture
 
 
@@ -23,13 +23,27 @@ def render(report: dict[str, Any], pictures: Sequence[Picture], fits: Any) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "span": _span, "percent": _percent, "count": _count, "rate": _rate}
+    environment.filters |= {
+        "number": _number,
+        "span": _span,
+        "percent": _percent,
+        "count": _count,
+        "rate": _rate,
+        "power": _power,
+    }
     drawn = [
-        {"name": name, "caption": caption, "wide": Markup(wide), "narrow": Markup(narrow)}  # noqa: S704 - own SVG, escaped where drawn
-        for name, caption, wide, narrow in pictures
+        picture._asdict() | {"wide": Markup(picture.wide), "narrow": Markup(picture.narrow)}  # noqa: S704 - own SVG, escaped where drawn
+        for picture in pictures
     ]
     template = environment.get_template("template.html")
-    return template.render(r=report, pictures=drawn, fits=fits, figure_style=Markup(figures.STYLE))  # noqa: S704
+    return template.render(
+        r=report,
+        pictures=drawn,
+        fits=fits,
+        numbers={run["run_id"]: run["number"] for run in report["runs"]},
+        residual={entry["run_id"]: entry["residual"] for entry in report["residuals"]},
+        figure_style=Markup(svg.STYLE),  # noqa: S704
+    )
 
 
 def _number(value: Any, digits: int = 4) -> str:
@@ -52,11 +66,11 @@ def _span(parameter: dict[str, Any], low: str = "low", high: str = "high") -> st
     """An interval for reading; an open end is said."""
     ends = [parameter.get(low), parameter.get(high)]
     if ends == [None, None]:
-        return "open on both sides"
+        return "open"
     if ends[0] is None:
-        return f"below {_number(ends[1], 3)}, open downwards"
+        return f"below {_number(ends[1], 3)} (open)"
     if ends[1] is None:
-        return f"above {_number(ends[0], 3)}, open upwards"
+        return f"above {_number(ends[0], 3)} (open)"
     return f"{_number(ends[0], 3)} to {_number(ends[1], 3)}"
 
 
@@ -66,6 +80,10 @@ def _count(value: float | None) -> str:
 
 def _rate(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
+
+
+def _power(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2e}"
 
 
 def _percent(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from scaling_ray.errors import BadInput
+from scaling_ray.spec import parse_spec
 
 _NEEDED = ("run_id", "role", "status", "size", "params", "genes", "cells", "seed", "val_mse", "test_mse")
 _OPTIONAL = (
     "failure width layers heads feedforward params_without_embedding cells_requested donors lr lr_at_edge recipe "
     "umi_fraction objective schedule max_cells_seen cells_seen masked_genes_seen optimizer_steps flops "
     "wall_seconds final_val_mse best_cells_seen stop_reason undertrained baseline_mse gaussian_mse attainable_mse "
-    "bound_mse attainable_bits bound_bits bound_z attempts mlflow_run_id data_hash workers engine"
+    "bound_mse attainable_bits bound_bits bound_z test_per_gene_bits baseline_per_gene_bits precision stacked attempts "
+    "mlflow_run_id data_hash workers engine"
 ).split()
 
 Run = dict[str, Any]
@@ -72,7 +75,7 @@ def read_manifest(sweep_dir: Path) -> dict[str, Any]:
 
 
 def read_spec(sweep_dir: Path) -> dict[str, Any]:
-    """The specification as it was written; empty where the sweep kept none.
+    """The specification with every default, or as it was written where this version cannot read it; empty without one.
 
     Raises:
         BadInput: not TOML.
@@ -81,9 +84,51 @@ def read_spec(sweep_dir: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        written = tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise BadInput("spec.toml", str(path), f"is not TOML ({error})") from error
+    try:
+        # Resources may follow the machine that reads the file, and stay as they were written.
+        whole = parse_spec(text, str(path)).model_dump(mode="json", include={"data", "grid", "train", "lr"})
+    except BadInput:
+        whole = {}
+    return clean(written | whole)
+
+
+def read_plan(sweep_dir: Path) -> dict[str, Any]:
+    """The plan of the sweep; empty where it kept none.
+
+    Raises:
+        BadInput: not JSON.
+    """
+    path = sweep_dir / "plan.json"
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise BadInput("plan.json", str(path), f"is not JSON ({error})") from error
+
+
+def read_mlflow_link(sweep_dir: Path, run_id: str) -> str | None:
+    """Where a browser finds the run: only of a tracking server, not of a database file."""
+    path = sweep_dir / "runs" / run_id / "mlflow.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        uri, name = str(found["uri"]).rstrip("/"), str(found["mlflow_run_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    host = uri.split("://", 1)[-1].split("/", 1)[0]
+    # A user and password in the address stay out of a page that is shown around.
+    if not uri.startswith(("http://", "https://")) or "@" in host or not name.isalnum():
+        return None
+    return f"{uri}/#/runs/{name}"
+
+
+def file_hash(path: Path) -> str | None:
+    """SHA-256 of a file, None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def read_curve(sweep_dir: Path, run_id: str) -> list[dict[str, Any]]:

@@ -1,0 +1,88 @@
+"""What every figure is made of: colours that follow light and dark, text, ticks, and the file of its own.
+
+No drawing library, no fonts or scripts from elsewhere. Coordinates are pixels of the view box.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+PALETTE = 6
+_LIGHT = "--ink:#1b2330;--soft:#5b6675;--rule:#e3e7ec;"
+_LIGHT += "--c0:#1f5fa8;--c1:#b04d06;--c2:#1b7448;--c3:#84389c;--c4:#a32c46;--c5:#4d5968"
+_DARK = "--ink:#e8ecf2;--soft:#a3aebd;--rule:#2c3542;"
+_DARK += "--c0:#7db4f7;--c1:#f2a765;--c2:#68d29b;--c3:#d6a1ea;--c4:#f790a5;--c5:#b7c1ce"
+_FONTS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
+STYLE = (
+    f".fig{{{_LIGHT};font-family:{_FONTS};font-size:13px;fill:var(--ink)}}"
+    f"@media (prefers-color-scheme:dark){{.fig{{{_DARK}}}}}@media print{{.fig{{{_LIGHT}}}}}"
+    ".fig .soft{fill:var(--soft)}.fig .name{font-weight:600}.fig .grid{stroke:var(--rule);stroke-width:1}"
+    ".fig .axis{stroke:var(--soft);stroke-width:1}.fig .lead{stroke:var(--soft);stroke-width:.75;fill:none}"
+    ".fig .level{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:6 4;fill:none}"
+)
+STYLE += "".join(
+    f".fig .l{i}{{stroke:var(--c{i});fill:none}}.fig .p{i}{{fill:var(--c{i})}}"
+    f".fig .o{i}{{stroke:var(--c{i});fill:none;stroke-width:1.5}}"
+    for i in range(PALETTE)
+)
+STYLE += ".fig .band{fill:var(--c0);fill-opacity:.13}"
+LIGHT = dict(part.split(":", 1) for part in _LIGHT.removeprefix("--").split(";--"))
+"""Names of colours, without their dashes, to colours on white."""
+PAPER = "svg.fig{background:#fff}@media (prefers-color-scheme:dark){svg.fig{background:#12171f}}"
+
+LINE_HEIGHT = 15.0
+LETTER = 7.0  # mean width of a letter at 13 px
+
+
+def standalone(svg: str) -> str:
+    """The same figure as a file of its own: with its style, and a page colour behind it."""
+    if not svg:
+        return ""
+    head, body = svg.split(">", 1)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}><style>{STYLE}{PAPER}</style>{body}\n'
+
+
+def open_svg(title: str, width: int, height: int) -> str:
+    """The opening tag of a figure, with its title for those who do not see it."""
+    label = escape(title, quote=True)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="fig" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" role="img" aria-label="{label}"><title>{label}</title>'
+    )
+
+
+def text(x: float, y: float, words: str, css: str, anchor: str) -> str:
+    """One line of text."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def ticks(low: float, high: float, wanted: int) -> list[float]:
+    """Round numbers (1, 2, 5 times a power of ten) that span low..high."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [i * step for i in range(first, last + 1)]
+
+
+def plain(value: float, marks: Sequence[float]) -> str:
+    """A tick as a number with the digits that its step needs."""
+    step = marks[1] - marks[0]
+    return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+
+
+def power_of_ten(decade: int) -> str:
+    """Ten to an integer power, raised."""
+    raised = str(decade).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
+    return f"10{raised}"
+
+
+def short(value: float) -> str:
+    """A large number with k, M, G or T."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
