@@ -85,7 +85,7 @@ def compute_optimal(fit: Fitted, rows: Rows) -> dict[str, Any]:
         laws), and ``inside``, false where the optimum lies on the edge of the sampled sizes or cells.
     """
     if fit.verdict != "supported" or fit.best is None or fit.form.name != "params_cells":
-        return {"budgets": [], "reason": "no supported law of size and data, so no best split of a budget"}
+        return {"budgets": [], "reason": "these runs support no law of size and data"}
     costs = flops_per_cell(rows)
     if costs is None:
         return {"budgets": [], "reason": "the table has no exact FLOPs and cells seen of at least two sizes"}
