@@ -341,7 +341,7 @@ def test_the_page_is_for_desks_phones_dark_rooms_and_paper(built):
 
 
 def test_a_refused_sweep_shows_no_exponent_of_the_headline(tmp_path: Path):
-    sweep = write_sweep(tmp_path / "s", noise=0.03)
+    sweep = write_sweep(tmp_path / "s", cells=(2_000,), noise=0.03)
     page = build_report(sweep, tmp_path / "r")
     report = json.loads((page.parent / "report.json").read_text())
     seen = text_of(page)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from scaling_ray.laws.audit import audit
+from scaling_ray.report.forest import Row, draw_forest
+from scaling_ray.report.svg import STYLE
 from scaling_ray.storage import output_directory, write_atomic, write_json
 
-_LEFT, _RIGHT, _ROW = 330, 640, 26  # pixels
-_LOW, _HIGH = 0.0, 0.8
+WIDE, NARROW = 920, 328  # pixels: a desktop column, a phone
 
 
 def build_audit(out: Path | str, published: Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -31,7 +32,9 @@ def build_audit(out: Path | str, published: Path | None = None) -> tuple[Path, d
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("audit.html").render(a=found, picture=Markup(_picture(found)), span=_span)  # noqa: S704
+    pictures = {"wide": _picture(found, WIDE), "narrow": _picture(found, NARROW)}
+    style = Markup(STYLE)  # noqa: S704 - a constant
+    page = environment.get_template("audit.html").render(a=found, picture=pictures, figure_style=style, span=_span)
     write_atomic(out / "audit.html", page)
     return out / "audit.html", found
 
@@ -41,32 +44,18 @@ def _span(parameter: dict[str, Any]) -> str:
     return f"{'open' if low is None else f'{low:.3f}'} to {'open' if high is None else f'{high:.3f}'}"
 
 
-def _picture(found: dict[str, Any]) -> str:
-    """Alpha and its interval for each choice, as SVG that takes its colours from the page."""
-    choices = [*found["choices"][1:], found["choices"][0]]
-    height = _ROW * len(choices) + 34
-
-    def x(value: float) -> float:
-        return _LEFT + (min(max(value, _LOW), _HIGH) - _LOW) / (_HIGH - _LOW) * (_RIGHT - _LEFT)
-
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_RIGHT + 20} {height}" role="img">']
-    parts.append("<title>alpha under each declared choice</title>")
-    for tick in (0.0, 0.2, 0.4, 0.6, 0.8):
-        parts.append(
-            f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="6" y2="{height - 24}" stroke="var(--rule)"/>'
-            f'<text class="soft" x="{x(tick):.1f}" y="{height - 8}" text-anchor="middle">{tick:.1f}</text>'
+def _picture(found: dict[str, Any], width: int) -> Markup:
+    """Alpha and its interval for each choice, over the range that all of them together support."""
+    rows = [
+        Row(
+            c["name"],
+            c["alpha"]["value"],
+            c["alpha"]["low"],
+            c["alpha"]["high"],
+            alone=c["estimator"] != "least_squares",
         )
-    for i, choice in enumerate(choices):
-        y, alpha = 18 + _ROW * i, choice["alpha"]
-        name = choice["name"] if len(choice["name"]) < 54 else choice["name"][:52] + "…"
-        own = choice["estimator"] == "least_squares"
-        colour = "var(--mark)" if own else "var(--bad)"
-        parts.append(f'<text x="{_LEFT - 10}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
-        if own:
-            low, high = alpha["low"], alpha["high"]
-            ends = (x(_LOW if low is None else low), x(_HIGH if high is None else high))
-            parts.append(f'<path d="M{ends[0]:.1f} {y}H{ends[1]:.1f}" stroke="{colour}" stroke-width="2" fill="none"/>')
-            if high is None:
-                parts.append(f'<path d="M{ends[1] - 5:.1f} {y - 4}l6 4l-6 4" stroke="{colour}" fill="none"/>')
-        parts.append(f'<circle cx="{x(alpha["value"]):.1f}" cy="{y}" r="4.5" fill="{colour}"/>')
-    return "".join([*parts, "</svg>"])
+        for c in [*found["choices"][1:], found["choices"][0]]
+    ]
+    span = found["supported"]["alpha"]
+    drawn = draw_forest("alpha under each declared choice", "alpha", rows, width, band=(span["low"], span["high"]))
+    return Markup(drawn)  # noqa: S704 - own SVG, escaped where drawn

@@ -245,7 +245,7 @@ def _names_below(names: Sequence[tuple[float, str]], across: Callable[[float], f
     """Names of positions on the axis, left out where they would run into the one before."""
     parts, free_from = [], -math.inf
     for x, name in sorted(names):
-        place, half = across(x), len(name) * LETTER / 2
+        place, half = across(x), len(name) * (LETTER + 1.2) / 2  # bold
         if place - half > free_from:
             parts.append(text(place, base + 34, name, "name", "middle"))
             free_from = place + half + 4

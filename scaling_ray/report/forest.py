@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scaling_ray.report.svg import LETTER, open_svg, plain, text, ticks
@@ -20,6 +20,7 @@ class Row:
     low: float | None
     high: float | None
     soft: bool = False  # for comparison only
+    alone: bool = False  # its estimator has no interval
 
 
 def draw_forest(
@@ -72,18 +73,20 @@ def draw_forest(
     return "".join([*parts, "</svg>"])
 
 
-def _estimate(row: Row, y: float, x: object, low: float, high: float) -> str:
-    assert callable(x)
-    colour = "5" if row.soft else "0"
+def _estimate(row: Row, y: float, x: Callable[[float], float], low: float, high: float) -> str:
+    colour = "4" if row.alone else "5" if row.soft else "0"
     if row.value is None:
         return text(x(low) + 4, y + 4.5, "no estimate", "soft", "start")
+    dot = f'<circle class="p{colour}" cx="{x(row.value):.1f}" cy="{y:.1f}" r="4.2"/>'
+    if row.alone:
+        return dot
     ends = (low if row.low is None else row.low, high if row.high is None else row.high)
     path = f"M{x(ends[0]):.1f} {y:.1f}H{x(ends[1]):.1f}"
     # An arrow says that the interval goes on: open, or beyond the axis.
     path += f"M{x(low) + 5:.1f} {y - 4:.1f}l-5 4l5 4" if ends[0] <= low else f"M{x(ends[0]):.1f} {y - 4:.1f}v8"
     path += f"M{x(high) - 5:.1f} {y - 4:.1f}l5 4l-5 4" if ends[1] >= high else f"M{x(ends[1]):.1f} {y - 4:.1f}v8"
     bar = f'<path class="l{colour}" stroke-width="1.75" d="{path}"/>'
-    return bar + f'<circle class="p{colour}" cx="{x(row.value):.1f}" cy="{y:.1f}" r="4.2"/>'
+    return bar + dot
 
 
 def _fitted(label: str, room: float) -> str:
