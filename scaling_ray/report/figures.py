@@ -23,6 +23,7 @@ class Series:
     hollow: Sequence[tuple[float, float]] = ()
     curve: Sequence[tuple[float, float]] = ()  # drawn thin and dashed, without points
     bars: Sequence[tuple[float, float, float | None, float | None]] = ()  # x, predicted, low, high: a diamond and a bar
+    marks: Sequence[tuple[float, float]] = ()  # diamonds where they are, such as a minimum
     joined: bool = True  # a line through the means of equal x
 
 
@@ -55,12 +56,12 @@ def draw(chart: Chart, width: int, height: int) -> str:
     names = [s.label for s in chart.series] + [level.label for level in chart.levels]
     right = min(max([12, *(len(name) for name in names)]) * LETTER + 16 if any(names) else 20, 0.38 * width)
     # Predictions stand beside their observations, the last of which may be at the right end.
-    beside = max((8 + 6 * (i + len(s.bars)) for i, s in enumerate(chart.series) if s.bars), default=0)
+    beside = 8 + 6 * len(bars) if bars else 0
     top, bottom = 16.0, 62.0 if chart.x_names else 46.0
     x_low, x_high = _log_span([x for x, _ in points])
     ys = [y for _, y in points] + [level.y for level in chart.levels]
     reach = max(ys) - min(ys)  # a wide prediction may not squeeze the measured losses: it is cut at the frame
-    ends = [y for _, *three in bars for y in three if y is not None]
+    ends = [y for _, *three in bars for y in three if y is not None] + [y for s in chart.series for _, y in s.marks]
     ys += [min(max(y, min(ys) - 0.35 * reach), max(ys) + 0.35 * reach) for y in ends]
     marks = ticks(min(ys), max(ys), 5 if height < 360 else 7)
     left = max(58.0, 32.0 + LETTER * max(len(plain(mark, marks)) for mark in marks))
@@ -98,6 +99,7 @@ def draw(chart: Chart, width: int, height: int) -> str:
         y = down(level.y)
         parts.append(f'<path class="level" d="M{left:.1f} {y:.1f}H{end:.1f}"/>')
         labels.append((y, level.label, "soft", end))
+    drawn_bars = 0
     for i, series in enumerate(chart.series):
         colour = i % PALETTE
         means = _means(series.points)
@@ -113,8 +115,11 @@ def draw(chart: Chart, width: int, height: int) -> str:
             )
         for x, y in series.hollow:
             parts.append(f'<circle class="o{colour}" cx="{across(x):.1f}" cy="{down(y):.1f}" r="3.6"/>')
-        for number, bar in enumerate(series.bars):
-            parts.append(_bar(bar, colour, across(bar[0]) + 9 + 6 * (i + number), down, top, base))
+        for bar in series.bars:
+            parts.append(_bar(bar, colour, across(bar[0]) + 9 + 6 * drawn_bars, down, top, base))
+            drawn_bars += 1
+        for x, y in series.marks:
+            parts.append(_bar((x, y, None, None), colour, across(x), down, top, base))
         last = means[-1] if means else series.hollow[-1]
         if series.label:
             labels.append(

@@ -193,8 +193,8 @@ def _iso_flop(done: Sequence[Run], fit: Mapping[str, Any], where: str) -> figure
         ]
         if near:
             star = budget["params"]
-            bars = [] if star is None else [(star["value"], budget["loss"], None, None)]
-            series.append(figures.Series(f"{budget['flops']:.1e}", near, bars=bars))
+            lowest = [] if star is None else [(star["value"], budget["loss"])]
+            series.append(figures.Series(f"{budget['flops']:.1e}", near, marks=lowest))
     return figures.Chart(f"Loss at equal FLOPs{where}", "parameters P", "test MSE", series)
 
 
