@@ -175,7 +175,8 @@ def test_a_sweep_of_stacks_stopped_on_the_way_ends_with_the_same_bits(
     tiny_shards: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
     spec, out = tmp_path / "spec.toml", tmp_path / "sweep"
-    spec.write_text(STACKED)
+    # long enough that the workers of a killed driver, which go on for two seconds, do not come to their end
+    spec.write_text(STACKED.replace("= 6400", "= 32000"))
     driver = start_sweep(spec, tiny_shards, out)
     deadline = time.monotonic() + 120
     while not list(out.glob("stacks/*/attempts/*/last/state.safetensors")):
