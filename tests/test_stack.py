@@ -176,7 +176,7 @@ def test_results_are_near_those_of_the_models_alone(tmp_path: Path) -> None:
         expected = run_to_result(run, data, PlainEngine(run, CPU), tmp_path / f"alone-{run.run_id}")
         assert result is not None and expected is not None
         assert (result.stacked, expected.stacked) == (4, 1)
-        # float32 chaos parts them after some hundred steps: seeds are 0.1 apart here
+        # float32 chaos parts them after some hundred steps
         for field in ("val_mse", "test_mse", "final_val_mse"):
             assert getattr(result, field) == pytest.approx(getattr(expected, field), rel=1e-3)
         for field in ("cells_seen", "optimizer_steps", "masked_genes_seen", "flops", "cells_resolved", "lr"):
