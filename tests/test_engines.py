@@ -24,7 +24,8 @@ from scaling_ray.shards.read import read_split
 from scaling_ray.spec import RunSpec
 from scaling_ray.train import saving
 from scaling_ray.train.checkpoint import Attempt, publish_winner, read_metrics, read_result
-from scaling_ray.train.engine import Engine, PlainEngine, build_engine, load_weights, model_tensors
+from scaling_ray.train.choice import build_engine
+from scaling_ray.train.engine import Engine, PlainEngine, load_weights, model_tensors
 from scaling_ray.train.loop import RunData, TrainingLoop, evaluate, run_to_result
 from scaling_ray.train.saving import restore, save_last
 from scaling_ray.train.sharded import Shard, read_state, write_shard

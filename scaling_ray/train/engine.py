@@ -72,19 +72,6 @@ class Engine(Protocol):
         """
 
 
-def build_engine(run: RunSpec, device: torch.device, rank: int = 0, ranks: int = 1) -> Engine:
-    """The engine a run asks for. With several ranks the process group stands already (gloo or nccl)."""
-    if run.workers != ranks:
-        raise BadInput("resources.workers", ranks, f"processes came up, {run.workers} were asked for; start as many")
-    if run.engine == "ddp":
-        return DdpEngine(run, device, rank, ranks)
-    if run.engine == "deepspeed":
-        from scaling_ray.train.zero import DeepSpeedEngine  # which builds upon this module
-
-        return DeepSpeedEngine(run, device, rank, ranks)
-    return PlainEngine(run, device)
-
-
 def build_optimizer(model: nn.Module, train: TrainSpec) -> torch.optim.AdamW:
     """AdamW over all parameters, as in arXiv 2602.15253 (weight decay 0.01 on every one)."""
     return torch.optim.AdamW(

@@ -24,7 +24,7 @@ from scaling_ray.shards.format import read_manifest
 from scaling_ray.shards.read import read_split
 from scaling_ray.shards.stream import open_feed
 from scaling_ray.spec import RunSpec
-from scaling_ray.train.engine import build_engine
+from scaling_ray.train.choice import build_engine
 from scaling_ray.train.loop import RunData, run_to_result
 
 CONTROLLER_FAILURES = 3
