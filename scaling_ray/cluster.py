@@ -49,8 +49,10 @@ def own_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ray_session(cpus: int) -> Iterator[None]:
+def ray_session(cpus: int, at_least: bool = False) -> Iterator[None]:
     """Connect to the cluster named by RAY_ADDRESS, or run a private one of ``cpus`` CPUs until the block ends.
+
+    A private cluster counts no more CPUs than this machine has, unless ``at_least`` says so.
 
     A private cluster answers only who shows its token (drawn anew each time), serves no dashboard, and leaves nothing
     on disk. Ray itself decides on which of the machine's addresses it listens.
@@ -72,7 +74,7 @@ def ray_session(cpus: int) -> Iterator[None]:
     try:
         memory = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else OBJECT_STORE_BYTES
         ray.init(
-            num_cpus=min(cpus, os.cpu_count() or 1),
+            num_cpus=cpus if at_least else min(cpus, os.cpu_count() or 1),
             include_dashboard=False,
             object_store_memory=max(80 << 20, min(OBJECT_STORE_BYTES, memory // 3)),
             _temp_dir=folder,

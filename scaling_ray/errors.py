@@ -51,6 +51,10 @@ class Diverged(ScalingRayError):
     """A run's loss or gradient became NaN or infinite."""
 
 
+class Stalled(ScalingRayError):
+    """A worker group made no progress: each rank's note says what it was doing."""
+
+
 class Preempted(ScalingRayError):
     """Asked to stop (SIGTERM, or a node that is about to go): what was done is saved, and the same call goes on."""
 

@@ -195,6 +195,6 @@ class RunFailure(Record):
 
     version: Literal[1] = 1
     run_id: str
-    failure: Literal["bug", "diverged", "out_of_memory", "lost", "bad_input"]
+    failure: Literal["bug", "diverged", "out_of_memory", "lost", "stuck", "bad_input"]
     message: str
     attempts: int

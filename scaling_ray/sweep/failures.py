@@ -11,13 +11,13 @@ from typing import Literal
 
 import torch
 
-from scaling_ray.errors import BadInput, Diverged, Preempted
+from scaling_ray.errors import BadInput, Diverged, Preempted, Stalled
 from scaling_ray.records import RunFailure
 from scaling_ray.spec import RunSpec
 from scaling_ray.storage import write_atomic, write_json
 from scaling_ray.train.checkpoint import attempts_begun
 
-FailureClass = Literal["bug", "diverged", "out_of_memory", "lost", "bad_input"]
+FailureClass = Literal["bug", "diverged", "out_of_memory", "lost", "stuck", "bad_input"]
 
 
 def classify(error: BaseException) -> FailureClass:
@@ -26,6 +26,8 @@ def classify(error: BaseException) -> FailureClass:
         return "diverged"
     if isinstance(error, BadInput):
         return "bad_input"
+    if isinstance(error, Stalled):
+        return "stuck"
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "out_of_memory"
     return "bug"

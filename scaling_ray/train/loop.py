@@ -106,7 +106,13 @@ class Evaluation:
         return MetricSums(float(self.errors.sum()), float(self.counts.sum()))
 
 
-def evaluate(engine: Engine, cells: Cells, run: RunSpec, made: list[Batch] | None = None) -> Evaluation:
+def evaluate(
+    engine: Engine,
+    cells: Cells,
+    run: RunSpec,
+    made: list[Batch] | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Error on cells under the fixed evaluation masks. Every rank.
 
     Args:
@@ -114,6 +120,7 @@ def evaluate(engine: Engine, cells: Cells, run: RunSpec, made: list[Batch] | Non
         cells: N of them.
         run: its recipe, micro-batch and precision.
         made: ``evaluation_batches`` of these cells, where they are asked for again and again.
+        beat: called after every batch.
     """
     device, width, n_cells = engine.device, run.micro_batch, len(cells)
     of_cells = torch.zeros(2, n_cells, dtype=torch.float64, device=device)
@@ -136,6 +143,7 @@ def evaluate(engine: Engine, cells: Cells, run: RunSpec, made: list[Batch] | Non
                 of_cells[0, start : start + len(errors)] = errors.sum(1).double()
                 of_cells[1, start : start + len(errors)] = batch.masks.weights.sum(1).double()
                 add_by_gene(of_genes, errors, batch)
+            beat()
     engine.model.train()
     summed = engine.sum_over_ranks(torch.cat([of_cells, of_genes], dim=1)).cpu()
     return Evaluation(*summed[:, :n_cells], *summed[:, n_cells:])
@@ -162,10 +170,10 @@ class Update:
 class TrainingLoop:
     """Updates of one run; ``update`` is a whole training step and never waits for the device, ``settle`` does."""
 
-    def __init__(self, run: RunSpec, data: RunData, engine: Engine) -> None:
+    def __init__(self, run: RunSpec, data: RunData, engine: Engine, beat: Callable[[], None] = lambda: None) -> None:
         if run.lr is None:
             raise BadInput("lr", None, "has not been chosen yet; sweep the learning-rate runs first")
-        self.run, self.data, self.engine, self.lr = run, data, engine, run.lr
+        self.run, self.data, self.engine, self.lr, self.beat = run, data, engine, run.lr, beat
         self.feed = data.feed(run)
         self.source = BatchSource(self.feed, run.train, run.seed, engine.device)
         self.total_steps = run.train.total_steps
@@ -195,6 +203,7 @@ class TrainingLoop:
                 predictions = engine.forward(part.values, part.masks.hidden, part.masks.positions, last)
                 loss = squared_error_sums(predictions, part.targets, part.masks.weights).sum()
             engine.accumulate(loss / share, last)
+            self.beat()
             squared_error += loss.detach().double()
         rate = learning_rate(run.train, self.lr, progress.optimizer_steps)
         norm = engine.update(rate)
@@ -263,7 +272,7 @@ class TrainingLoop:
         if self._curve is None:
             cells = self.data.val.rows(slice(0, run.train.curve_cells))
             self._curve = cells, evaluation_batches(cells, run.train, run.micro_batch, self.engine.device)
-        mse = evaluate(self.engine, self._curve[0], run, self._curve[1]).sums.mse
+        mse = evaluate(self.engine, self._curve[0], run, self._curve[1], self.beat).sums.mse
         if not math.isfinite(mse):
             raise Diverged(f"update {self.progress.optimizer_steps}: validation error {mse}; lower the rate")
         smoothed, best = self.progress.add_evaluation(mse, run.train.smoothing_evaluations)
@@ -287,6 +296,7 @@ def run_to_result(
     report: Callable[[Progress], None] = lambda progress: None,
     asked_to_stop: Callable[[], bool] = lambda: False,
     asked_to_save: Callable[[], bool] = lambda: False,
+    beat: Callable[[], None] = lambda: None,
 ) -> RunResult | None:
     """Train, resume where an earlier attempt stopped, evaluate the chosen checkpoint, commit.
 
@@ -294,12 +304,13 @@ def run_to_result(
     are sent what they need. Returns the result that this attempt committed, None on other ranks or where another
     attempt committed first. ``report`` is called after every evaluation; where ``asked_to_stop`` (asked about once a
     second, on rank 0) says so, the state is saved and Preempted rises; where ``asked_to_save`` does, on any rank, it is
-    only saved.
+    only saved. ``asked_to_save`` may be collective: every rank asks it at the same updates, those at which rank 0's
+    clock says so. ``beat`` is called whenever something was done, for a watchdog.
     """
     began = time.monotonic()
     writes = engine.rank == 0
     attempt = Attempt(run_directory, run) if writes else None
-    loop = TrainingLoop(run, data, engine)
+    loop = TrainingLoop(run, data, engine, beat)
     start, tensors = restore(attempt, engine)
     if start is not None:
         loop.load(start, tensors)
@@ -307,8 +318,8 @@ def run_to_result(
     progress = loop.progress
     _, chosen = engine.share(None, attempt.load_best() if attempt is not None else {})
     engine.load_weights(model_tensors(chosen))
-    val = evaluate(engine, data.val, run)
-    test = evaluate(engine, data.test, run) if run.role == "law" else None
+    val = evaluate(engine, data.val, run, beat=beat)
+    test = evaluate(engine, data.test, run, beat=beat) if run.role == "law" else None
     if attempt is None:
         return None
     if test is not None:
@@ -423,13 +434,16 @@ def _train(
         unsettled += 1
         is_row, is_evaluation = progress.optimizer_steps % every == 0, loop.is_evaluation_step()
         now = time.monotonic()
-        due, stop = attempt is not None and now - saved >= train.checkpoint_seconds, False
-        if now - asked >= ASK_SECONDS:
-            asked, stop = now, attempt is not None and asked_to_stop()
-            due = asked_to_save() or due
-        if engine.ranks > 1:  # clocks differ, and what is collective must be begun by all
-            flags = engine.sum_over_ranks(torch.tensor([int(due), int(stop)])).tolist()
-            due, stop = flags[0] > 0, flags[1] > 0
+        # Clocks and files differ between ranks: only rank 0 looks at them, and all do what it found.
+        due = ask = stop = False
+        if attempt is not None:
+            due, ask = now - saved >= train.checkpoint_seconds, now - asked >= ASK_SECONDS
+            stop = ask and asked_to_stop()
+        due, ask, stop = agreed(engine, due, ask, stop)
+        if ask:
+            asked = now
+            (notice,) = agreed(engine, asked_to_save())
+            due = due or notice
         if not (is_row or is_evaluation or due or stop or unsettled >= UNSETTLED_UPDATES):
             continue
         _, rate, norm = loop.settle()[-1]
@@ -460,6 +474,13 @@ def _train(
         if is_evaluation:
             report(progress)
     return "early_stop" if loop.should_stop() and progress.optimizer_steps < loop.total_steps else "budget"
+
+
+def agreed(engine: Engine, *flags: bool) -> list[bool]:
+    """Of each flag whether any rank has it set. Every rank."""
+    if engine.ranks == 1:
+        return list(flags)
+    return [count > 0 for count in engine.sum_over_ranks(torch.tensor([int(flag) for flag in flags])).tolist()]
 
 
 def write_test_errors(directory: Path, cells: Cells, found: Evaluation) -> None:

@@ -18,20 +18,25 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import RayTrainError
 
-from scaling_ray.errors import ScalingRayError
+from scaling_ray.errors import ScalingRayError, Stalled
 from scaling_ray.places import Place
 from scaling_ray.shards.format import read_manifest
 from scaling_ray.shards.read import read_split
 from scaling_ray.shards.stream import open_feed
 from scaling_ray.spec import RunSpec
+from scaling_ray.storage import write_atomic
 from scaling_ray.train.choice import build_engine
 from scaling_ray.train.loop import RunData, run_to_result
+from scaling_ray.train.watchdog import Watchdog
 
 CONTROLLER_FAILURES = 3
 """Failed starts of a worker group before the run fails; Ray's own default is to try for ever."""
 
 PREEMPTION_FAILURES = 20
 """Drained nodes a run outlives within one call; each time it goes on from its last checkpoint."""
+
+STALL_SECONDS = 300.0
+"""Without a step of any kind that end a worker group."""
 
 CONTROLLER_CPUS = 0
 """Ray Train's controller asks for no CPU of the cluster; the sweep's driver is no Ray task at all."""
@@ -72,6 +77,7 @@ def train_in_worker_group(
     storage_path: Path,
     resident_bytes: float,
     stop_file: Path | None = None,
+    stall_seconds: float = STALL_SECONDS,
 ) -> None:
     """Train ``run`` on ``run.workers`` workers of the connected cluster; ``run_directory`` then holds its result.
 
@@ -79,8 +85,9 @@ def train_in_worker_group(
     worker holds training cells of up to its part of ``resident_bytes`` and streams more. Once ``stop_file`` exists the
     state is saved and Preempted rises; at the notice that a node is about to go it is saved and training goes on, for
     Ray starts the group again elsewhere when the node has gone. An error of a worker rises
-    here as itself (BadInput, Diverged, a bug's own class), at once and without another try; a group that cannot be
-    started or died with a process rises as Ray's TrainingFailedError.
+    here as itself (BadInput, Diverged, a bug's own class), at once and without another try; a group in which a rank does
+    nothing for ``stall_seconds`` is ended and rises as Stalled; one that cannot be started or died with a process rises
+    as Ray's TrainingFailedError.
     """
     if not ray.is_initialized():
         raise RuntimeError("no connection to Ray; call this within cluster.ray_session")
@@ -93,6 +100,7 @@ def train_in_worker_group(
             "resident_bytes": resident_bytes / run.workers,
             "run_directory": str(run_directory.resolve()),
             "stop_file": str(stop_file) if stop_file else None,
+            "stall_seconds": stall_seconds,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -112,10 +120,24 @@ def train_in_worker_group(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+    for rank in range(run.workers):
+        _stall_note(run_directory, rank).unlink(missing_ok=True)
     try:
         trainer.fit()
     except WorkerGroupError as error:
-        raise _first_cause(error.worker_failures) or error from error
+        raise _first_cause(error.worker_failures) or _stalled(run, run_directory) or error from error
+
+
+def _stall_note(run_directory: Path, rank: int) -> Path:
+    """Where a rank's watchdog leaves what the rank was doing."""
+    return run_directory / f"stalled-rank{rank}.txt"
+
+
+def _stalled(run: RunSpec, run_directory: Path) -> Stalled | None:
+    """What the watchdogs of a group left; None where none ended its process."""
+    notes = [(rank, _stall_note(run_directory, rank)) for rank in range(run.workers)]
+    left = [f"rank {rank}: {note.read_text(encoding='utf-8')}" for rank, note in notes if note.is_file()]
+    return Stalled(f"{run.run_id}: the worker group stood still\n" + "\n".join(left)) if left else None
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception | None:
@@ -143,18 +165,25 @@ def _work(config: dict[str, Any]) -> None:
     val, test = (read_split(shards, manifest, name, run.genes) for name in ("val", "test"))
     engine = build_engine(run, get_device(), context.get_world_rank(), context.get_world_size())
     data, stop_file = RunData(train, val, test, manifest.data_hash), config["stop_file"]
-    run_to_result(
-        run,
-        data,
-        engine,
-        Path(config["run_directory"]),
-        asked_to_stop=lambda: stop_file is not None and Path(stop_file).exists(),
-        asked_to_save=_once_per_notice(),
-    )
+    run_directory = Path(config["run_directory"])
+    note = _stall_note(run_directory, context.get_world_rank())
+    with Watchdog(config["stall_seconds"], lambda text: write_atomic(note, text)) as watchdog:
+        run_to_result(
+            run,
+            data,
+            engine,
+            run_directory,
+            asked_to_stop=lambda: stop_file is not None and Path(stop_file).exists(),
+            asked_to_save=_once_per_notice(),
+            beat=watchdog.beat,
+        )
 
 
 def _once_per_notice() -> Callable[[], bool]:
-    """True at the first call after a notice that this group is about to lose a node."""
+    """True at the first call after a notice that this group is about to lose a node.
+
+    Every rank asks at the same update: in Ray 2.60 the question is a broadcast from rank 0 that all ranks wait for.
+    """
     told: list[object] = []
 
     def notice() -> bool:

@@ -1,0 +1,72 @@
+"""A watch over a process of a worker group: where nothing moves for too long, it says where and ends the process.
+
+Ranks wait for each other in collective calls, and a call that one rank never makes is waited for without end: Ray sees
+processes that are alive. So each rank counts its own steps, and a thread ends the process once the count has stood
+still; Ray then takes the group down, and the failure says what every rank was doing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+STALLED_EXIT = 70
+"""Exit code of a process that its watchdog ended."""
+
+
+class Watchdog:
+    """Ends this process once ``beat`` has not been called for ``seconds``; a context manager.
+
+    Args:
+        seconds: without a beat that are too long.
+        leave: is given what every thread was doing, once, before the process ends.
+    """
+
+    def __init__(self, seconds: float, leave: Callable[[str], None]) -> None:
+        self._seconds, self._leave = seconds, leave
+        self._last, self._beats = time.monotonic(), 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self) -> None:
+        """Something was done."""
+        self._last, self._beats = time.monotonic(), self._beats + 1
+
+    def __enter__(self) -> Watchdog:
+        self._last = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        seen, quiet = self._beats, 0.0
+        step = min(1.0, self._seconds / 10)
+        while not self._done.wait(step):
+            # A process that was stopped as a whole (SIGSTOP, a suspended machine) wakes with an old clock: so it is
+            # the watch's own waiting that is added up, and not the time of day.
+            quiet = quiet + step if self._beats == seen else 0.0
+            seen = self._beats
+            if quiet < self._seconds:
+                continue
+            try:
+                self._leave(f"no progress for {self._seconds:.0f} s after {self._beats} beats\n{_stacks()}")
+            finally:
+                os._exit(STALLED_EXIT)
+
+
+def _stacks() -> str:
+    """What every thread of this process is doing."""
+    with tempfile.TemporaryFile("w+") as stream:
+        faulthandler.dump_traceback(stream, all_threads=True)
+        stream.seek(0)
+        return stream.read()
