@@ -22,8 +22,8 @@ from exactness import compare
 from machine import machine, say
 
 from scaling_ray.census.importer import import_h5ad
-from scaling_ray.census.plant import plant
 from scaling_ray.cluster import ray_session
+from scaling_ray.planted.plant import plant
 from scaling_ray.shards.bench import bench_stream
 from scaling_ray.shards.convert import build_shards
 from scaling_ray.shards.format import read_manifest

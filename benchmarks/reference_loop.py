@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from scaling_ray.model.sizes import Shape
 from scaling_ray.shards.read import Cells
+from scaling_ray.sizes import Shape
 
 MASK_FRACTION = 0.15
 

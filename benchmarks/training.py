@@ -20,8 +20,8 @@ import torch
 from machine import machine, say
 from reference_loop import reference_updates
 
-from scaling_ray.model.execution import choose_stack
-from scaling_ray.model.sizes import LADDER, training_flops_per_cell
+from scaling_ray.execution import choose_stack
+from scaling_ray.sizes import LADDER, training_flops_per_cell
 from scaling_ray.spec import RunSpec, parse_spec
 from scaling_ray.storage import write_json
 from scaling_ray.train.bench import MADE_CELLS, made_cells, made_updates, matmul_rate, rate_of
@@ -180,8 +180,8 @@ def stacked(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 def fed_by_stream(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The same step fed by the stream of planted shards, and out of memory."""
-    from scaling_ray.census.plant import plant
     from scaling_ray.cluster import ray_session
+    from scaling_ray.planted.plant import plant
     from scaling_ray.shards.convert import build_shards
     from scaling_ray.shards.format import read_manifest, row_groups
     from scaling_ray.shards.order import RunOrder, replicate_rows

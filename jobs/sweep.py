@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
 
     shards = options.shards or out / "shards"
     if options.shards is None:
-        from scaling_ray.census.plant import plant
+        from scaling_ray.planted.plant import plant
         from scaling_ray.shards.convert import build_shards
 
         census = options.census or str(plant(out / "census", progress=output.say))

@@ -29,7 +29,7 @@ def say(line: str) -> None:
 
 
 def _census_plant(options: argparse.Namespace) -> int:
-    from scaling_ray.census.plant import plant
+    from scaling_ray.planted.plant import plant
 
     print(plant(options.out, n_cells=options.cells, n_genes=options.genes, seed=options.seed, progress=say))
     return 0
@@ -95,8 +95,8 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace) -> int:
     from scaling_ray.laws import fit_table
+    from scaling_ray.results.foreign import read_table
     from scaling_ray.storage import output_directory, write_json
-    from scaling_ray.tables import read_table
 
     output_directory(options.out.parent)
     found = fit_table(read_table(options.table))
@@ -145,7 +145,7 @@ def _track_replay(options: argparse.Namespace) -> int:
     from scaling_ray.records import ShardManifest
     from scaling_ray.spec import load_spec
     from scaling_ray.storage import Lease
-    from scaling_ray.sweep.tracking import replay, tracking_uri
+    from scaling_ray.tracking.mlflow import replay, tracking_uri
 
     spec = load_spec(options.sweep / "spec.toml")
     manifest = ShardManifest.read(options.sweep / "shards_manifest.json")

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from scaling_ray.errors import BadInput
-from scaling_ray.model.sizes import Shape, parameters
+from scaling_ray.sizes import Shape, parameters
 
 StopReason = Literal["budget", "early_stop"]
 

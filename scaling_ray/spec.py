@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scaling_ray.errors import BadInput
-from scaling_ray.model.execution import Device, Precision, choose_micro_batch, choose_precision, device_here
-from scaling_ray.model.sizes import LADDER, Shape, parameters
+from scaling_ray.execution import Device, Precision, choose_micro_batch, choose_precision, device_here
+from scaling_ray.recipe import Recipe
+from scaling_ray.sizes import LADDER, Shape, parameters
 
 NUMERICS_VERSION = 2
 """Raised by any change that moves a digit of a run; part of every run's identity."""
 
-Recipe = Literal["corrected", "published"]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 KeptColumn = Literal["tissue_general", "tissue", "assay", "disease", "cell_type", "dataset_id", "donor_id", "sex"]

@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from scaling_ray.places import place
 from scaling_ray.records import ShardManifest, SplitEntry
 from scaling_ray.shards.format import block_name, block_widths, encode_block, split_content, write_file, write_table
 from scaling_ray.shards.read import Cells
 from scaling_ray.spec import RunSpec, parse_spec
+from scaling_ray.storage import open_place
 
 # Ray starts its workers at niceness 15, which on a busy machine is next to nothing; tests wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -65,7 +65,7 @@ def write_cells_as_shards(
 ) -> ShardManifest:
     """Shards of some cells by the project's own writers; small files and row groups make a few cells act like many."""
     entries = {}
-    target = place(directory)
+    target = open_place(directory)
     for split, cells in splits.items():
         genes = cells.counts.shape[1]
         columns = {"cell": cells.cell, "raw_sum": cells.raw_sum, "cell_type": cells.dataset, "disease": cells.dataset}
@@ -148,7 +148,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def planted_census(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A planted Census of 900 cells and 200 genes."""
-    from scaling_ray.census.plant import plant
+    from scaling_ray.planted.plant import plant
 
     return plant(tmp_path_factory.mktemp("planted") / "census", n_cells=900, n_genes=200, seed=1)
 
@@ -372,7 +372,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """The same, and this process's environment leads to it."""
-    from scaling_ray import places
+    from scaling_ray.storage import s3 as places
 
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)

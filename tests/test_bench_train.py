@@ -10,7 +10,7 @@ import torch
 from conftest import TINY_SWEEP, small_run
 
 from scaling_ray.cli import main
-from scaling_ray.model.sizes import training_flops_per_cell
+from scaling_ray.sizes import training_flops_per_cell
 from scaling_ray.train import bench
 
 

@@ -12,10 +12,10 @@ import pytest
 import tiledbsoma as soma
 
 from scaling_ray.census.layout import OBS_STRING_COLUMNS
-from scaling_ray.census.plant import plant
 from scaling_ray.census.source import Census
-from scaling_ray.census.truth import PlantSpec, load_truth
 from scaling_ray.errors import BadInput
+from scaling_ray.planted.plant import plant
+from scaling_ray.planted.truth import PlantSpec, load_truth
 
 CELLS, GENES = 2500, 400
 
@@ -172,8 +172,8 @@ def test_truth_comes_back_from_its_json_alone(planted, tmp_path):
 
 def test_counts_follow_the_truth():
     """Gene totals of deep and shallow cells against their expectation under the truth's weights."""
-    from scaling_ray.census.draw import draw_range
-    from scaling_ray.census.truth import PlantedTruth
+    from scaling_ray.planted.draw import draw_range
+    from scaling_ray.planted.truth import PlantedTruth
 
     truth = PlantedTruth(PlantSpec(n_genes=300, seed=1, dataset_share=(0.5, 0.2, 0.1, 0.2)))
     found, expected, variance = (np.zeros((4, 300)) for _ in range(3))

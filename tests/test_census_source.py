@@ -19,9 +19,9 @@ import scipy.sparse as sp
 import tiledbsoma as soma
 
 from scaling_ray.census.layout import OBS_STRING_COLUMNS, CensusWriter, Dataset
-from scaling_ray.census.plant import plant
 from scaling_ray.census.source import Census
 from scaling_ray.errors import BadInput
+from scaling_ray.planted.plant import plant
 
 CELLS, GENES = 2200, 120
 

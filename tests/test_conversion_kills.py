@@ -16,7 +16,7 @@ KILLS = Path(__file__).resolve().parents[1] / "benchmarks" / "kills.py"
 @pytest.mark.ray
 @pytest.mark.slow
 def test_kills_at_random_moments_change_no_byte(tmp_path: Path) -> None:
-    from scaling_ray.census.plant import plant
+    from scaling_ray.planted.plant import plant
 
     census = plant(tmp_path / "census", n_cells=70_000, n_genes=200)
     (tmp_path / "spec.toml").write_text(TINY_SWEEP)

@@ -25,7 +25,6 @@ from scaling_ray.census import layout
 from scaling_ray.census.layout import OBS_STRING_COLUMNS, CensusWriter, Dataset
 from scaling_ray.cli import main
 from scaling_ray.errors import BadInput
-from scaling_ray.places import place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards import convert, parts, prepare
 from scaling_ray.shards.convert import build_shards
@@ -33,6 +32,7 @@ from scaling_ray.shards.format import CODE_COLUMNS, SPLITS, decode_block, read_m
 from scaling_ray.shards.read import read_split, shards_order
 from scaling_ray.shards.stream import StreamFeed
 from scaling_ray.spec import SweepSpec, parse_spec
+from scaling_ray.storage import open_place
 
 pytestmark = pytest.mark.ray
 
@@ -567,7 +567,7 @@ def test_a_split_of_many_files_is_the_split_of_one(
     for split in SPLITS:
         whole = read_split(tmp_path / "one", one.manifest, split, 20)
         assert np.array_equal(read_split(tmp_path / "many", many.manifest, split, 20).counts, whole.counts)
-    order = shards_order(place(tmp_path / "many"), many.manifest, small_run())
+    order = shards_order(open_place(tmp_path / "many"), many.manifest, small_run())
     with closing(StreamFeed(tmp_path / "many", many.manifest, 20, order, cpus=0.0)) as feed:
         cells, _ = feed.batch(3, 64)
         assert np.array_equal(cells.cell, many.cells["train"][order.batch(3, 64)[0]])

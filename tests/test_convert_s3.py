@@ -23,11 +23,11 @@ from conftest import TINY_SWEEP, S3Server, free_port, running_s3, serving
 
 from scaling_ray.cli import main
 from scaling_ray.errors import BadInput, LeaseHeld
-from scaling_ray.places import place
 from scaling_ray.shards.convert import build_shards
 from scaling_ray.shards.format import SPLITS, read_manifest, verify
 from scaling_ray.shards.read import read_split
 from scaling_ray.spec import load_spec, parse_spec
+from scaling_ray.storage import open_place
 
 pytestmark = pytest.mark.ray
 
@@ -48,7 +48,7 @@ CONVERT_AND_READ = (
     CONVERT
     + """
     import numpy as np
-    from scaling_ray.places import place
+    from scaling_ray.storage import open_place
     from scaling_ray.shards.format import SPLITS, read_manifest
     from scaling_ray.shards.read import shards_order
     from scaling_ray.shards.stream import StreamFeed, read_resident
@@ -56,7 +56,7 @@ CONVERT_AND_READ = (
     for number, target in enumerate(targets):
         manifest = read_manifest(target)
         found = {split: read_resident(target, manifest, split, 50) for split in SPLITS}
-        feed = StreamFeed(target, manifest, run.genes, shards_order(place(target), manifest, run))
+        feed = StreamFeed(target, manifest, run.genes, shards_order(open_place(target), manifest, run))
         for step in range(12):  # twice through the cells, and on
             found[f"step {step}"], found[f"epochs of step {step}"] = feed.batch(step, 128)
         feed.close()
@@ -239,7 +239,7 @@ def test_what_lies_there_of_another_kind_is_left_alone(planted_census: Path, s3:
 
 
 def test_a_second_driver_is_told_so_and_writes_nothing(planted_census: Path, s3: S3Server) -> None:
-    with place("s3://shards/held/shards").lease("building/.lease"):
+    with open_place("s3://shards/held/shards").lease("building/.lease"):
         before = set(s3.objects("shards", "held/"))
         with pytest.raises(LeaseHeld, match="s3://shards/held/shards: another driver works here"):
             build_shards(parse_spec(TINY_SWEEP), str(planted_census), "s3://shards/held/shards")
@@ -268,7 +268,7 @@ class Large:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Large:
-    from scaling_ray.census.plant import plant
+    from scaling_ray.planted.plant import plant
 
     folder = tmp_path_factory.mktemp("large")
     census = plant(folder / "census", n_cells=140_000, n_genes=80, seed=1)
@@ -330,7 +330,7 @@ def test_a_store_that_is_gone_for_a_minute_costs_a_minute(large: Large, s3_serve
 
 @pytest.mark.slow
 def test_a_driver_that_was_killed_is_followed_by_one_that_goes_on(large: Large, s3: S3Server, tmp_path: Path) -> None:
-    program = f"from scaling_ray import places\nplaces.LEASE_SECONDS = 6.0\n{CONVERT}"
+    program = f"from scaling_ray.storage import s3 as places\nplaces.LEASE_SECONDS = 6.0\n{CONVERT}"
     arguments = (str(large.spec), str(large.census), "s3://shards/killed")
     log = tmp_path / "log"
     with ExitStack() as stack:

@@ -21,7 +21,7 @@ from scaling_ray.cli import main
 from scaling_ray.embed import EMBEDDING
 from scaling_ray.model.exported import save_model
 from scaling_ray.model.network import MaskedGeneTransformer
-from scaling_ray.model.sizes import Shape
+from scaling_ray.sizes import Shape
 
 WIDE, WIDTH_ONE = Shape(12, 2, 3, 4), Shape(1, 1, 1, 1)
 real_cells = pytest.mark.skipif(not REAL_CELLS.is_file(), reason="the real cells are not on this machine")

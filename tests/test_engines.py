@@ -18,10 +18,10 @@ from conftest import small_run, synthetic_cells, write_cells_as_shards
 from safetensors.torch import load_file
 
 from scaling_ray.errors import BadInput
-from scaling_ray.places import place
 from scaling_ray.shards.format import SPLITS, read_manifest
 from scaling_ray.shards.read import read_split
 from scaling_ray.spec import RunSpec
+from scaling_ray.storage import open_place
 from scaling_ray.train import saving
 from scaling_ray.train.checkpoint import Attempt, publish_winner, read_metrics, read_result
 from scaling_ray.train.choice import build_engine
@@ -436,7 +436,7 @@ class TestWorkerGroup:
     def test_commits_what_one_process_does(self, shards: Path, tmp_path: Path, variant: Variant) -> None:
         from scaling_ray.train.worker import train_in_worker_group
 
-        train_in_worker_group(variant.of(spec()), place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
+        train_in_worker_group(variant.of(spec()), open_place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
         result = read_result(tmp_path / "run")
         alone = run_to_result(spec(), data(), PlainEngine(spec(), CPU), tmp_path / "alone")
         assert result is not None and alone is not None
@@ -451,7 +451,7 @@ class TestWorkerGroup:
 
         run = DDP.of(spec()).model_copy(update={"cells": 10_000})
         with pytest.raises(BadInput, match=r"grid\.cells: 10000"):
-            train_in_worker_group(run, place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
+            train_in_worker_group(run, open_place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
         assert not (tmp_path / "run" / "attempts").exists()
         assert read_result(tmp_path / "run") is None
 

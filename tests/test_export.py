@@ -17,11 +17,10 @@ from conftest import small_run, synthetic_cells, write_cells_as_shards
 from scaling_ray.cli import main
 from scaling_ray.errors import BadInput
 from scaling_ray.model.exported import load_model
-from scaling_ray.places import place
 from scaling_ray.records import ModelRecord, RunResult, ShardManifest
 from scaling_ray.shards.format import write_table
 from scaling_ray.spec import RunSpec
-from scaling_ray.storage import write_json
+from scaling_ray.storage import open_place, write_json
 from scaling_ray.sweep.export import keep_genes
 from scaling_ray.train.checkpoint import prepare_run, publish_winner
 from scaling_ray.train.engine import PlainEngine
@@ -48,7 +47,7 @@ def make_shards(directory: Path, data_hash: str = "synthetic") -> ShardManifest:
     number = np.random.default_rng(3).permutation(STORED_GENES)
     ids = [f"ENSG{n:011d}" for n in number]
     table = pa.table({"rank": np.arange(STORED_GENES), "feature_id": ids, "feature_name": [f"GENE{n}" for n in number]})
-    entry = write_table(place(directory), "genes.parquet", table)
+    entry = write_table(open_place(directory), "genes.parquet", table)
     manifest = manifest.model_copy(update={"tables": [*manifest.tables, entry], "data_hash": data_hash})
     (directory / "manifest.json").write_text(manifest.to_json())
     return manifest
@@ -77,7 +76,7 @@ def trained(shards: Path) -> Path:
         assert run_to_result(run, data, PlainEngine(run, torch.device("cpu")), directory)
         publish_winner(directory)
     (sweep / "shards_manifest.json").write_text(manifest.to_json())
-    keep_genes(sweep, manifest, place(shards))
+    keep_genes(sweep, manifest, open_place(shards))
     waiting = small_run(BUDGET, size="XS", genes=GENES)
     write_json(sweep / "plan.json", {"cells": [{"run_id": run.run_id} for run in [*RUNS.values(), waiting]]})
     return sweep

@@ -224,7 +224,7 @@ def test_a_submission_without_the_token_is_refused(head: Head) -> None:
 
 @on_a_head
 def test_a_submitted_sweep_runs_to_its_report_and_is_done_the_second_time(head: Head, tmp_path: Path) -> None:
-    from scaling_ray.census.plant import plant
+    from scaling_ray.planted.plant import plant
 
     spec = tmp_path / "tiny.toml"
     spec.write_text(TINY_SPEC)

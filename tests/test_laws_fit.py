@@ -12,7 +12,7 @@ from scaling_ray.laws import fit_table
 from scaling_ray.laws.fit import Problem, gather
 from scaling_ray.laws.forms import PARAMS_CELLS, POWER_FLOOR
 from scaling_ray.laws.intervals import profile
-from scaling_ray.tables import read_table
+from scaling_ray.results.foreign import read_table
 
 PUBLISHED = Path(__file__).parent.parent / "reports" / "published" / "canonical_v512.csv"
 LADDER = np.array([9_953.0, 30_000.0, 132_993.0, 400_000.0, 859_137.0, 4_000_000.0, 19_178_497.0])

@@ -14,7 +14,7 @@ import pytest
 from scaling_ray import cli
 from scaling_ray.errors import BadInput
 from scaling_ray.laws import fit_table
-from scaling_ray.tables import read_table
+from scaling_ray.results.foreign import read_table
 
 
 def write_csv(path: Path, columns: dict) -> Path:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy.special import gammaln
 
-from scaling_ray.census.draw import draw_range
-from scaling_ray.census.oracle import oracle
-from scaling_ray.census.truth import PlantedTruth, PlantSpec
 from scaling_ray.errors import BadInput
+from scaling_ray.planted.draw import draw_range
+from scaling_ray.planted.oracle import oracle
+from scaling_ray.planted.truth import PlantedTruth, PlantSpec
 
 TINY = PlantSpec(
     n_genes=6,

@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import S3Server, free_port
 
-from scaling_ray import places
 from scaling_ray.errors import BadInput, LeaseHeld
-from scaling_ray.places import LocalPlace, Place, S3Place, patiently, place
+from scaling_ray.storage import LocalPlace, Place, S3Place, open_place, patiently
+from scaling_ray.storage import s3 as places
 
 LEASE = "building/.lease"
 
@@ -38,7 +38,7 @@ LEASE = "building/.lease"
 @pytest.fixture
 def on_s3(s3: S3Server) -> S3Place:
     """A folder of the bucket that nothing is in."""
-    found = place(f"s3://shards/{uuid.uuid4().hex}/shards")
+    found = open_place(f"s3://shards/{uuid.uuid4().hex}/shards")
     assert isinstance(found, S3Place)
     return found
 
@@ -48,7 +48,7 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """A place that holds nothing yet, of each kind."""
     if request.param == "s3":
         return request.getfixturevalue("on_s3")
-    return place(tmp_path / "shards")
+    return open_place(tmp_path / "shards")
 
 
 def all_at_once(actions: list[Callable[[], bool]]) -> list[bool | Exception]:
@@ -230,16 +230,16 @@ def test_of_eight_who_want_the_lease_at_once_one_holds_it(where: Place) -> None:
 
 def test_a_place_is_what_its_name_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    relative = place("some/shards")
+    relative = open_place("some/shards")
     assert isinstance(relative, LocalPlace) and relative.path == tmp_path / "some" / "shards"
-    assert str(relative) == str(place(tmp_path / "some/shards")) == str(tmp_path / "some/shards")
-    assert place(relative, "shards") is relative
+    assert str(relative) == str(open_place(tmp_path / "some/shards")) == str(tmp_path / "some/shards")
+    assert open_place(relative, "shards") is relative
     for uri in ("s3://bucket/shards", "s3://bucket/shards/", "s3://bucket/deep/er/shards"):
-        found = place(uri)
+        found = open_place(uri)
         assert isinstance(found, S3Place) and str(found) == uri.rstrip("/")
-    assert place("s3://bucket/shards", "data.split_from").field == "data.split_from"
+    assert open_place("s3://bucket/shards", "data.split_from").field == "data.split_from"
     for uri in ("gs://x/y", "file:///x/y", "https://bucket/shards", "s3://", "s3://bucket", "s3:///shards"):
-        line = refused(lambda uri=uri: place(uri, "shards"))
+        line = refused(lambda uri=uri: open_place(uri, "shards"))
         assert line.startswith(f"shards: '{uri}': ") and "s3://" in line.split(": ", 2)[2]
     assert list(tmp_path.iterdir()) == []
 
@@ -280,7 +280,7 @@ def everything(where: Place) -> dict[str, Callable[[], object]]:
 
 
 def test_a_bucket_that_is_none_is_one_line(s3: S3Server) -> None:
-    where = place("s3://no-such-bucket/shards", "shards")
+    where = open_place("s3://no-such-bucket/shards", "shards")
     for call in everything(where).values():
         line = refused(call)
         assert line.startswith("shards: 's3://no-such-bucket/shards': ") and "NoSuchBucket" in line
@@ -431,7 +431,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("way", ["write", "create"])
 def test_a_full_disk_is_one_line_and_the_old_file_stays_whole(small_disk: Path, way: str) -> None:
-    where = place(small_disk / "shards")
+    where = open_place(small_disk / "shards")
     where.write("train-00000.parquet", b"old" * 100_000)
     larger = b"new" * 500_000
     put = {"write": lambda data: where.write("train-00000.parquet", data), "create": lambda d: where.create("new", d)}
@@ -445,11 +445,11 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays_whole(small_disk: Path, 
 FILE_SIZE_LIMIT = """
 import resource, signal, sys
 from scaling_ray.errors import BadInput
-from scaling_ray.places import place
+from scaling_ray.storage import open_place
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 try:
-    place(sys.argv[1]).write("manifest.json", b"n" * 200_000)
+    open_place(sys.argv[1]).write("manifest.json", b"n" * 200_000)
 except BadInput as error:
     print(error)
     sys.exit(error.exit_code)
@@ -457,7 +457,7 @@ except BadInput as error:
 
 
 def test_a_file_that_grows_too_large_is_one_line_and_the_old_one_stays_whole(tmp_path: Path) -> None:
-    where = place(tmp_path)
+    where = open_place(tmp_path)
     where.write("manifest.json", b"old")
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     done = subprocess.run([sys.executable, "-c", FILE_SIZE_LIMIT, str(tmp_path)], capture_output=True, text=True)
@@ -468,7 +468,7 @@ def test_a_file_that_grows_too_large_is_one_line_and_the_old_one_stays_whole(tmp
 
 
 def test_a_read_only_disk_is_one_line(small_disk: Path) -> None:
-    where = place(small_disk / "shards", "shards")
+    where = open_place(small_disk / "shards", "shards")
     where.write("there", b"whole")
     where.write("folder/inside", b"whole")
     where.write("building/plan.json", b"whole")
@@ -482,7 +482,7 @@ def test_a_read_only_disk_is_one_line(small_disk: Path) -> None:
 
 def test_a_file_where_a_folder_should_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    where = place(tmp_path / "file" / "shards")
+    where = open_place(tmp_path / "file" / "shards")
     for name in ("write", "create", "lease"):
         line = refused(everything(where)[name])
         assert line.startswith(f"--out: '{tmp_path}/file/shards': cannot be used (Not a directory); ")
@@ -493,10 +493,10 @@ def test_a_file_where_a_folder_should_be_is_one_line(tmp_path: Path) -> None:
 NOBODY = """
 import os, sys
 from scaling_ray.errors import BadInput
-from scaling_ray.places import place
+from scaling_ray.storage import open_place
 os.setgid(65534)
 os.setuid(65534)
-where = place(sys.argv[1], "shards")
+where = open_place(sys.argv[1], "shards")
 calls = {
     "read": lambda: where.read("there"),
     "size": lambda: where.size("there"),
@@ -518,7 +518,7 @@ for name, call in calls.items():
 def test_a_folder_of_another_user_is_one_line_for_every_call() -> None:
     with tempfile.TemporaryDirectory() as folder:  # the folders above tmp_path are closed too
         os.chmod(folder, 0o755)
-        where = place(Path(folder) / "closed")
+        where = open_place(Path(folder) / "closed")
         where.write("there", b"whole")
         os.chmod(str(where), 0o700)
         done = subprocess.run([sys.executable, "-c", NOBODY, str(where)], capture_output=True, text=True, timeout=60)

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from scaling_ray.errors import BadInput
-from scaling_ray.model.execution import choose_micro_batch, choose_precision, choose_stack
-from scaling_ray.model.sizes import LADDER, Shape
+from scaling_ray.execution import choose_micro_batch, choose_precision, choose_stack
+from scaling_ray.sizes import LADDER, Shape
 from scaling_ray.spec import SweepSpec, parse_spec
 from scaling_ray.sweep.plan import format_plan, make_plan, rate_name
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scaling_ray.census import genes as gene_ranking
-from scaling_ray.census.genes import Batch, CountHistogram, GeneRanking, HistogramSum
-from scaling_ray.census.select import MANY_GROUPS, Coded, select_cells, split_groups
 from scaling_ray.errors import BadInput
+from scaling_ray.shards import genes as gene_ranking
 from scaling_ray.shards.format import CODE_COLUMNS, SPLITS
+from scaling_ray.shards.genes import Batch, CountHistogram, GeneRanking, HistogramSum
+from scaling_ray.shards.select import MANY_GROUPS, Coded, select_cells, split_groups
 from scaling_ray.spec import DataSpec
 
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}

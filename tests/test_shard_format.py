@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from scaling_ray.errors import BadInput, DamagedFiles
-from scaling_ray.places import place
 from scaling_ray.records import ShardManifest, SplitEntry
 from scaling_ray.shards import format as shard_format
 from scaling_ray.shards.format import (
@@ -29,6 +28,7 @@ from scaling_ray.shards.format import (
     write_table,
 )
 from scaling_ray.shards.read import Cells, columns_for, decode_cells, read_split
+from scaling_ray.storage import open_place
 
 CELLS = 60
 
@@ -61,7 +61,7 @@ def write_shards(directory: Path, genes: int, file_cells: int = CELLS) -> ShardM
     for seed, split in enumerate(shard_format.SPLITS):
         table = table_of(counts_of(genes, seed=seed), first_cell=1_000 * seed)
         files = [
-            write_file(place(directory), f"{split}-{n:05d}.parquet", [table.slice(start, file_cells)], genes)
+            write_file(open_place(directory), f"{split}-{n:05d}.parquet", [table.slice(start, file_cells)], genes)
             for n, start in enumerate(range(0, CELLS, file_cells))
         ]
         splits[split] = SplitEntry(
@@ -85,7 +85,7 @@ def write_shards(directory: Path, genes: int, file_cells: int = CELLS) -> ShardM
         planted=False,
         dropped={},
         splits=splits,
-        tables=[write_table(place(directory), "presence.parquet", presence)],
+        tables=[write_table(open_place(directory), "presence.parquet", presence)],
         codes={},
         made_with={},
     )
@@ -154,7 +154,7 @@ def test_sliced_and_chunked_columns_decode_from_their_offsets() -> None:
 
 def test_the_content_hash_is_of_the_cells_not_of_how_they_came(tmp_path: Path) -> None:
     def content_of(*tables: pa.Table) -> str | None:
-        entry = write_file(place(tmp_path), "train-00000.parquet", tables, 300)
+        entry = write_file(open_place(tmp_path), "train-00000.parquet", tables, 300)
         assert entry is not None and entry.rows == CELLS
         return entry.content_sha256
 

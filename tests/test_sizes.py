@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaling_ray.errors import BadInput
 from scaling_ray.model.network import MaskedGeneTransformer
-from scaling_ray.model.sizes import (
+from scaling_ray.sizes import (
     LADDER,
     Shape,
     forward_flops_per_cell,

@@ -13,8 +13,8 @@ from scaling_ray.errors import BadInput, Preempted
 from scaling_ray.model.masking import draw_masks
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.model.objectives import squared_error_sums
-from scaling_ray.model.sizes import Shape
 from scaling_ray.shards.read import Feed, ResidentFeed, run_order
+from scaling_ray.sizes import Shape
 from scaling_ray.spec import RunSpec
 from scaling_ray.train.checkpoint import read_metrics, read_result
 from scaling_ray.train.engine import PlainEngine

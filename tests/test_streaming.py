@@ -15,7 +15,6 @@ import torch
 from conftest import TINY_SWEEP, small_run, synthetic_cells, write_cells_as_shards
 
 from scaling_ray.errors import BadInput, DamagedFiles
-from scaling_ray.places import place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards import order, stream
 from scaling_ray.shards.format import read_manifest, row_groups
@@ -23,6 +22,7 @@ from scaling_ray.shards.order import RunOrder, RunRows, chosen_donors, donor_row
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed, read_measured, read_rows, read_split, shards_order
 from scaling_ray.shards.stream import StreamFeed, open_feed, read_resident
 from scaling_ray.spec import RunSpec
+from scaling_ray.storage import open_place
 from scaling_ray.sweep.run import run_sweep
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, TrainingLoop
@@ -279,7 +279,7 @@ class Shards:
     train: Cells
 
     def order(self, run: RunSpec) -> RunOrder:
-        return shards_order(place(self.path), self.manifest, run)
+        return shards_order(open_place(self.path), self.manifest, run)
 
     def resident(self, run: RunSpec) -> ResidentFeed:
         """Out of the whole split as it was before it was written."""
@@ -521,7 +521,7 @@ def test_more_genes_than_stored_are_refused(shards: Shards) -> None:
 
 @pytest.mark.parametrize("genes", [GENES, 257, 256, 40, 1])
 def test_rows_are_read_in_the_order_asked_for(shards: Shards, genes: int) -> None:
-    where = place(shards.path)
+    where = open_place(shards.path)
     measured = read_measured(where, shards.manifest, genes)
     whole = read_split(where, shards.manifest, "train", genes)
     assert np.array_equal(whole.counts, shards.train.counts[:, :genes])

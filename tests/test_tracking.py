@@ -10,8 +10,8 @@ from conftest import TINY_SWEEP
 
 from scaling_ray.records import RunResult, ShardManifest
 from scaling_ray.spec import RunSpec, parse_spec
-from scaling_ray.sweep.tracked import is_tracked, tracking_uri
-from scaling_ray.sweep.tracking import PARENT_TAG, Tracker
+from scaling_ray.tracking.ledger import is_tracked, tracking_uri
+from scaling_ray.tracking.mlflow import PARENT_TAG, Tracker
 from scaling_ray.train.checkpoint import MetricsLog
 
 mlflow_client = pytest.importorskip("mlflow.tracking").MlflowClient

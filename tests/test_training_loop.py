@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from scaling_ray.errors import BadInput, Diverged
-from scaling_ray.model.sizes import training_flops_per_cell
 from scaling_ray.records import MetricSums, RunResult
 from scaling_ray.shards.read import Cells
+from scaling_ray.sizes import training_flops_per_cell
 from scaling_ray.spec import RunSpec, TrainSpec
 from scaling_ray.train.batches import BatchSource
 from scaling_ray.train.checkpoint import (

@@ -16,9 +16,9 @@ from conftest import small_run, synthetic_cells, write_cells_as_shards
 from safetensors import SafetensorError
 
 from scaling_ray.errors import Preempted, Stalled
-from scaling_ray.places import place
 from scaling_ray.shards.format import SPLITS
 from scaling_ray.spec import RunSpec
+from scaling_ray.storage import open_place
 from scaling_ray.train.checkpoint import Attempt, read_metrics
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -74,7 +74,7 @@ def train(run: RunSpec, shards: Path, tmp_path: Path, stall_seconds: float = 60.
 
     train_in_worker_group(
         run,
-        place(shards),
+        open_place(shards),
         tmp_path / "run",
         False,
         tmp_path / "ray",

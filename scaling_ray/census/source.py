@@ -27,7 +27,7 @@ import tiledbsoma as soma
 
 from scaling_ray.census.layout import RECORD_NAME, SAFE_READS, check_whole
 from scaling_ray.errors import BadInput
-from scaling_ray.places import patiently
+from scaling_ray.storage import patiently
 
 SCHEMA_MAJOR = 2
 """The Census schema this reader knows; its tables and columns are those of 2.x."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scaling_ray.spec import Recipe
+from scaling_ray.recipe import Recipe
 
 EVALUATION_MASK_SEED = 20_251_108
 """Validation and test masks are drawn under this seed and epoch 0, for every run of every sweep."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scaling_ray.model.dropout import attention, dropout
-from scaling_ray.model.sizes import Shape
+from scaling_ray.sizes import Shape
 
 
 class Block(nn.Module):

@@ -29,8 +29,8 @@ from scaling_ray.report.runs import (
 )
 from scaling_ray.report.summary import summarise
 from scaling_ray.report.svg import standalone
+from scaling_ray.results.foreign import read_table
 from scaling_ray.storage import output_directory, write_atomic, write_json
-from scaling_ray.tables import read_table
 
 
 class _Read(NamedTuple):

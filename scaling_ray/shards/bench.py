@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 
 from scaling_ray.cluster import ray_session
 from scaling_ray.errors import BadInput
-from scaling_ray.places import Place, place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.format import read_manifest, row_groups
 from scaling_ray.shards.order import WINDOW_ROWS, RunOrder, replicate_rows
 from scaling_ray.shards.read import Feed, ResidentFeed, check_genes, columns_for, decode_cells, read_measured
 from scaling_ray.shards.stream import StreamFeed, read_resident
+from scaling_ray.storage import Place, open_place
 
 WARM_CELLS = 10 * WINDOW_ROWS
 """Cells read before a clock starts: with fewer, a second reading worker is still importing, on the CPUs that read."""
@@ -60,7 +60,7 @@ def bench_stream(
     for field, value in (("--batch", cells_per_batch), ("--cells", cells), ("--cpus", cpus)):
         if value < 1:
             raise BadInput(field, value, "must be at least 1")
-    shards = place(where, "shards")
+    shards = open_place(where, "shards")
     manifest = read_manifest(shards)
     genes = manifest.genes if genes is None else genes
     check_genes(genes, manifest)

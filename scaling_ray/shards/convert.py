@@ -24,11 +24,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from scaling_ray.census.genes import Batch, CountHistogram, GeneRanking, HistogramSum, rank_genes
 from scaling_ray.census.source import Census
 from scaling_ray.cluster import own_errors, ray, ray_session
 from scaling_ray.errors import BadInput
-from scaling_ray.places import LocalPlace, Place, patiently, place
 from scaling_ray.records import FileEntry, Record, ShardManifest, SplitEntry
 from scaling_ray.shards.format import (
     BLOCK_GENES,
@@ -45,6 +43,7 @@ from scaling_ray.shards.format import (
     write_file,
     write_table,
 )
+from scaling_ray.shards.genes import Batch, CountHistogram, GeneRanking, HistogramSum, rank_genes
 from scaling_ray.shards.parts import (
     Range,
     bucket_names,
@@ -66,7 +65,7 @@ from scaling_ray.shards.prepare import (
     reading_rules,
 )
 from scaling_ray.spec import SweepSpec, content_hash
-from scaling_ray.storage import output_directory, sweep_partial_files
+from scaling_ray.storage import LocalPlace, Place, open_place, output_directory, patiently, sweep_partial_files
 
 BUILDING = "building/"
 """Below the target: what an unfinished conversion has made so far."""
@@ -109,7 +108,7 @@ def build_shards(
         BadInput: rules the Census cannot serve, ``out`` holding something else, a medium that cannot be written.
         LeaseHeld: another conversion writes to ``out``.
     """
-    target = place(out)
+    target = open_place(out)
     if isinstance(target, LocalPlace):
         output_directory(target.path.parent)
         if target.path.is_file():

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scaling_ray.errors import BadInput, DamagedFiles
-from scaling_ray.places import Place, place
 from scaling_ray.records import FileEntry, ShardManifest
+from scaling_ray.storage import Place, open_place
 
 MANIFEST = "manifest.json"
 """Written last: a directory without it holds no shards."""
@@ -141,7 +141,7 @@ def row_groups(manifest: ShardManifest, split: str) -> NDArray[np.int64]:
 
 def read_manifest(where: Path | str | Place) -> ShardManifest:
     """The manifest of a shard directory; BadInput if there is none, DamagedFiles where a group is in two splits."""
-    manifest = _manifest(place(where, "shards"))
+    manifest = _manifest(open_place(where, "shards"))
     overlaps = _groups_in_two_splits(manifest)
     if overlaps:
         raise DamagedFiles(overlaps)
@@ -169,7 +169,7 @@ def _groups_in_two_splits(manifest: ShardManifest) -> list[str]:
 
 def verify(where: Path | str | Place) -> list[str]:
     """Each file that is missing, damaged or not in the manifest, one sentence each; empty where all is well."""
-    shards = place(where, "shards")
+    shards = open_place(where, "shards")
     manifest = _manifest(shards)
     expected = {entry.path: entry for split in manifest.splits.values() for entry in split.files}
     expected |= {entry.path: entry for entry in manifest.tables}

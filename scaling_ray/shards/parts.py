@@ -17,10 +17,8 @@ import safetensors.numpy
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scaling_ray.census.genes import CountHistogram
 from scaling_ray.census.source import Census
 from scaling_ray.errors import DamagedFiles
-from scaling_ray.places import Place
 from scaling_ray.shards.format import (
     BLOCK_GENES,
     CODE_COLUMNS,
@@ -31,7 +29,9 @@ from scaling_ray.shards.format import (
     block_widths,
     encode_block,
 )
+from scaling_ray.shards.genes import CountHistogram
 from scaling_ray.shards.order import keyed_hash
+from scaling_ray.storage import Place
 
 RANGE_TILES = 16
 """Tiles of X in one range, at most."""

@@ -14,15 +14,15 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_ray.census.genes import gene_list_order
-from scaling_ray.census.select import Selection, columns_needed, select_cells
 from scaling_ray.census.source import Census
 from scaling_ray.errors import BadInput
-from scaling_ray.places import Place, place
 from scaling_ray.records import Record, ShardManifest
 from scaling_ray.shards.format import CODE_COLUMNS, FILE_CELLS, MANIFEST, SPLITS
+from scaling_ray.shards.genes import gene_list_order
 from scaling_ray.shards.parts import PROCESS_BYTES, Arrays, Range, bucket_of, pack, plan_ranges
+from scaling_ray.shards.select import Selection, columns_needed, select_cells
 from scaling_ray.spec import DataSpec, content_hash
+from scaling_ray.storage import Place, open_place
 
 PLAN = "plan.json"
 PRESENCE = "presence"
@@ -112,7 +112,7 @@ def carried_groups(data: DataSpec) -> tuple[dict[str, str], str | None]:
     folder, _, name = str(data.split_from).rpartition("/")
     if name != MANIFEST:
         folder = str(data.split_from)
-    source = place(folder or ".", "data.split_from")
+    source = open_place(folder or ".", "data.split_from")
     try:
         manifest = ShardManifest.parse(source.read(MANIFEST), data.split_from)
     except FileNotFoundError as error:

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from scaling_ray.errors import BadInput, DamagedFiles
-from scaling_ray.places import Place, place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.format import BLOCK_GENES, block_name, block_widths, decode_block, row_groups
 from scaling_ray.shards.order import RunOrder, RunRows, donor_rows, replicate_rows
 from scaling_ray.spec import RunSpec
+from scaling_ray.storage import Place, open_place
 
 Ints = NDArray[np.int64]
 
@@ -96,7 +96,7 @@ def _decode_into(counts: NDArray[np.uint16], table: pa.Table, stored_genes: int,
 
 def read_measured(where: Path | str | Place, manifest: ShardManifest, genes: int) -> NDArray[np.bool_]:
     """(datasets, genes) bool from presence.parquet."""
-    table = _ShardFile(place(where, "shards"), "presence.parquet").table()
+    table = _ShardFile(open_place(where, "shards"), "presence.parquet").table()
     packed = decode_block(table["measured"], manifest.genes)
     return packed[:, :genes].astype(bool)
 
@@ -135,7 +135,7 @@ def check_genes(genes: int, manifest: ShardManifest) -> None:
 def read_split(where: Path | str | Place, manifest: ShardManifest, split: str, genes: int) -> Cells:
     """All cells of a split over the first ``genes`` genes, in the order of the permutation."""
     check_genes(genes, manifest)
-    shards = place(where, "shards")
+    shards = open_place(where, "shards")
     tables = []
     for entry in manifest.splits[split].files:
         table = _ShardFile(shards, entry.path).table(columns_for(genes))
@@ -213,7 +213,7 @@ def _as_slice(index: Ints) -> Ints | slice:
 
 def read_donors(where: Path | str | Place, manifest: ShardManifest) -> NDArray[np.int32]:
     """(n_train,) donor code of each row of the training permutation."""
-    shards = place(where, "shards")
+    shards = open_place(where, "shards")
     tables = [_ShardFile(shards, entry.path).table(["donor_id"]) for entry in manifest.splits["train"].files]
     return pa.concat_tables(tables)["donor_id"].to_numpy()
 

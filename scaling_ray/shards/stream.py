@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from scaling_ray import errors
 from scaling_ray.cluster import own_errors, ray
 from scaling_ray.errors import BadInput, DamagedFiles, ScalingRayError
-from scaling_ray.places import Place, place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.order import WINDOW_ROWS, RunOrder, Window
 from scaling_ray.shards.read import (
@@ -34,6 +33,7 @@ from scaling_ray.shards.read import (
     shards_order,
 )
 from scaling_ray.spec import RunSpec
+from scaling_ray.storage import Place, open_place
 
 PIPELINE_WINDOWS = 256
 """Windows of one Ray Data pipeline; a longer run continues with another. With more, the first batch comes later."""
@@ -104,7 +104,7 @@ def _pipeline(items: list[dict[str, Any]], read: Any, cpus: float, tasks: int) -
 def read_resident(where: Path | str | Place, manifest: ShardManifest, split: str, genes: int) -> Cells:
     """All cells of a split over the first ``genes`` genes, read by the cluster's tasks, in the permutation's order."""
     check_genes(genes, manifest)
-    shards = place(where, "shards")
+    shards = open_place(where, "shards")
     measured = read_measured(shards, manifest, genes)
     items = [{"start": group.start, "stop": group.stop} for group in groups_of(manifest, split)]
 
@@ -136,7 +136,7 @@ class StreamFeed:
         self, where: Path | str | Place, manifest: ShardManifest, genes: int, order: RunOrder, cpus: float = READ_CPUS
     ) -> None:
         check_genes(genes, manifest)
-        self._shards, self._manifest, self._genes, self.order = place(where, "shards"), manifest, genes, order
+        self._shards, self._manifest, self._genes, self.order = open_place(where, "shards"), manifest, genes, order
         self._measured = read_measured(self._shards, manifest, genes)
         self._cpus = cpus
         self._next_position = -1
@@ -238,7 +238,7 @@ def open_feed(
         cpus: as StreamFeed.
     """
     check_genes(run.genes, manifest)
-    shards = place(where, "shards")
+    shards = open_place(where, "shards")
     order = shards_order(shards, manifest, run)
     if len(order.rows) * run.genes * 2 > resident_bytes:
         return StreamFeed(shards, manifest, run.genes, order, cpus)

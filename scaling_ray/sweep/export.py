@@ -20,11 +20,10 @@ from scaling_ray import __version__
 from scaling_ray.errors import BadInput
 from scaling_ray.model.exported import read_record, save_model
 from scaling_ray.model.network import MaskedGeneTransformer
-from scaling_ray.places import Place, place
 from scaling_ray.records import RunFailure, RunResult, ShardManifest
 from scaling_ray.shards.format import read_manifest
 from scaling_ray.spec import RunSpec
-from scaling_ray.storage import output_directory, partial_directory, publish_directory, write_atomic
+from scaling_ray.storage import Place, open_place, output_directory, partial_directory, publish_directory, write_atomic
 from scaling_ray.train.checkpoint import read_result
 from scaling_ray.train.engine import load_weights, model_tensors
 
@@ -159,7 +158,7 @@ def _chosen_weights(directory: Path, run: RunSpec, result: RunResult) -> dict[st
 def _genes(sweep: Path, manifest: ShardManifest, shards: Path | str | None) -> pa.Table:
     """feature_id and feature_name of all genes of the shards in rank order."""
     if shards is not None:
-        source = place(shards, "--shards")
+        source = open_place(shards, "--shards")
         manifest_there = read_manifest(source)
         if manifest_there.data_hash != manifest.data_hash:
             raise BadInput("--shards", str(shards), "are not the shards of this sweep")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scaling_ray.errors import BadInput
-from scaling_ray.model.execution import Device, choose_stack
-from scaling_ray.model.sizes import parameters_without_embedding, training_bytes, training_flops_per_cell
+from scaling_ray.execution import Device, choose_stack
+from scaling_ray.sizes import parameters_without_embedding, training_bytes, training_flops_per_cell
 from scaling_ray.spec import RunSpec, SweepSpec, content_hash
 
 

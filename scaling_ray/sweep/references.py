@@ -16,16 +16,15 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from scaling_ray.census.oracle import oracle
-from scaling_ray.census.truth import parse_truth
 from scaling_ray.model.baselines import choose_shrinkage, gaussian_errors, gene_mean_errors, training_moments
 from scaling_ray.model.masking import EVALUATION_MASK_SEED, draw_masks, log_normalise
-from scaling_ray.places import Place
+from scaling_ray.planted.oracle import oracle
+from scaling_ray.planted.truth import parse_truth
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.order import RunOrder
 from scaling_ray.shards.read import Cells, read_measured, read_rows, shards_order
 from scaling_ray.spec import RunSpec, TrainSpec, content_hash
-from scaling_ray.storage import write_atomic, write_json
+from scaling_ray.storage import Place, write_atomic, write_json
 
 SHRINKAGE_CELLS = 512
 """Validation cells on which the Gaussian's shrinkage is chosen."""

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-from scaling_ray.model.sizes import parameters_without_embedding
 from scaling_ray.records import RunFailure, RunResult
+from scaling_ray.sizes import parameters_without_embedding
 from scaling_ray.spec import RunSpec
 from scaling_ray.storage import write_atomic
 from scaling_ray.sweep.references import per_gene_bits, read_closed_form, read_floor, reference_name

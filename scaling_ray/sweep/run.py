@@ -18,22 +18,21 @@ import numpy as np
 
 from scaling_ray.cluster import own_errors, ray, ray_session  # before ray.tune: it sets what ray reads once
 from scaling_ray.errors import BadInput, Preempted, RunsFailed
-from scaling_ray.places import Place, place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.format import SPLITS, read_manifest, verify
 from scaling_ray.shards.order import check_donors, chosen_donors
 from scaling_ray.shards.read import Feed
 from scaling_ray.shards.stream import open_feed, read_resident
 from scaling_ray.spec import RunSpec, SweepSpec, load_spec
-from scaling_ray.storage import Lease, output_directory, partial_directory, write_atomic, write_json
+from scaling_ray.storage import Lease, Place, open_place, output_directory, partial_directory, write_atomic, write_json
 from scaling_ray.sweep.export import keep_genes
 from scaling_ray.sweep.failures import guarded, record_failure, recorded_failure, within_memory
 from scaling_ray.sweep.plan import as_planned, make_plan, run_cost
 from scaling_ray.sweep.references import closed_form_task, floor_path, floor_task, reference_name
 from scaling_ray.sweep.results import write_results
 from scaling_ray.sweep.stopping import asked_to_stop, stop_file, stop_on_sigterm
-from scaling_ray.sweep.tracked import is_tracked
 from scaling_ray.sweep.trial import Trial
+from scaling_ray.tracking.ledger import is_tracked
 from scaling_ray.train.checkpoint import prepare_run, publish_winner, read_metrics, read_result
 
 Progress = Callable[[str], None]
@@ -50,7 +49,7 @@ def run_sweep(
     the end where runs have no result (the others do).
     """
     spec = load_spec(spec_path)
-    source = place(shards, "--shards")
+    source = open_place(shards, "--shards")
     manifest = read_manifest(source)
     _check_serves(spec, manifest)
     sweep = output_directory(out)
@@ -373,7 +372,7 @@ class _Sweep:
         write_results(self.sweep, self.runs, self.train_cells)
 
     def _follower(self, seconds: float = 5.0) -> Any:
-        from scaling_ray.sweep.tracking import Follower, Tracker
+        from scaling_ray.tracking.mlflow import Follower, Tracker
 
         return Follower(lambda: Tracker(self.sweep, self.spec, self.manifest), self.runs, self.progress, seconds)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from scaling_ray.places import Place
 from scaling_ray.records import ShardManifest
 from scaling_ray.shards.format import row_groups
 from scaling_ray.shards.read import Cells, Feed
 from scaling_ray.spec import RunSpec
+from scaling_ray.storage import Place
 from scaling_ray.sweep.failures import guarded, record_failure, within_memory
 from scaling_ray.sweep.plan import stack_name
 from scaling_ray.sweep.stopping import asked_to_stop

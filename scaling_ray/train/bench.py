@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from scaling_ray.model.sizes import training_flops_per_cell
 from scaling_ray.shards.read import Cells, ResidentFeed, run_order
+from scaling_ray.sizes import training_flops_per_cell
 from scaling_ray.spec import RunSpec
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, TrainingLoop

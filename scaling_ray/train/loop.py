@@ -24,9 +24,9 @@ from torch import Tensor
 
 from scaling_ray.errors import BadInput, Diverged, Preempted
 from scaling_ray.model.objectives import squared_error_sums, squared_errors
-from scaling_ray.model.sizes import training_flops_per_cell
 from scaling_ray.records import MetricSums, RunResult, StopReason
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed, run_order
+from scaling_ray.sizes import training_flops_per_cell
 from scaling_ray.spec import RunSpec, TrainSpec
 from scaling_ray.train.batches import Batch, BatchSource, evaluation_batches
 from scaling_ray.train.checkpoint import Attempt, Progress, commit_result

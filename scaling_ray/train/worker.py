@@ -19,12 +19,11 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import RayTrainError
 
 from scaling_ray.errors import ScalingRayError, Stalled
-from scaling_ray.places import Place
 from scaling_ray.shards.format import read_manifest
 from scaling_ray.shards.read import read_split
 from scaling_ray.shards.stream import open_feed
 from scaling_ray.spec import RunSpec
-from scaling_ray.storage import write_atomic
+from scaling_ray.storage import Place, write_atomic
 from scaling_ray.train.choice import build_engine
 from scaling_ray.train.loop import RunData, run_to_result
 from scaling_ray.train.watchdog import Watchdog
@@ -84,10 +83,10 @@ def train_in_worker_group(
     ``shards`` and ``run_directory`` must be the same places on every node. Ray writes below ``storage_path`` only. A
     worker holds training cells of up to its part of ``resident_bytes`` and streams more. Once ``stop_file`` exists the
     state is saved and Preempted rises; at the notice that a node is about to go it is saved and training goes on, for
-    Ray starts the group again elsewhere when the node has gone. An error of a worker rises
-    here as itself (BadInput, Diverged, a bug's own class), at once and without another try; a group in which a rank does
-    nothing for ``stall_seconds`` is ended and rises as Stalled; one that cannot be started or died with a process rises
-    as Ray's TrainingFailedError.
+    Ray starts the group again elsewhere when the node has gone. An error of a worker rises here as itself (BadInput,
+    Diverged, a bug's own class), at once and without another try; a group in which a rank does nothing for
+    ``stall_seconds`` is ended and rises as Stalled; one that cannot be started or died with a process rises as Ray's
+    TrainingFailedError.
     """
     if not ray.is_initialized():
         raise RuntimeError("no connection to Ray; call this within cluster.ray_session")

@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
-from scaling_ray.census.truth import PlantedTruth, load_truth
 from scaling_ray.errors import BadInput
+from scaling_ray.planted.truth import PlantedTruth, load_truth
 
 __all__ = ["PRUNE", "TAIL", "OracleResult", "load_truth", "oracle"]
 

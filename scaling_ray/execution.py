@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from scaling_ray.model.sizes import Shape
+from scaling_ray.sizes import Shape
 
 Device = Literal["cpu", "cpu_bf16", "cuda"]
 """A CPU, a CPU with bf16 dot products (AVX512-BF16 or AMX), a CUDA GPU."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scaling_ray.census.draw import CellRange, draw_range
 from scaling_ray.census.layout import OBS_STRING_COLUMNS, CensusWriter, Dataset, existing
-from scaling_ray.census.truth import TRUTH_NAME, PlantedTruth, PlantSpec
 from scaling_ray.errors import BadInput
+from scaling_ray.planted.draw import CellRange, draw_range
+from scaling_ray.planted.truth import TRUTH_NAME, PlantedTruth, PlantSpec
 
 DEFAULT_CELLS = 8000
 DEFAULT_GENES = 2000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from scaling_ray.census.truth import PlantedTruth
+from scaling_ray.planted.truth import PlantedTruth
 
 
 @dataclass(frozen=True)

@@ -1,194 +1,26 @@
-"""Where shards lie: a directory or an ``s3://`` prefix behind one small interface, with retries of our own.
+"""A prefix of an S3 bucket as a place.
 
-A write is atomic in both: readers see the old object, the new one, or none. On S3 every request is tried again for
-``OUTAGE_SECONDS``, beyond what the SDK does by itself, so that a store that is gone for a minute costs a minute.
+Every request is tried again for ``OUTAGE_SECONDS``, beyond what the SDK does by itself, so that a store that is gone
+for a minute costs a minute.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import random
-import shutil
 import threading
 import time
 import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from email.utils import parsedate_to_datetime
 from functools import cache
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from scaling_ray.errors import BadInput, LeaseHeld
-from scaling_ray.storage import PARTIAL_PREFIX, Lease, create_if_absent, write_atomic
+from scaling_ray.storage.place import Place
+from scaling_ray.storage.retry import patiently
 
-OUTAGE_SECONDS = 300.0
-"""How long a request is tried again before the caller is told; a store gone for less costs time only."""
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 10.0
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 60.0
 LEASE_SECONDS = 60.0
-
-T = TypeVar("T")
-
-
-def patiently(action: Callable[[], T], transient: Callable[[Exception], bool], limit: float = OUTAGE_SECONDS) -> T:
-    """The result of ``action``, tried again while its errors are ``transient``, for ``limit`` seconds.
-
-    Waits double, with jitter; the last error rises as it is.
-    """
-    began, wait = time.monotonic(), FIRST_WAIT_SECONDS
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            if not transient(error) or time.monotonic() - began + wait > limit:
-                raise
-        time.sleep(wait * random.uniform(0.5, 1.0))
-        wait = min(2 * wait, LONGEST_WAIT_SECONDS)
-
-
-class Place(ABC):
-    """A flat or nested set of named files under one URI. Names use "/" and are relative.
-
-    Errors of the medium (disk full, read-only, access denied, store unreachable) rise as BadInput: field, URI, way out.
-    """
-
-    def __init__(self, uri: str, field: str) -> None:
-        self.uri, self.field = uri, field
-
-    def __str__(self) -> str:
-        return self.uri
-
-    @abstractmethod
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes start..start+length of a file (to its end where None); FileNotFoundError where there is none."""
-
-    @abstractmethod
-    def size(self, name: str) -> int | None:
-        """Bytes of a file, None where there is none."""
-
-    @abstractmethod
-    def write(self, name: str, data: bytes) -> None:
-        """Put ``data`` under ``name``, whole or not at all, in place of what was there."""
-
-    @abstractmethod
-    def create(self, name: str, data: bytes) -> bool:
-        """The same for the first writer of ``name``; False, and nothing changed, for every later one."""
-
-    @abstractmethod
-    def names(self, below: str = "") -> dict[str, int]:
-        """Every file whose name begins with ``below`` and its bytes; unfinished writes are none."""
-
-    @abstractmethod
-    def remove(self, below: str) -> None:
-        """Remove the file ``below``, or, where it ends in "/", everything under it."""
-
-    @abstractmethod
-    def parquet_source(self, name: str) -> Any:
-        """What ``pyarrow.parquet`` opens to read parts of a file."""
-
-    @abstractmethod
-    def below(self, name: str) -> Place:
-        """The place of a folder in this one."""
-
-    @abstractmethod
-    def lease(self, name: str) -> AbstractContextManager[Any]:
-        """Hold the file ``name`` as the one writer's sign while the block runs; LeaseHeld where another holds it."""
-
-
-class LocalPlace(Place):
-    """A directory."""
-
-    def __init__(self, path: Path, field: str = "--out") -> None:
-        super().__init__(str(path), field)
-        self.path = path
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except (FileNotFoundError, IsADirectoryError):
-            raise
-        except OSError as error:
-            remedy = f"cannot be used ({error.strerror}); mend that or name another place, then call again"
-            raise BadInput(self.field, self.uri, remedy) from error
-
-    def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """See Place."""
-        with self._named(), open(self.path / name, "rb") as stream:
-            stream.seek(start)
-            return stream.read() if length is None else stream.read(length)
-
-    def size(self, name: str) -> int | None:
-        """See Place."""
-        with self._named():
-            path = self.path / name
-            return path.stat().st_size if path.is_file() else None
-
-    def write(self, name: str, data: bytes) -> None:
-        """See Place."""
-        with self._named():
-            write_atomic(self.path / name, data)
-
-    def create(self, name: str, data: bytes) -> bool:
-        """See Place."""
-        with self._named():
-            return create_if_absent(self.path / name, data)
-
-    def names(self, below: str = "") -> dict[str, int]:
-        """See Place."""
-        found = {}
-        with self._named():
-            for folder, _, files in os.walk(self.path, onerror=_unless_absent):
-                for file in files:
-                    path = Path(folder) / file
-                    name = path.relative_to(self.path).as_posix()
-                    if name.startswith(below) and not file.startswith(PARTIAL_PREFIX):
-                        found[name] = path.stat().st_size
-        return dict(sorted(found.items()))
-
-    def remove(self, below: str) -> None:
-        """See Place."""
-        with self._named():
-            target = self.path / below
-            if not below.endswith("/"):
-                target.unlink(missing_ok=True)
-                return
-            if target.is_dir():
-                shutil.rmtree(target, onerror=_unless_in_use)
-
-    def parquet_source(self, name: str) -> str:
-        """See Place."""
-        return str(self.path / name)
-
-    def below(self, name: str) -> LocalPlace:
-        """See Place."""
-        return LocalPlace(self.path / name, self.field)
-
-    @contextmanager
-    def lease(self, name: str) -> Iterator[Lease]:
-        """See Place."""
-        folder = (self.path / name).parent
-        with ExitStack() as stack:
-            with self._named():
-                folder.mkdir(parents=True, exist_ok=True)
-                held = stack.enter_context(Lease(folder))
-            yield held
-
-
-def _unless_absent(error: OSError) -> None:
-    """Pass over a folder that is not there."""
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise error
-
-
-def _unless_in_use(function: Callable[..., Any], path: str, info: Any) -> None:
-    """Pass over what went, or came, while a folder was being removed: writers outlive a killed driver by seconds."""
-    if not isinstance(info[1], OSError) or info[1].errno not in (errno.ENOENT, errno.ENOTEMPTY):
-        raise info[1]
 
 
 class S3Place(Place):
@@ -420,15 +252,3 @@ def _is_transient(error: Exception) -> bool:
         return status >= 500 or status in (408, 409, 429)  # 409: another conditional put is under way
     lost = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ConnectionError, TimeoutError)
     return isinstance(error, lost)
-
-
-def place(where: str | Path | Place, field: str = "--out") -> Place:
-    """The place of a path or an ``s3://`` URI; BadInput for any other scheme. Nothing is created or asked."""
-    if isinstance(where, Place):
-        return where
-    text = str(where)
-    if text.startswith("s3://"):
-        return S3Place(text, field)
-    if "://" in text:
-        raise BadInput(field, text, "is neither a directory nor an s3:// URI; name one of them")
-    return LocalPlace(Path(text).absolute(), field)

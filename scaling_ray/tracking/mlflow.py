@@ -26,7 +26,7 @@ from scaling_ray.errors import ScalingRayError  # noqa: E402
 from scaling_ray.records import RunResult, ShardManifest  # noqa: E402
 from scaling_ray.spec import RunSpec, SweepSpec  # noqa: E402
 from scaling_ray.storage import write_json  # noqa: E402
-from scaling_ray.sweep.tracked import record_tracked, tracking_uri  # noqa: E402
+from scaling_ray.tracking.ledger import record_tracked, tracking_uri  # noqa: E402
 from scaling_ray.train.checkpoint import read_metrics  # noqa: E402
 
 for _name in ("mlflow", "alembic"):

@@ -1,0 +1,53 @@
+"""Files that are whole or absent, on a disk or on S3: atomic writes, places, leases, retries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scaling_ray.errors import BadInput
+from scaling_ray.storage.atomic import (
+    PARTIAL_PREFIX,
+    create_if_absent,
+    output_directory,
+    partial_directory,
+    publish_directory,
+    published_file,
+    sweep_partial_files,
+    write_atomic,
+    write_json,
+)
+from scaling_ray.storage.lease import Lease
+from scaling_ray.storage.local import LocalPlace
+from scaling_ray.storage.place import Place
+from scaling_ray.storage.retry import patiently
+from scaling_ray.storage.s3 import S3Place
+
+__all__ = [
+    "PARTIAL_PREFIX",
+    "Lease",
+    "LocalPlace",
+    "Place",
+    "S3Place",
+    "create_if_absent",
+    "open_place",
+    "output_directory",
+    "partial_directory",
+    "patiently",
+    "publish_directory",
+    "published_file",
+    "sweep_partial_files",
+    "write_atomic",
+    "write_json",
+]
+
+
+def open_place(where: str | Path | Place, field: str = "--out") -> Place:
+    """The place of a path or an ``s3://`` URI; BadInput for any other scheme. Nothing is created or asked."""
+    if isinstance(where, Place):
+        return where
+    text = str(where)
+    if text.startswith("s3://"):
+        return S3Place(text, field)
+    if "://" in text:
+        raise BadInput(field, text, "is neither a directory nor an s3:// URI; name one of them")
+    return LocalPlace(Path(text).absolute(), field)

@@ -1,0 +1,30 @@
+"""Trying again: what a store that is gone for a while costs is time, and nothing else."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+OUTAGE_SECONDS = 300.0
+"""How long a request is tried again before the caller is told; a store gone for less costs time only."""
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 10.0
+
+T = TypeVar("T")
+
+
+def patiently(action: Callable[[], T], transient: Callable[[Exception], bool], limit: float = OUTAGE_SECONDS) -> T:
+    """The result of ``action``, tried again while its errors are ``transient``, for ``limit`` seconds.
+
+    Waits double, with jitter; the last error rises as it is.
+    """
+    began, wait = time.monotonic(), FIRST_WAIT_SECONDS
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            if not transient(error) or time.monotonic() - began + wait > limit:
+                raise
+        time.sleep(wait * random.uniform(0.5, 1.0))
+        wait = min(2 * wait, LONGEST_WAIT_SECONDS)
