@@ -22,7 +22,8 @@ from reference_loop import reference_updates
 
 from scaling_ray.execution import choose_stack
 from scaling_ray.sizes import LADDER, training_flops_per_cell
-from scaling_ray.spec import RunSpec, parse_spec
+from scaling_ray.runs import RunSpec, runs_of
+from scaling_ray.spec import parse_spec
 from scaling_ray.storage import write_json
 from scaling_ray.train.bench import MADE_CELLS, made_cells, made_updates, matmul_rate, rate_of
 
@@ -57,10 +58,12 @@ class Plain(NamedTuple):
 
 def run_of(size: str, train: str = "", cells_per_step: int = CELLS_PER_STEP) -> RunSpec:
     """A run of a size at the benchmark's panel; without lines of its own by the default recipe."""
-    return parse_spec(
-        f'name = "bench"\n[data]\ngenes = {GENES}\n[grid]\nsizes = ["{size}"]\ngenes = [{GENES}]\ncells = ["all"]\n'
-        f"seeds = [1]\n[lr]\nrates = [1e-4]\n[train]\ncells_per_step = {cells_per_step}\n{train}\n"
-    ).runs()[0]
+    return runs_of(
+        parse_spec(
+            f'name = "bench"\n[data]\ngenes = {GENES}\n[grid]\nsizes = ["{size}"]\ngenes = [{GENES}]\ncells = ["all"]\n'
+            f"seeds = [1]\n[lr]\nrates = [1e-4]\n[train]\ncells_per_step = {cells_per_step}\n{train}\n"
+        )
+    )[0]
 
 
 def cells_per_update(size: str) -> int:

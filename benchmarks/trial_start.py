@@ -12,7 +12,8 @@ from typing import Any
 from scaling_ray.cluster import ray, ray_session  # before ray.tune: it sets what ray reads once
 from scaling_ray.shards.format import SPLITS, read_manifest, row_groups
 from scaling_ray.shards.stream import read_resident
-from scaling_ray.spec import RunSpec, parse_spec
+from scaling_ray.runs import RunSpec
+from scaling_ray.spec import parse_spec
 from scaling_ray.train.loop import RunData
 
 TRIALS = 8

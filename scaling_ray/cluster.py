@@ -10,7 +10,8 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Ray reads these once, when it is imported: so every module here takes ``ray`` from this one. A user's settings win.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -25,7 +26,7 @@ import ray.data  # noqa: E402
 
 from scaling_ray.errors import ScalingRayError  # noqa: E402
 
-__all__ = ["own_errors", "ray", "ray_session"]
+__all__ = ["Pending", "has_gpus", "own_errors", "ray", "ray_session", "run_on_worker"]
 
 OBJECT_STORE_BYTES = 1 << 30
 """Most shared memory a private cluster takes."""
@@ -93,3 +94,31 @@ def _end_readers() -> None:
     for thread in threading.enumerate():
         if thread.name == "iter_threaded":
             thread.join(READER_SECONDS)
+
+
+def has_gpus() -> bool:
+    """Whether the connected cluster has GPUs now."""
+    return bool(ray.cluster_resources().get("GPU"))
+
+
+def run_on_worker(function: Callable[..., Any], *arguments: Any, cpus: int, gpus: float) -> Any:
+    """What a function answers as a task of the connected cluster; its errors rise here."""
+    return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus)(function).remote(*arguments))
+
+
+class Pending:
+    """Tasks that were started and not waited for; what one raises rises in ``wait``."""
+
+    def __init__(self) -> None:
+        self._tasks: list[Any] = []
+
+    def start(self, function: Callable[..., Any], *arguments: Any, cpus: int = 1) -> None:
+        """Run a function as a task; object references among its arguments arrive as what they refer to."""
+        self._tasks.append(ray.remote(num_cpus=cpus)(function).remote(*arguments))
+
+    def wait(self, each_second: Callable[[], None]) -> None:
+        """Until all have ended."""
+        while self._tasks:
+            ended, self._tasks = ray.wait(self._tasks, num_returns=len(self._tasks), timeout=1.0)
+            ray.get(ended)
+            each_second()

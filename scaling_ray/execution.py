@@ -1,7 +1,7 @@
-"""How a run is carried out on a kind of device: micro-batch, precision, how many tiny models train as one. No torch.
+"""How a run is carried out: device, micro-batch, precision, workers, how many tiny models train as one. No torch.
 
-None of it is part of a run's identity, yet each may move a digit: so the choice is written to plan.json before the
-first step, and a later call repeats what stands there. The tables were measured (``benchmarks/training.py``); a spec
+None of it is part of a run's identity, yet much of it may move a digit: so the choice is written to plan.json before
+the first step, and a later call repeats it. The tables of choices were measured (``benchmarks/training.py``); a spec
 that names a value overrules them.
 """
 
@@ -9,19 +9,62 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
 
 from scaling_ray.sizes import Shape
 
 Device = Literal["cpu", "cpu_bf16", "cuda"]
 """A CPU, a CPU with bf16 dot products (AVX512-BF16 or AMX), a CUDA GPU."""
 Precision = Literal["fp32", "bf16"]
+Engine = Literal["plain", "ddp", "deepspeed"]
+
+
+class Execution(BaseModel):
+    """How one run is carried out; the whole of what a run's identity leaves out.
+
+    ``cpus`` are threads of one worker, ``gpus`` the share of a GPU that one worker holds; ``stack`` models train as one
+    (0: the plan has not said yet). ``checkpoint_seconds`` pass between two saved states.
+
+    Every field may be changed between two calls of a sweep, and the run stays the same run. Those in ``FOLLOWS_SPEC``
+    then take the new value; all others are repeated from plan.json, so that no digit moves.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    FOLLOWS_SPEC: ClassVar[frozenset[str]] = frozenset(
+        {"gpus", "workers", "engine", "zero_stage", "offload_optimizer", "checkpoint_seconds"}
+    )
+
+    device: Device
+    precision: Precision
+    micro_batch: int
+    cpus: int = 1
+    gpus: float = 0.0
+    workers: int = 1
+    engine: Engine = "plain"
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    compile: bool = False
+    stack: int = 0
+    checkpoint_seconds: float = 30.0
+
+    def repeating(self, planned: dict[str, Any]) -> Self:
+        """This, with what an earlier plan said of the run: all fields but those in ``FOLLOWS_SPEC``."""
+        kept = {name: value for name, value in planned.items() if name not in self.FOLLOWS_SPEC}
+        return self.model_validate(self.model_dump() | kept)
 
 
 def device_here() -> Device:
-    """What this machine's runs would train on."""
+    """What runs would train on in this process, of what its machine has and it may use."""
     if os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         return "cuda"
+    return cpu_here()
+
+
+def cpu_here() -> Device:
+    """What kind of CPU this machine has."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:

@@ -10,25 +10,27 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from scaling_ray.errors import BadInput
+from scaling_ray.recipe import OBJECTIVES
 from scaling_ray.sizes import Shape, parameters
 
 StopReason = Literal["budget", "early_stop"]
+FailureClass = Literal["bug", "diverged", "out_of_memory", "lost", "stuck", "bad_input"]
 
 
 @dataclass(frozen=True)
-class MetricSums:
-    """A sum of squared errors and the number of masked genes it runs over; added over batches and ranks."""
+class LossSums:
+    """A sum of losses and the number of masked genes it runs over; added over batches and ranks."""
 
-    squared_error: float = 0.0
+    loss: float = 0.0
     masked_genes: float = 0.0
 
-    def __add__(self, other: MetricSums) -> MetricSums:
-        return MetricSums(self.squared_error + other.squared_error, self.masked_genes + other.masked_genes)
+    def __add__(self, other: LossSums) -> LossSums:
+        return LossSums(self.loss + other.loss, self.masked_genes + other.masked_genes)
 
     @property
-    def mse(self) -> float:
-        """Mean squared error per masked gene (NaN of nothing)."""
-        return self.squared_error / self.masked_genes if self.masked_genes else math.nan
+    def mean(self) -> float:
+        """Mean loss per masked gene (NaN of nothing)."""
+        return self.loss / self.masked_genes if self.masked_genes else math.nan
 
 
 class Record(BaseModel):
@@ -111,11 +113,12 @@ class ShardManifest(Record):
 class RunResult(Record):
     """What one finished run commits, once.
 
-    ``val_mse`` and ``test_mse`` are those of the chosen checkpoint; a run that chooses a rate has no test error.
-    ``stacked`` models trained as one; ``micro_batch`` is what the run ended with (memory may have halved it).
+    ``val_loss`` and ``test_loss`` are those of the chosen checkpoint, in ``loss_unit`` per masked gene; a run that
+    chooses a rate has no test loss. ``stacked`` models trained as one; ``micro_batch`` is what the run
+    ended with (memory may have halved it); ``ended_ms`` is the time of the commit, in milliseconds since 1970.
     """
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     run_id: str
     attempt: str
     attempts: int
@@ -126,12 +129,13 @@ class RunResult(Record):
     masked_genes_seen: int
     optimizer_steps: int
     flops: float
-    val_mse: float
-    final_val_mse: float
-    best_curve_mse: float
+    loss_unit: str
+    val_loss: float
+    final_val_loss: float
+    best_curve_loss: float
     best_cells_seen: int
-    test_mse: float | None
-    test_squared_error: float | None
+    test_loss: float | None
+    test_loss_sum: float | None
     test_masked_genes: int | None
     stop_reason: StopReason
     wall_seconds: float
@@ -142,14 +146,15 @@ class RunResult(Record):
     precision: str
     stacked: int
     host: str
+    ended_ms: int
 
 
 class ModelRecord(Record):
     """What an exported model is: all that using its weights on other cells takes, and where it came from.
 
-    ``feature_ids`` and ``feature_names`` stand in the order of the model's genes. ``val_mse`` and ``test_mse`` are the
-    run's own, per masked gene; a run that chose a rate has no test error. ``umi_fraction`` is the share of a cell's
-    molecules that the network saw in training. ``census`` says which Census the training cells are from.
+    ``feature_ids`` and ``feature_names`` are in the order of the model's genes. ``val_loss`` and ``test_loss`` are the
+    run's own, in ``loss_unit`` per masked gene; a run that chose a rate has no test loss. ``umi_fraction`` is the share
+    of a cell's molecules that the network saw in training. ``census`` says which Census the training cells are from.
     """
 
     version: Literal[1] = 1
@@ -168,8 +173,10 @@ class ModelRecord(Record):
     precision: Literal["fp32", "bf16"]
     seed: int
     lr: float
-    val_mse: float
-    test_mse: float | None
+    objective: str
+    loss_unit: str
+    val_loss: float
+    test_loss: float | None
     data_hash: str
     census: dict[str, Any]
     scaling_ray_version: str
@@ -185,7 +192,9 @@ class ModelRecord(Record):
         genes = len(self.feature_ids)
         if len(self.feature_names) != genes or len(set(self.feature_ids)) != genes:
             raise ValueError(f"{genes} feature_ids need as many names, and none may repeat")
-        if parameters(self.shape, genes) != self.params:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective {self.objective!r} is not known here; use {', '.join(OBJECTIVES)}")
+        if parameters(self.shape, genes, OBJECTIVES[self.objective].outputs_per_gene) != self.params:
             raise ValueError(f"params {self.params} are not those of this shape and {genes} genes")
         return self
 
@@ -195,6 +204,6 @@ class RunFailure(Record):
 
     version: Literal[1] = 1
     run_id: str
-    failure: Literal["bug", "diverged", "out_of_memory", "lost", "stuck", "bad_input"]
+    failure: FailureClass
     message: str
     attempts: int

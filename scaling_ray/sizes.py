@@ -1,6 +1,7 @@
 """The ladder of sizes: exact parameters, matrix FLOPs and bytes from the shape alone. No torch.
 
-Shape legend: D width, H heads, r feed-forward multiple, V genes in the panel, K masked genes of a cell.
+Shape legend: D width, H heads, r feed-forward multiple, V genes in the panel, K masked genes of a cell, O outputs of
+the head per gene.
 Sizes are those of arXiv 2602.15253; custom ones stand in a spec's ``[sizes]`` table.
 """
 
@@ -46,15 +47,18 @@ def block_parameters(shape: Shape) -> int:
     return 4 * d * d + 4 * d + 2 * r * d * d + r * d + d + 4 * d
 
 
-def parameters(shape: Shape, genes: int) -> int:
-    """All parameters at a panel of ``genes``: embedding VD, value projection 2D, mask token D, blocks, head D + 1."""
-    return genes * shape.width + parameters_without_embedding(shape)
+def parameters(shape: Shape, genes: int, outputs_per_gene: int = 1) -> int:
+    """All parameters at a panel of ``genes``: embedding VD, value projection 2D, mask token D, blocks, head.
+
+    The head has O(D + 1), O being ``outputs_per_gene``.
+    """
+    return genes * shape.width + parameters_without_embedding(shape, outputs_per_gene)
 
 
-def parameters_without_embedding(shape: Shape) -> int:
+def parameters_without_embedding(shape: Shape, outputs_per_gene: int = 1) -> int:
     """Parameters that do not grow with the panel (the gene embedding left out)."""
     d = shape.width
-    return 2 * d + d + shape.layers * block_parameters(shape) + d + 1
+    return 2 * d + d + shape.layers * block_parameters(shape) + outputs_per_gene * (d + 1)
 
 
 def forward_flops_per_cell(shape: Shape, genes: int, masked_genes: float) -> float:

@@ -1,4 +1,4 @@
-"""The language of a sweep: a TOML file in, frozen models out; the grid and the identity of each of its cells.
+"""The language of a sweep: a TOML file in, frozen models out.
 
 Every default stands here, once. Unknown keys and wrong types are errors that name field, value and way out.
 """
@@ -9,19 +9,15 @@ import hashlib
 import json
 import re
 import tomllib
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scaling_ray.errors import BadInput
-from scaling_ray.execution import Device, Precision, choose_micro_batch, choose_precision, device_here
-from scaling_ray.recipe import Recipe
-from scaling_ray.sizes import LADDER, Shape, parameters
-
-NUMERICS_VERSION = 2
-"""Raised by any change that moves a digit of a run; part of every run's identity."""
+from scaling_ray.execution import Device, Precision
+from scaling_ray.recipe import OBJECTIVES, Recipe
+from scaling_ray.sizes import LADDER, Shape
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -150,21 +146,19 @@ class LearningRateSpec(Frozen):
         return sorted(float(f"{rate * factor:.3g}") for rate in self.rates)
 
 
-class TrainSpec(Frozen):
-    """How a run trains. One cell presentation counts once in ``max_cells_seen``; an update takes ``cells_per_step``.
+class TrainingRules(Frozen):
+    """What training is, whatever it is carried out with. An update takes ``cells_per_step`` cells.
 
-    ``umi_fraction`` below 1 thins what the network sees to that share of a cell's molecules; targets keep full depth.
-    ``micro_batch`` and ``precision`` follow size and device where they are "auto"; "probe" measures micro-batches
-    before the first run. Either way an update is ``cells_per_step`` cells.
+    One cell presentation counts once in ``max_cells_seen``. ``umi_fraction`` below 1 thins what the network sees to
+    that share of a cell's molecules; targets keep full depth.
     """
 
     recipe: Recipe = "corrected"
-    objective: Literal["mse"] = "mse"
+    objective: str = "mse"
     mask_fraction: Share = 0.15
     umi_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_cells_seen: PositiveInt | dict[str, PositiveInt] = 100_000
     cells_per_step: PositiveInt = 32
-    micro_batch: PositiveInt | Literal["auto", "probe"] = "auto"
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -172,11 +166,42 @@ class TrainSpec(Frozen):
     adam_beta2: Share = 0.99
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    precision: Precision | Literal["auto"] = "auto"
     evaluations: PositiveInt = 20
     curve_cells: PositiveInt = 512
     smoothing_evaluations: PositiveInt = 3
     patience_evaluations: Annotated[int, Field(ge=0, strict=True)] = 5
+
+    @field_validator("objective")
+    @classmethod
+    def _objective_is_known(cls, value: str) -> str:
+        if value not in OBJECTIVES:
+            raise ValueError(f"is no known objective; use {', '.join(OBJECTIVES)}")
+        return value
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole budget; only resolved rules have them."""
+        if isinstance(self.max_cells_seen, dict):
+            raise BadInput(
+                "train.max_cells_seen", self.max_cells_seen, "is a table by size; resolve it for one size first"
+            )
+        return self.max_cells_seen // self.cells_per_step
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of every loss of such runs."""
+        return OBJECTIVES[self.objective].unit
+
+
+class TrainSpec(TrainingRules):
+    """The table ``[train]`` of a spec: the rules, and how they are carried out where the spec says so.
+
+    ``micro_batch`` and ``precision`` follow size and device where they are "auto"; "probe" measures micro-batches
+    before the first run. Either way an update is ``cells_per_step`` cells.
+    """
+
+    micro_batch: PositiveInt | Literal["auto", "probe"] = "auto"
+    precision: Precision | Literal["auto"] = "auto"
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
     threads: PositiveInt = 1
 
@@ -188,24 +213,16 @@ class TrainSpec(Frozen):
             raise ValueError(f"is larger than cells_per_step = {whole}; make it at most that")
         return value
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole budget; only a resolved spec has them."""
-        if isinstance(self.max_cells_seen, dict):
-            raise BadInput(
-                "train.max_cells_seen", self.max_cells_seen, "is a table by size; resolve it for one size first"
-            )
-        return self.max_cells_seen // self.cells_per_step
-
-    def resolved(self, size: str, fraction: float = 1.0) -> TrainSpec:
-        """The same with ``max_cells_seen`` as one number: that of ``size``, times ``fraction``, in whole updates."""
+    def rules(self, size: str, fraction: float = 1.0) -> TrainingRules:
+        """The rules of one size: ``max_cells_seen`` as one number, times ``fraction``, in whole updates."""
         budget = self.max_cells_seen
         if isinstance(budget, dict):
             if size not in budget and "default" not in budget:
                 raise BadInput("train.max_cells_seen", sorted(budget), f"add a line for {size}, or `default = N`")
-            budget = budget.get(size, budget.get("default", 0))
+            budget = budget[size] if size in budget else budget["default"]
         steps = max(1, round(budget * fraction / self.cells_per_step))
-        return self.model_copy(update={"max_cells_seen": steps * self.cells_per_step})
+        given = {name: getattr(self, name) for name in TrainingRules.model_fields}
+        return TrainingRules(**given | {"max_cells_seen": steps * self.cells_per_step})
 
 
 class ResourceSpec(Frozen):
@@ -243,47 +260,6 @@ class ResourceSpec(Frozen):
         return self
 
 
-class RunSpec(Frozen):
-    """One cell of the grid, whole: everything a training process needs besides the shards.
-
-    ``role`` is "law" for a point of the grid and "rate" for a learning-rate trial. ``lr`` is None until the choice
-    among ``lr_candidates`` (run ids) has been made. What follows ``train`` is how it is carried out, no part of its
-    identity.
-    """
-
-    run_id: str
-    role: Literal["law", "rate"]
-    size: str
-    width: int
-    layers: int
-    heads: int
-    feedforward: int
-    genes: int
-    cells: int | None
-    donors: int | None
-    seed: int
-    lr: float | None
-    lr_candidates: list[str]
-    train: TrainSpec
-    micro_batch: int
-    precision: Precision
-    compile: bool
-    workers: int
-    engine: Literal["plain", "ddp", "deepspeed"]
-    zero_stage: int
-    offload_optimizer: bool = False
-
-    @property
-    def shape(self) -> Shape:
-        """The model's shape."""
-        return Shape(self.width, self.layers, self.heads, self.feedforward)
-
-    @property
-    def params(self) -> int:
-        """All parameters, the gene embedding included."""
-        return parameters(self.shape, self.genes)
-
-
 class SweepSpec(Frozen):
     """A whole sweep."""
 
@@ -315,7 +291,7 @@ class SweepSpec(Frozen):
             for name in sorted(names):
                 self.shape(name, field)
         for name in self.grid.sizes:
-            self.train.resolved(name)
+            self.train.rules(name)
         if max(self.grid.genes) > self.data.genes:
             raise BadInput(
                 "grid.genes",
@@ -354,92 +330,6 @@ class SweepSpec(Frozen):
         if size not in LADDER:
             raise BadInput(field, size, f"is no known size; use {', '.join(LADDER)}, or add a table [sizes.{size}]")
         return LADDER[size]
-
-    def runs(self) -> list[RunSpec]:
-        """Every run of the sweep, learning-rate trials first, in a fixed order."""
-        rate_runs: dict[tuple[str, int], list[RunSpec]] = {}
-        if self.lr.rule == "choose":
-            for size, genes in product(self.grid.sizes, self.grid.genes):
-                rate_runs[size, genes] = [
-                    self._run("rate", size, genes, self.lr.choose_cells, "all", self.lr.choose_seed, rate, [])
-                    for rate in self.lr.of(size, self.shape(size).width)
-                ]
-        law_runs = []
-        grid = self.grid
-        for size, genes, cells, donors, seed in product(grid.sizes, grid.genes, grid.cells, grid.donors, grid.seeds):
-            if self.lr.rule == "choose":
-                candidates = [run.run_id for run in rate_runs[size, genes]]
-                law_runs.append(self._run("law", size, genes, cells, donors, seed, None, candidates))
-            else:
-                law_runs += [
-                    self._run("law", size, genes, cells, donors, seed, rate, [])
-                    for rate in self.lr.of(size, self.shape(size).width)
-                ]
-        return [run for runs in rate_runs.values() for run in runs] + law_runs
-
-    @property
-    def device(self) -> Device:
-        """What the runs train on."""
-        return device_here() if self.resources.device == "auto" else self.resources.device
-
-    def _run(
-        self,
-        role: Literal["law", "rate"],
-        size: str,
-        genes: int,
-        cells: int | Literal["all"],
-        donors: int | Literal["all"],
-        seed: int,
-        lr: float | None,
-        candidates: list[str],
-    ) -> RunSpec:
-        shape = self.shape(size)
-        train = self.train.resolved(size, self.lr.choose_fraction if role == "rate" else 1.0)
-        workers = self.resources.workers.get(size, 1)
-        unique_cells = None if cells == "all" else cells
-        from_donors = None if donors == "all" else donors
-        identity = {
-            "numerics": NUMERICS_VERSION,
-            "data": self.data.model_dump(mode="json"),
-            "role": role,
-            "shape": [shape.width, shape.layers, shape.heads, shape.feedforward],
-            "genes": genes,
-            "cells": unique_cells,
-            "donors": from_donors,
-            "seed": seed,
-            "lr": lr if lr is not None else candidates,
-            "train": train.model_dump(mode="json", exclude={"checkpoint_seconds"}),
-        }
-        digest = content_hash(identity)[:8]
-        rate = f"lr{lr:g}" if lr is not None else "lrbest"
-        from_few = f"-n{donors}" if from_donors is not None else ""
-        return RunSpec(
-            run_id=f"{role}-{size}-v{genes}-d{cells}{from_few}-s{seed}-{rate}-{digest}",
-            role=role,
-            size=size,
-            width=shape.width,
-            layers=shape.layers,
-            heads=shape.heads,
-            feedforward=shape.feedforward,
-            genes=genes,
-            cells=unique_cells,
-            donors=from_donors,
-            seed=seed,
-            lr=lr,
-            lr_candidates=candidates,
-            train=train,
-            micro_batch=(
-                train.micro_batch
-                if isinstance(train.micro_batch, int)
-                else choose_micro_batch(shape, genes, train.cells_per_step, train.dropout, self.device)
-            ),
-            precision=choose_precision(shape, self.device) if train.precision == "auto" else train.precision,
-            compile=self.resources.compile,
-            workers=workers,
-            engine=self.resources.engine if workers > 1 else "plain",
-            zero_stage=self.resources.zero_stage if workers > 1 and self.resources.engine == "deepspeed" else 0,
-            offload_optimizer=self.resources.offload_optimizer and workers > 1,
-        )
 
 
 def content_hash(value: Any) -> str:

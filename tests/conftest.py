@@ -18,9 +18,11 @@ import pyarrow as pa
 import pytest
 
 from scaling_ray.records import ShardManifest, SplitEntry
+from scaling_ray.results.sweep_files import RunFiles, read_rows
+from scaling_ray.runs import RunSpec, runs_of
 from scaling_ray.shards.format import block_name, block_widths, encode_block, split_content, write_file, write_table
 from scaling_ray.shards.read import Cells
-from scaling_ray.spec import RunSpec, parse_spec
+from scaling_ray.spec import parse_spec
 from scaling_ray.storage import open_place
 
 # Ray starts its workers at niceness 15, which on a busy machine is next to nothing; tests wait for them.
@@ -113,8 +115,9 @@ def small_run(
     extra_train: str = "", size: str = "TINY", genes: int = 64, cells: str = '"all"', lr: float = 1e-2
 ) -> RunSpec:
     """One run from a spec of one grid cell, so that tests take their specs through the parser."""
-    return parse_spec(
-        f"""
+    return runs_of(
+        parse_spec(
+            f"""
         name = "test"
         sizes.WIDE = {{ width = 8, layers = 2, heads = 2, feedforward = 2 }}
         [grid]
@@ -127,7 +130,18 @@ def small_run(
         [train]
         {extra_train}
         """
-    ).runs()[0]
+        )
+    )[0]
+
+
+def files_at(directory: Path) -> RunFiles:
+    """A run's files in a directory."""
+    return RunFiles(open_place(directory))
+
+
+def rows_at(directory: Path) -> list[dict[str, Any]]:
+    """The whole rows of the metrics.jsonl in a directory; none where there is no such file."""
+    return read_rows(open_place(directory))
 
 
 @pytest.fixture

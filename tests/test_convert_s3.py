@@ -52,7 +52,7 @@ CONVERT_AND_READ = (
     from scaling_ray.shards.format import SPLITS, read_manifest
     from scaling_ray.shards.read import shards_order
     from scaling_ray.shards.stream import StreamFeed, read_resident
-    run = next(run for run in spec.runs() if run.cells is None)
+    run = next(run for run in runs_of(spec) if run.cells is None)
     for number, target in enumerate(targets):
         manifest = read_manifest(target)
         found = {split: read_resident(target, manifest, split, 50) for split in SPLITS}

@@ -36,7 +36,7 @@ def save(
     facts = {name: getattr(network.shape, name) for name in facts}
     facts |= {"run_id": "law-test", "size": "TEST", "params": sum(p.numel() for p in network.parameters())}
     facts |= {"feature_ids": feature_ids, "feature_names": feature_ids, "recipe": recipe, "mask_fraction": 0.15}
-    facts |= {"umi_fraction": 1.0, "precision": "fp32", "seed": 1, "lr": 0.01, "val_mse": 1.0, "test_mse": None}
+    facts |= {"umi_fraction": 1.0, "precision": "fp32", "seed": 1, "lr": 0.01, "val_loss": 1.0, "test_loss": None}
     facts |= {"data_hash": "hash", "census": {}, "scaling_ray_version": "0"}
     save_model(directory, dict(network.state_dict()), facts)
     return directory, network

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,19 +14,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_run, synthetic_cells, write_cells_as_shards
+from conftest import files_at, rows_at, small_run, synthetic_cells, write_cells_as_shards
 from safetensors.torch import load_file
 
 from scaling_ray.errors import BadInput
+from scaling_ray.records import RunResult
+from scaling_ray.results.sweep_files import SweepFiles, read_rows
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import SPLITS, read_manifest
 from scaling_ray.shards.read import read_split
-from scaling_ray.spec import RunSpec
-from scaling_ray.storage import open_place
+from scaling_ray.storage import Place, open_place
 from scaling_ray.train import saving
-from scaling_ray.train.checkpoint import Attempt, publish_winner, read_metrics, read_result
+from scaling_ray.train.attempt import LAST, Attempt, publish_winner
 from scaling_ray.train.choice import build_engine
+from scaling_ray.train.driver import Signals
 from scaling_ray.train.engine import Engine, PlainEngine, load_weights, model_tensors
-from scaling_ray.train.loop import RunData, TrainingLoop, evaluate, run_to_result
+from scaling_ray.train.evaluation import evaluate
+from scaling_ray.train.loop import RunData, TrainingLoop
+from scaling_ray.train.loop import run_to_result as run_in_files
 from scaling_ray.train.saving import restore, save_last
 from scaling_ray.train.sharded import Shard, read_state, write_shard
 from scaling_ray.train.zero import DeepSpeedEngine
@@ -58,7 +63,7 @@ class Variant:
 
     def of(self, run: RunSpec) -> RunSpec:
         resources = {"workers": RANKS, "engine": self.engine, "zero_stage": self.zero_stage}
-        return run.model_copy(update=resources | {"offload_optimizer": self.offload})
+        return run.carried_out(**resources, offload_optimizer=self.offload)
 
     def build(self, run: RunSpec, rank: int) -> Engine:
         if self.engine == "deepspeed":
@@ -85,10 +90,22 @@ def data() -> RunData:
     return RunData(*splits, data_hash="synthetic")
 
 
+def run_to_result(
+    run: RunSpec, data: RunData, engine: Engine, directory: Path, report: Callable[[Any], None] | None = None
+) -> RunResult | None:
+    """The package's own, with a directory for the run's files."""
+    signals = Signals(report=report) if report is not None else None
+    return run_in_files(run, data, engine, files_at(directory), signals)
+
+
+def read_result(directory: Path) -> RunResult | None:
+    return files_at(directory).result()
+
+
 def curve(engine: Engine, run: RunSpec) -> dict[str, list[float]]:
     loop = TrainingLoop(run, data(), engine)
     rows = [loop.train_one_update() for _ in range(UPDATES)]
-    return {"mse": [sums.mse for sums, _, _ in rows], "norm": [norm for _, _, norm in rows]}
+    return {"mse": [sums.mean for sums, _, _ in rows], "norm": [norm for _, _, norm in rows]}
 
 
 class Crash(Exception):
@@ -159,26 +176,27 @@ def exercise_shards(variant: Variant, rank: int, directory: Path) -> dict[str, A
     loop = TrainingLoop(run, data(), variant.build(run, rank))
     for _ in range(5):
         loop.train_one_update()
-    attempt = Attempt(directory) if rank == 0 else None
+    attempt = Attempt(files_at(directory)) if rank == 0 else None
     save_last(attempt, loop.engine, loop.progress, loop.state)
     state = {name: tensor.clone() for name, tensor in loop.state().items()}
-    seen: dict[str, Any] = {"first": [loop.train_one_update()[0].squared_error for _ in range(3)]}
+    seen: dict[str, Any] = {"first": [loop.train_one_update()[0].loss for _ in range(3)]}
     later = loop.state()
     anew = TrainingLoop(run, data(), variant.build(run, rank))
     for name, one in (("again", loop), ("anew", anew)):
-        start, tensors = restore(Attempt(directory) if rank == 0 else None, one.engine)
+        start, tensors = restore(Attempt(files_at(directory)) if rank == 0 else None, one.engine)
         assert start is not None and isinstance(tensors, Shard)
         one.load(start, tensors)
-        seen[f"shard_{name}"] = [one.train_one_update()[0].squared_error for _ in range(3)]
+        seen[f"shard_{name}"] = [one.train_one_update()[0].loss for _ in range(3)]
         ended = one.state()
         seen[f"same_state_{name}"] = rank != 0 or all(torch.equal(ended[key], later[key]) for key in later)
     seen["shard_first"] = seen.pop("first")
     if attempt is not None:
-        consolidated = read_state(attempt.checkpoints / "last")
+        folder = attempt.checkpoints.folder(LAST, 5)
+        consolidated = read_state(folder)
         seen["consolidated"] = sorted(consolidated) == sorted(state)
         seen["consolidated"] &= all(torch.equal(consolidated[key], state[key]) for key in state)
-        seen["files"] = sorted(path.name for path in (attempt.checkpoints / "last").iterdir())
-        shards = [load_file(attempt.checkpoints / "last" / f"state-rank{r}of2.safetensors") for r in range(RANKS)]
+        seen["files"] = list(folder.names())
+        shards = [load_file(Path(folder.uri) / f"state-rank{r}of2.safetensors") for r in range(RANKS)]
         seen["elements"] = [sum(t.numel() for name, t in s.items() if name.startswith("model.")) for s in shards]
     return seen
 
@@ -188,12 +206,12 @@ def killed_while_saving(rank: int, run: RunSpec, variant: Variant, directory: Pa
     join_group(rank, directory)
     written = 0
 
-    def write_half_the_fourth(path: Path, shard: Shard) -> None:
+    def write_half_the_fourth(place: Place, shard: Shard) -> None:
         nonlocal written
         written += 1
-        write_shard(path, shard)
+        write_shard(place, shard)
         if rank == 1 and written == 4:
-            file = path / "state-rank1of2.safetensors"
+            file = Path(place.uri) / "state-rank1of2.safetensors"
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -216,9 +234,9 @@ def exercise_rewind(variant: Variant, rank: int) -> dict[str, Any]:
     progress, state = loop.engine.share(progress, state)
     seen: dict[str, Any] = {"state_names": sorted(state)}
     seen["generators_differ"] = not torch.equal(state["generator"], state["generator.1"])
-    seen["first"] = [loop.train_one_update()[0].squared_error for _ in range(3)]
+    seen["first"] = [loop.train_one_update()[0].loss for _ in range(3)]
     loop.load(progress, state)
-    seen["again"] = [loop.train_one_update()[0].squared_error for _ in range(3)]
+    seen["again"] = [loop.train_one_update()[0].loss for _ in range(3)]
     return seen
 
 
@@ -266,19 +284,19 @@ def check_run(directory: Path, variant: Variant, tmp_path: Path) -> None:
     alone = run_to_result(spec(), data(), PlainEngine(spec(), CPU), tmp_path / "alone")
     assert whole is not None and cut is not None and alone is not None
     assert (whole.workers, whole.engine, whole.attempts, cut.attempts) == (RANKS, variant.engine, 1, 2)
-    for field in ("val_mse", "test_mse", "final_val_mse"):
+    for field in ("val_loss", "test_loss", "final_val_loss"):
         assert getattr(whole, field) == pytest.approx(getattr(alone, field), rel=CURVE_TOLERANCE)
         assert getattr(cut, field) == getattr(whole, field)
     for field in ("cells_seen", "masked_genes_seen", "optimizer_steps", "flops", "test_masked_genes"):
         assert getattr(whole, field) == getattr(alone, field) == getattr(cut, field)
-    publish_winner(directory / "cut")
-    rows = read_metrics(directory / "cut" / "metrics.jsonl")
+    publish_winner(files_at(directory / "cut"))
+    rows = rows_at(directory / "cut")
     assert [row["optimizer_steps"] for row in rows if row["kind"] == "eval"] == [5, 10, 15, 20]
     engine = PlainEngine(spec(), CPU)
-    publish_winner(directory / "whole")
+    publish_winner(files_at(directory / "whole"))
     chosen = load_file(directory / "whole" / "checkpoints" / "best" / "state.safetensors")
     load_weights(engine.model, model_tensors(chosen))
-    assert evaluate(engine, data().test, spec()).sums.mse == pytest.approx(whole.test_mse, rel=1e-6)
+    assert evaluate(engine, data().test, spec()).sums.mean == pytest.approx(whole.test_loss, rel=1e-6)
 
 
 def test_ddp_follows_one_process(ddp: tuple[dict[str, Any], Path], plain_curve: dict[str, list[float]]) -> None:
@@ -330,7 +348,8 @@ class TestZero:
     @pytest.mark.parametrize("variant", SHARED_OUT, ids=lambda variant: variant.name)
     def test_saves_from_all_ranks_and_goes_on_with_the_same_bits(self, all_zero: Any, variant: Variant) -> None:
         seen = all_zero[0][variant.name]
-        files = [f"state-rank{rank}of{RANKS}.{kind}" for rank in range(RANKS) for kind in ("json", "safetensors")]
+        kinds = ("json", "safetensors", "safetensors.sha256.json")
+        files = [f"state-rank{rank}of{RANKS}.{kind}" for rank in range(RANKS) for kind in kinds]
         assert seen["files"] == ["progress.json", *files]
         assert sum(seen["elements"]) == spec().params
         assert max(seen["elements"]) <= 0.55 * spec().params
@@ -354,23 +373,23 @@ class TestZero:
             assert result.attempts == 2
             assert result.workers == (1 if name == "to-plain" else RANKS)
             assert result.optimizer_steps == whole.optimizer_steps
-            for field in ("val_mse", "test_mse", "final_val_mse"):
+            for field in ("val_loss", "test_loss", "final_val_loss"):
                 assert getattr(result, field) == pytest.approx(getattr(whole, field), rel=CURVE_TOLERANCE), name
 
     @pytest.mark.parametrize("variant", ZERO[1:], ids=lambda variant: variant.name)
     def test_a_damaged_shard_gives_way_to_the_checkpoint_before(self, all_zero: Any, variant: Variant) -> None:
         directory = all_zero[1] / variant.name / "damaged"
         (first,) = (directory / "attempts").iterdir()
-        last = Attempt(directory).find()
-        shard = first / "checkpoints" / "last" / f"state-rank1of{RANKS}.safetensors"
+        last = Attempt(files_at(directory)).find()
+        assert last is not None
+        name = f"last-{last[0].optimizer_steps:012d}"
+        shard = first / "checkpoints" / name / f"state-rank1of{RANKS}.safetensors"
         os.truncate(shard, shard.stat().st_size - 1)
-        attempt = Attempt(directory)
+        attempt = Attempt(files_at(directory))
         before = attempt.find()
-        assert last is not None and before is not None
-        assert before.directory.name == "previous"
-        assert before.progress.optimizer_steps == last.progress.optimizer_steps - 1
-        (note,) = [row for row in read_metrics(attempt.directory / "metrics.jsonl") if row["kind"] == "note"]
-        assert f"{first.name}/checkpoints/last" in note["note"] and shard.name in note["note"]
+        assert before is not None and before[0].optimizer_steps == last[0].optimizer_steps - 1
+        (note,) = [row for row in read_rows(attempt.place) if row["kind"] == "note"]
+        assert f"{first.name}/checkpoints/{name}" in note["note"] and shard.name in note["note"]
 
     def test_a_rank_killed_while_saving_costs_that_checkpoint_only(self, all_zero: Any, tmp_path: Path) -> None:
         variant = ZERO[2]
@@ -387,18 +406,19 @@ class TestZero:
             process.kill()
         assert killed[1] == -signal.SIGKILL and killed[0] not in (0, None)
         (first,) = (tmp_path / "run" / "attempts").iterdir()
-        (unfinished,) = (first / "checkpoints").glob(".partial-last-*")
-        assert {f"state-rank{rank}of2.safetensors" for rank in range(RANKS)} <= {p.name for p in unfinished.iterdir()}
-        found = Attempt(tmp_path / "run", run).find()
-        assert found is not None and (found.directory.name, found.progress.optimizer_steps) == ("last", 3)
+        unfinished = first / "checkpoints" / "last-000000000004"
+        there = {path.name for path in unfinished.iterdir()}
+        assert {f"state-rank{rank}of2.safetensors" for rank in range(RANKS)} <= there and "progress.json" not in there
+        found = Attempt(files_at(tmp_path / "run"), run).find()
+        assert found is not None and found[0].optimizer_steps == 3
         (tmp_path / "rendezvous").unlink()
         torch.multiprocessing.spawn(resumed_after_the_kill, arguments, nprocs=RANKS)
         result, whole = read_result(tmp_path / "run"), read_result(all_zero[1] / variant.name / "whole")
         assert result is not None and whole is not None
         assert result.attempts == 3
-        assert (result.val_mse, result.test_mse) == (whole.val_mse, whole.test_mse)
+        assert (result.val_loss, result.test_loss) == (whole.val_loss, whole.test_loss)
         newest = max((tmp_path / "run" / "attempts").iterdir())
-        assert "note" not in [row["kind"] for row in read_metrics(newest / "metrics.jsonl")]
+        assert "note" not in [row["kind"] for row in rows_at(newest)]
 
 
 def test_a_wrong_number_of_processes_is_refused() -> None:
@@ -436,24 +456,25 @@ class TestWorkerGroup:
     def test_commits_what_one_process_does(self, shards: Path, tmp_path: Path, variant: Variant) -> None:
         from scaling_ray.train.worker import train_in_worker_group
 
-        train_in_worker_group(variant.of(spec()), open_place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
-        result = read_result(tmp_path / "run")
+        run, sweep = variant.of(spec()), SweepFiles.at(tmp_path / "sweep")
+        train_in_worker_group(run, open_place(shards), sweep, str(tmp_path / "ray"), 2**30)
+        result = sweep.run(run.run_id).result()
         alone = run_to_result(spec(), data(), PlainEngine(spec(), CPU), tmp_path / "alone")
         assert result is not None and alone is not None
         assert (result.workers, result.engine) == (RANKS, variant.engine)
-        assert result.val_mse == pytest.approx(alone.val_mse, rel=CURVE_TOLERANCE)
-        assert result.test_mse == pytest.approx(alone.test_mse, rel=CURVE_TOLERANCE)
-        publish_winner(tmp_path / "run")
-        assert (tmp_path / "run" / "checkpoints" / "best" / "state.safetensors").is_file()
+        assert result.val_loss == pytest.approx(alone.val_loss, rel=CURVE_TOLERANCE)
+        assert result.test_loss == pytest.approx(alone.test_loss, rel=CURVE_TOLERANCE)
+        publish_winner(sweep.run(run.run_id))
+        assert sweep.run(run.run_id).place.exists("checkpoints/best/state.safetensors")
 
     def test_an_error_rises_as_itself_and_at_once(self, shards: Path, tmp_path: Path) -> None:
         from scaling_ray.train.worker import train_in_worker_group
 
         run = DDP.of(spec()).model_copy(update={"cells": 10_000})
+        sweep = SweepFiles.at(tmp_path / "sweep")
         with pytest.raises(BadInput, match=r"grid\.cells: 10000"):
-            train_in_worker_group(run, open_place(shards), tmp_path / "run", False, tmp_path / "ray", 2**30)
-        assert not (tmp_path / "run" / "attempts").exists()
-        assert read_result(tmp_path / "run") is None
+            train_in_worker_group(run, open_place(shards), sweep, str(tmp_path / "ray"), 2**30)
+        assert sweep.run_ids() == set()
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from scaling_ray.cli import main
 from scaling_ray.errors import BadInput
 from scaling_ray.model.exported import load_model
 from scaling_ray.records import ModelRecord, RunResult, ShardManifest
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import write_table
-from scaling_ray.spec import RunSpec
 from scaling_ray.storage import open_place, write_json
 from scaling_ray.sweep.export import keep_genes
 from scaling_ray.train.checkpoint import prepare_run, publish_winner
@@ -141,7 +141,7 @@ def test_a_plain_process_gets_the_validation_loss_of_the_run(
     assert heavy == []
     for run, loss in zip(RUNS.values(), losses, strict=True):
         result = RunResult.read(trained / "runs" / run.run_id / "result.json")
-        assert loss == pytest.approx(result.val_mse, rel=1e-6), run.run_id
+        assert loss == pytest.approx(result.val_loss, rel=1e-6), run.run_id
 
 
 def test_the_record_says_what_the_model_is(trained: Path, shards: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_the_record_says_what_the_model_is(trained: Path, shards: Path, tmp_path
     assert record.feature_names == [f"GENE{n}" for n in number]
     assert (record.run_id, record.size, record.shape) == (run.run_id, "TINY", run.shape)
     assert (record.recipe, record.mask_fraction, record.params) == ("published", 0.3, run.params)
-    assert (record.val_mse, record.test_mse, record.data_hash) == (result.val_mse, result.test_mse, "synthetic")
+    assert (record.val_loss, record.test_loss, record.data_hash) == (result.val_loss, result.test_loss, "synthetic")
     assert not any(parameter.dtype != torch.float32 for parameter in network.parameters())
     assert {path.name for path in (tmp_path / "deep").rglob("*")} == {"model", "model.json", "model.safetensors"}
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from scaling_ray.model.masking import draw_masks
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.model.objectives import squared_error_sums
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells
 from scaling_ray.sizes import LADDER, Shape
-from scaling_ray.spec import RunSpec
 from scaling_ray.train.batches import make_batch
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, TrainingLoop

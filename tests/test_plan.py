@@ -8,6 +8,7 @@ import pytest
 
 from scaling_ray.errors import BadInput
 from scaling_ray.execution import choose_micro_batch, choose_precision, choose_stack
+from scaling_ray.runs import runs_of
 from scaling_ray.sizes import LADDER, Shape
 from scaling_ray.spec import SweepSpec, parse_spec
 from scaling_ray.sweep.plan import format_plan, make_plan, rate_name
@@ -105,7 +106,7 @@ def test_checkpoints_beyond_the_disk_are_refused_before_the_first_step() -> None
 
 
 def test_measured_rates_make_the_hours() -> None:
-    measured = {rate_name(run, 3): 1000.0 for run in spec().runs() if run.size == "XXS"}
+    measured = {rate_name(run, 3): 1000.0 for run in runs_of(spec()) if run.size == "XXS"}
     plan = make_plan(spec(train="max_cells_seen = 3_600_000"), rates=measured)
     hours = {cell["size"]: (cell["hours"], cell["hours_from"]) for cell in plan["cells"]}
     assert hours["XXS"] == (pytest.approx(1.0), "measured") and hours["S"][1] == "assumed"
@@ -115,7 +116,7 @@ def test_measured_rates_make_the_hours() -> None:
 
 def test_a_rule_of_width_makes_rates() -> None:
     ruled = spec(lr="width_exponent = -0.5")
-    rates = {run.size: run.lr for run in ruled.runs()}
+    rates = {run.size: run.lr for run in runs_of(ruled)}
     assert rates == {"XXS": 4e-3, "TINY": 1e-3, "S": pytest.approx(1e-3 / 8**0.5, rel=5e-3)}
     own = spec(lr="width_exponent = -0.5\nper_size = { S = [7e-4] }")
-    assert {run.lr for run in own.runs() if run.size == "S"} == {7e-4}
+    assert {run.lr for run in runs_of(own) if run.size == "S"} == {7e-4}

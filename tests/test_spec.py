@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from scaling_ray.errors import BadInput, DamagedFiles
-from scaling_ray.spec import RunSpec, SweepSpec, TrainSpec, load_spec, parse_spec
+from scaling_ray.runs import RunSpec, runs_of
+from scaling_ray.spec import SweepSpec, TrainSpec, load_spec, parse_spec
 
 GOLDEN = Path(__file__).parent / "golden" / "run_ids.json"
 
@@ -49,7 +50,7 @@ def changed(*pairs: tuple[str, str]) -> str:
 
 
 def ids(text: str) -> list[str]:
-    return [run.run_id for run in parse_spec(text).runs()]
+    return [run.run_id for run in runs_of(parse_spec(text))]
 
 
 REFUSED = [
@@ -161,7 +162,7 @@ def test_errors_survive_the_way_between_processes() -> None:
 
 
 def test_grid_is_the_product_with_rate_trials_first() -> None:
-    runs = parse_spec(BASE).runs()
+    runs = runs_of(parse_spec(BASE))
     rates = [run for run in runs if run.role == "rate"]
     assert runs[: len(rates)] == rates
     assert [(run.size, run.genes, run.lr) for run in rates] == [
@@ -194,7 +195,7 @@ def test_rate_axis_and_fixed_rate() -> None:
 
 def test_budgets_per_size_come_in_whole_updates() -> None:
     text = changed(("default = 3200", "default = 3210"), ("[lr]", "[lr]\nchoose_fraction = 0.25"))
-    budgets = {(run.role, run.size): run.train.max_cells_seen for run in parse_spec(text).runs()}
+    budgets = {(run.role, run.size): run.train.max_cells_seen for run in runs_of(parse_spec(text))}
     assert budgets == {("law", "TINY"): 6400, ("law", "HALF"): 3200, ("rate", "TINY"): 1600, ("rate", "HALF"): 800}
     assert TrainSpec(max_cells_seen=1).resolved("TINY").max_cells_seen == 32
 
@@ -229,7 +230,7 @@ def test_run_ids_do_not_depend_on(pair: tuple[str, str]) -> None:
 
 def test_only_runs_of_several_workers_offload() -> None:
     text = changed(("cpus = 2", "workers = { TINY = 2 }\nengine = 'deepspeed'\noffload_optimizer = true"))
-    assert {(run.size, run.engine, run.offload_optimizer) for run in parse_spec(text).runs()} == {
+    assert {(run.size, run.engine, run.offload_optimizer) for run in runs_of(parse_spec(text))} == {
         ("TINY", "deepspeed", True),
         ("HALF", "plain", False),
     }
@@ -294,7 +295,7 @@ def test_a_custom_size_counts_by_its_shape() -> None:
 
 
 def test_a_run_survives_json() -> None:
-    for run in parse_spec(BASE).runs():
+    for run in runs_of(parse_spec(BASE)):
         again = RunSpec.model_validate_json(run.model_dump_json())
         assert again == run
         assert again.params == run.params

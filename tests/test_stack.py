@@ -7,20 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_run, synthetic_cells
+from conftest import files_at, rows_at, small_run, synthetic_cells
 
 from scaling_ray.errors import BadInput, Preempted
 from scaling_ray.model.masking import draw_masks
 from scaling_ray.model.network import MaskedGeneTransformer
-from scaling_ray.model.objectives import squared_error_sums
+from scaling_ray.model.objectives import objective_named
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Feed, ResidentFeed, run_order
 from scaling_ray.sizes import Shape
-from scaling_ray.spec import RunSpec
-from scaling_ray.train.checkpoint import read_metrics, read_result
+from scaling_ray.storage import open_place
+from scaling_ray.train.driver import Signals
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, TrainingLoop, run_to_result
 from scaling_ray.train.stack import StackedAdamW, StackedTransformer
-from scaling_ray.train.stack_run import StackedLoop, check_stack, stack_to_results
+from scaling_ray.train.stack_loop import StackedLoop, check_stack, stack_to_results
 
 CPU = torch.device("cpu")
 GENES = 64
@@ -61,17 +62,17 @@ def test_loss_and_gradients_are_those_of_the_models_alone(shape: Shape) -> None:
     masks = draw_masks("corrected", 0.15, 1, torch.zeros_like(ids), ids, measured)
     targets = values.gather(1, masks.positions)
     shaped = (part.view(len(seeds), cells, -1) for part in (values, masks.hidden, masks.positions))
-    predictions = stacked.forward(*shaped).flatten(0, 1)
-    losses = squared_error_sums(predictions, targets, masks.weights).view(len(seeds), cells).sum(1)
+    objective = objective_named("mse")
+    outputs = stacked.forward(*shaped).flatten(0, 1)
+    losses = objective.losses(outputs, targets, masks.weights).view(len(seeds), -1).sum(1)
     losses.sum().backward()
     gradients = stacked.gradients()
     for r in range(len(seeds)):
         own = slice(r * cells, (r + 1) * cells)
         model = MaskedGeneTransformer(shape, GENES)
         model.load_state_dict(stacked.named(stacked.flat, r))
-        expected = squared_error_sums(
-            model(values[own], masks.hidden[own], masks.positions[own]), targets[own], masks.weights[own]
-        ).sum()
+        alone = model(values[own], masks.hidden[own], masks.positions[own])
+        expected = objective.losses(alone, targets[own], masks.weights[own]).sum()
         expected.backward()
         assert float(losses[r].detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
         expected_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -127,14 +128,14 @@ def nn_parameter(row: torch.Tensor) -> torch.nn.Parameter:
 @pytest.mark.parametrize("recipe", ["corrected", "published"])
 def test_fifty_steps_are_those_of_the_models_alone(size: str, recipe: str) -> None:
     runs = members(f'max_cells_seen = 6400\nrecipe = "{recipe}"\nmicro_batch = 12', size=size)
-    stack = StackedLoop(runs, feeds(runs), CPU)
+    stack = StackedLoop(runs, feeds(runs), VAL, TEST, CPU)
     loops = [alone(run) for run in runs]
     for _ in range(50):
         found = stack.train_one_update()
         for sums, loop in zip(found, loops, strict=True):
             expected, _, _ = loop.train_one_update()
             assert sums.masked_genes == expected.masked_genes
-            assert sums.mse == pytest.approx(expected.mse, rel=1e-6)
+            assert sums.mean == pytest.approx(expected.mean, rel=1e-6)
 
 
 def test_separate_feeds_give_the_batches_of_a_shared_one() -> None:
@@ -143,7 +144,7 @@ def test_separate_feeds_give_the_batches_of_a_shared_one() -> None:
         ResidentFeed(TRAIN.rows(order.rows.all()), order, own=True)
         for order in (run_order(run, len(TRAIN), donor=TRAIN.donor) for run in runs)
     ]
-    shared, apart = StackedLoop(runs, feeds(runs), CPU), StackedLoop(runs, list(own), CPU)
+    shared, apart = StackedLoop(runs, feeds(runs), VAL, TEST, CPU), StackedLoop(runs, list(own), VAL, TEST, CPU)
     for step in (0, 1, 7, 70):
         one, other = shared.source.batch(step), apart.source.batch(step)
         assert torch.equal(one.values, other.values) and torch.equal(one.masks.positions, other.masks.positions)
@@ -159,10 +160,10 @@ def run_stack(runs: list[RunSpec], place: Path, stop: list[bool] | None = None) 
         TEST,
         "synthetic",
         CPU,
-        place / "stack",
-        [place / run.run_id for run in runs],
+        open_place(place / "stack"),
+        [files_at(place / run.run_id) for run in runs],
         lambda run, message: diverged.update({run.run_id: message}),
-        lambda: next(answers, False),
+        Signals(asked_to_stop=lambda: next(answers, False), ask_seconds=0.0),
     )
     return diverged
 
@@ -171,36 +172,38 @@ def test_results_are_near_those_of_the_models_alone(tmp_path: Path) -> None:
     runs = members("max_cells_seen = 3200\nevaluations = 5\ncurve_cells = 40\npatience_evaluations = 0")
     assert run_stack(runs, tmp_path) == {}
     for run in runs:
-        result = read_result(tmp_path / run.run_id)
+        result = files_at(tmp_path / run.run_id).result()
         data = RunData(TRAIN, VAL, TEST, "synthetic")
-        expected = run_to_result(run, data, PlainEngine(run, CPU), tmp_path / f"alone-{run.run_id}")
+        expected = run_to_result(run, data, PlainEngine(run, CPU), files_at(tmp_path / f"alone-{run.run_id}"))
         assert result is not None and expected is not None
         assert (result.stacked, expected.stacked) == (4, 1)
         # float32 chaos parts them after some hundred steps
-        for field in ("val_mse", "test_mse", "final_val_mse"):
+        for field in ("val_loss", "test_loss", "final_val_loss"):
             assert getattr(result, field) == pytest.approx(getattr(expected, field), rel=1e-3)
         for field in ("cells_seen", "optimizer_steps", "masked_genes_seen", "flops", "cells_resolved", "lr"):
             assert getattr(result, field) == getattr(expected, field)
-        rows = read_metrics(tmp_path / run.run_id / "attempts" / result.attempt / "metrics.jsonl")
+        rows = rows_at(tmp_path / run.run_id / "attempts" / result.attempt)
         assert [row["optimizer_steps"] for row in rows if row["kind"] == "eval"] == [20, 40, 60, 80, 100]
 
 
-def test_a_stack_that_was_cut_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scaling_ray.train.stack_run.ASK_SECONDS", 0.0)
+def test_a_stack_that_was_cut_ends_with_the_same_bits(tmp_path: Path) -> None:
     runs = members("max_cells_seen = 1600\nevaluations = 5\ncurve_cells = 40\ndropout = 0.1")
     run_stack(runs, tmp_path / "whole")
     with pytest.raises(Preempted, match="saved at update 18"):
         run_stack(runs, tmp_path / "cut", [False] * 17 + [True])
-    assert read_result(tmp_path / "cut" / runs[0].run_id) is None
+    assert files_at(tmp_path / "cut" / runs[0].run_id).result() is None
     with pytest.raises(Preempted, match="saved at update 30"):
         run_stack(runs, tmp_path / "cut", [False] * 11 + [True])
     run_stack(runs, tmp_path / "cut")
     for run in runs:
-        whole, cut = read_result(tmp_path / "whole" / run.run_id), read_result(tmp_path / "cut" / run.run_id)
+        whole, cut = (
+            files_at(tmp_path / "whole" / run.run_id).result(),
+            files_at(tmp_path / "cut" / run.run_id).result(),
+        )
         assert whole is not None and cut is not None and (whole.attempts, cut.attempts) == (1, 3)
-        for field in ("val_mse", "test_mse", "final_val_mse", "masked_genes_seen", "best_cells_seen"):
+        for field in ("val_loss", "test_loss", "final_val_loss", "masked_genes_seen", "best_cells_seen"):
             assert getattr(whole, field) == getattr(cut, field)
-        rows = read_metrics(tmp_path / "cut" / run.run_id / "attempts" / cut.attempt / "metrics.jsonl")
+        rows = rows_at(tmp_path / "cut" / run.run_id / "attempts" / cut.attempt)
         assert [row["optimizer_steps"] for row in rows if row["kind"] == "eval"] == [10, 20, 30, 40, 50]
 
 
@@ -211,11 +214,14 @@ def test_a_member_that_diverges_is_masked_out_and_moves_no_other(tmp_path: Path)
     assert list(diverged) == [runs[1].run_id]
     assert "update" in diverged[runs[1].run_id] and "lower the rate" in diverged[runs[1].run_id]
     run_stack(runs, tmp_path / "tame")
-    assert read_result(tmp_path / "wild" / runs[1].run_id) is None
+    assert files_at(tmp_path / "wild" / runs[1].run_id).result() is None
     for run in (runs[0], *runs[2:]):
-        one, other = read_result(tmp_path / "wild" / run.run_id), read_result(tmp_path / "tame" / run.run_id)
+        one, other = (
+            files_at(tmp_path / "wild" / run.run_id).result(),
+            files_at(tmp_path / "tame" / run.run_id).result(),
+        )
         assert one is not None and other is not None
-        assert one.test_mse == other.test_mse
+        assert one.test_loss == other.test_loss
 
 
 def test_members_stop_early_each_by_itself(tmp_path: Path) -> None:
@@ -223,7 +229,7 @@ def test_members_stop_early_each_by_itself(tmp_path: Path) -> None:
     assert run_stack(runs, tmp_path) == {}
     ends = {}
     for run in runs:
-        result = read_result(tmp_path / run.run_id)
+        result = files_at(tmp_path / run.run_id).result()
         assert result is not None
         ends[run.run_id] = result.optimizer_steps, result.stop_reason
         assert (result.stop_reason == "early_stop") == (result.optimizer_steps < 200)
@@ -236,28 +242,28 @@ def test_runs_that_choose_a_rate_see_no_test_cell(tmp_path: Path) -> None:
     runs = members("max_cells_seen = 640", role="rate")
     run_stack(runs, tmp_path)
     for run in runs:
-        result = read_result(tmp_path / run.run_id)
-        assert result is not None and result.test_mse is None
+        result = files_at(tmp_path / run.run_id).result()
+        assert result is not None and result.test_loss is None
         assert not list((tmp_path / run.run_id).rglob("test_cells.parquet"))
 
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [({"width": 8}, "stack.width"), ({"genes": 32}, "stack.genes"), ({"micro_batch": 4}, "stack.micro_batch")],
+    [({"width": 8}, "stack.width"), ({"genes": 32}, "stack.genes"), ({"micro_batch": 4}, "stack.execution")],
 )
 def test_unlike_runs_are_refused(change: dict[str, int], field: str) -> None:
     runs = members()
+    other = runs[1].carried_out(**change) if "micro_batch" in change else runs[1].model_copy(update=change)
     with pytest.raises(BadInput, match=field):
-        check_stack([runs[0], runs[1].model_copy(update=change)])
+        check_stack([runs[0], other])
 
 
-def test_a_damaged_state_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scaling_ray.train.stack_run.ASK_SECONDS", 0.0)
+def test_a_damaged_state_is_passed_over(tmp_path: Path) -> None:
     runs = members("max_cells_seen = 640\nevaluations = 2")
     with pytest.raises(Preempted):
         run_stack(runs, tmp_path, [False] * 5 + [True])
     (state,) = (tmp_path / "stack").rglob("state.safetensors")
     state.write_bytes(state.read_bytes()[:-100])
     run_stack(runs, tmp_path)
-    result = read_result(tmp_path / runs[0].run_id)
-    assert result is not None and np.isfinite(result.val_mse) and result.optimizer_steps == 20
+    result = files_at(tmp_path / runs[0].run_id).result()
+    assert result is not None and np.isfinite(result.val_loss) and result.optimizer_steps == 20

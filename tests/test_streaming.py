@@ -16,12 +16,12 @@ from conftest import TINY_SWEEP, small_run, synthetic_cells, write_cells_as_shar
 
 from scaling_ray.errors import BadInput, DamagedFiles
 from scaling_ray.records import ShardManifest
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards import order, stream
 from scaling_ray.shards.format import read_manifest, row_groups
 from scaling_ray.shards.order import RunOrder, RunRows, chosen_donors, donor_rows, keyed_permutation, replicate_rows
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed, read_measured, read_rows, read_split, shards_order
 from scaling_ray.shards.stream import StreamFeed, open_feed, read_resident
-from scaling_ray.spec import RunSpec
 from scaling_ray.storage import open_place
 from scaling_ray.sweep.run import run_sweep
 from scaling_ray.train.engine import PlainEngine
@@ -610,7 +610,7 @@ def test_a_sweep_ends_with_the_same_losses_when_everything_streams(
     resident_rows: dict[str, dict[str, object]], tiny_shards: Path, tmp_path: Path
 ) -> None:
     streamed = swept(tiny_shards, tmp_path, TINY_SWEEP + STREAMED)
-    exact = ("val_mse", "final_val_mse", "test_mse", "baseline_mse", "gaussian_mse", "lr", "cells", "cells_seen")
+    exact = ("val_loss", "final_val_loss", "test_loss", "baseline_loss", "gaussian_loss", "lr", "cells", "cells_seen")
     assert list(streamed) == list(resident_rows)
     for run_id, row in resident_rows.items():
         assert [streamed[run_id][key] for key in exact] == [row[key] for key in exact], run_id
@@ -637,10 +637,10 @@ def test_a_grid_of_donors_is_a_column_and_another_run(
     asked = {(row["donors"], row["cells_requested"]) for row in law}
     assert asked == {(4, "100"), (4, "all"), (None, "100"), (None, "all")} and len(law) == 4
     assert {row["donors"] for row in resident.values() if row["role"] == "rate"} == {None}
-    assert len({row["val_mse"] for row in law}) == 4
-    assert len({row["baseline_mse"] for row in law}) == 4, "references are those of the run's own cells"
+    assert len({row["val_loss"] for row in law}) == 4
+    assert len({row["baseline_loss"] for row in law}) == 4, "references are those of the run's own cells"
     for run_id, row in resident.items():
-        assert [streamed[run_id][key] for key in ("val_mse", "test_mse")] == [row["val_mse"], row["test_mse"]]
+        assert [streamed[run_id][key] for key in ("val_loss", "test_loss")] == [row["val_loss"], row["test_loss"]]
 
 
 @pytest.mark.ray

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,15 +18,15 @@ from conftest import TINY_SWEEP
 
 from scaling_ray.errors import BadInput, LeaseHeld, RunsFailed
 from scaling_ray.model.exported import load_model
-from scaling_ray.storage import Lease
+from scaling_ray.storage import open_place
 from scaling_ray.sweep.export import export_model
 from scaling_ray.sweep.run import run_sweep
 
 pytestmark = pytest.mark.ray
 
 CONTRACT = (
-    "run_id size params genes cells seed lr objective status cells_seen masked_genes_seen optimizer_steps flops val_mse"
-    " test_mse baseline_mse gaussian_mse wall_seconds attempts mlflow_run_id"
+    "run_id size params genes cells seed lr objective status cells_seen masked_genes_seen optimizer_steps flops"
+    " val_loss test_loss baseline_loss gaussian_loss loss_unit wall_seconds attempts mlflow_run_id"
 ).split()
 
 
@@ -45,20 +46,20 @@ def test_every_cell_of_the_grid_has_a_row_with_its_references(swept: Path) -> No
     assert set(CONTRACT) <= set(table[0]) and [row["run_id"] for row in table] == [row["run_id"] for row in rows]
     for row in rows:
         assert row["cells_seen"] == 640 and row["optimizer_steps"] == 20
-        assert row["attainable_mse"] >= row["bound_mse"] * 0.98 and row["baseline_mse"] > row["attainable_mse"]
+        assert row["attainable_loss"] >= row["bound_loss"] * 0.98 and row["baseline_loss"] > row["attainable_loss"]
         if row["role"] == "law":
-            assert row["bound_z"] > -4 and row["test_mse"] > row["bound_mse"]
+            assert row["bound_z"] > -4 and row["test_loss"] > row["bound_loss"]
         else:
-            assert row["test_mse"] is None, "a run that chooses a rate must not see a test cell"
+            assert row["test_loss"] is None, "a run that chooses a rate must not see a test cell"
     assert {row["cells"] for row in rows if row["cells_requested"] == "100"} == {100}
     plan = json.loads((swept / "plan.json").read_text())
-    assert [cell["run_id"] for cell in plan["cells"]] == [row["run_id"] for row in rows]
+    assert [setting["run_id"] for setting in plan["settings"]] == [row["run_id"] for row in rows]
 
 
 def test_the_rate_is_the_one_of_lowest_validation_error(swept: Path) -> None:
     rows = pq.read_table(swept / "results.parquet").to_pylist()
     for size in ("XXS", "W4"):
-        rates = {row["lr"]: row["val_mse"] for row in rows if row["role"] == "rate" and row["size"] == size}
+        rates = {row["lr"]: row["val_loss"] for row in rows if row["role"] == "rate" and row["size"] == size}
         assert len(rates) == 2
         chosen = {row["lr"] for row in rows if row["role"] == "law" and row["size"] == size}
         assert chosen == {min(rates, key=lambda rate: rates[rate])}
@@ -78,7 +79,7 @@ def test_a_run_is_exported_with_the_genes_of_its_shards(swept: Path, tiny_shards
     row = next(row for row in pq.read_table(swept / "results.parquet").to_pylist() if row["role"] == "law")
     network, record = load_model(export_model(swept, row["run_id"], tmp_path / "model"))
     assert record.feature_ids == pq.read_table(tiny_shards / "genes.parquet")["feature_id"].to_pylist()[:64]
-    assert (record.val_mse, record.test_mse, record.params) == (row["val_mse"], row["test_mse"], row["params"])
+    assert (record.val_loss, record.test_loss, record.params) == (row["val_loss"], row["test_loss"], row["params"])
     assert sum(parameter.numel() for parameter in network.parameters()) == row["params"]
 
 
@@ -91,7 +92,7 @@ def test_a_second_call_finds_everything_done(swept: Path, tiny_shards: Path) -> 
 
 
 def test_another_driver_is_kept_out(swept: Path, tiny_shards: Path) -> None:
-    with Lease(swept), pytest.raises(LeaseHeld, match="another driver"):
+    with open_place(swept).lease(".lease"), pytest.raises(LeaseHeld, match="another driver"):
         run_sweep(swept / "spec.toml", tiny_shards, swept)
 
 
@@ -137,6 +138,10 @@ def test_one_failing_cell_does_not_stop_the_others(tiny_shards: Path, tmp_path: 
     }
 
 
+def executions(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [setting["execution"] for setting in plan["settings"]]
+
+
 STACKED = TINY_SWEEP.replace("seeds = [1]", "seeds = [1, 2, 3]").replace('"choose"', '"fixed"')
 STACKED = STACKED.replace("rates = [3e-3, 1e-2]", "rates = [3e-3]").replace("= 640", "= 6400\ncheckpoint_seconds = 0.2")
 
@@ -148,19 +153,18 @@ def test_tiny_runs_train_as_one_and_a_later_call_keeps_to_the_plan(tiny_shards: 
     plan = json.loads((tmp_path / "sweep" / "plan.json").read_text())
     # six runs of each size and two processes
     assert [len(stack) for stack in plan["stacks"]] == [3, 3, 3, 3]
-    assert sorted(name for stack in plan["stacks"] for name in stack) == sorted(row["run_id"] for row in rows)
-    assert {row["status"] for row in rows} == {"done"} and len(
-        {row["test_mse"] for row in rows if row["size"] == "W4"}
-    ) == 6
+    assert sorted(name for stack in plan["stacks"] for name in stack) == sorted(row.run_id for row in rows)
+    assert {row.status for row in rows} == {"done"}
+    assert len({row.test_loss for row in rows if row.size == "W4"}) == 6
     for row in rows:
-        result = json.loads((tmp_path / "sweep" / "runs" / row["run_id"] / "result.json").read_text())
-        assert result["stacked"] == 3 and result["micro_batch"] == plan["cells"][0]["micro_batch"]
-        assert row["mlflow_run_id"] and row["cells_seen"] == 640
+        result = json.loads((tmp_path / "sweep" / "runs" / row.run_id / "result.json").read_text())
+        assert result["stacked"] == 3 and result["micro_batch"] == plan["settings"][0]["execution"]["micro_batch"]
+        assert row.mlflow_run_id and row.cells_seen == 640
     spec.write_text(spec.read_text() + "[resources]\nstack = 1\ndevice = 'cuda'\n")
     run_sweep(spec, tiny_shards, tmp_path / "sweep")
     again = json.loads((tmp_path / "sweep" / "plan.json").read_text())
     assert again["stacks"] == plan["stacks"]
-    assert [cell["micro_batch"] for cell in again["cells"]] == [cell["micro_batch"] for cell in plan["cells"]]
+    assert executions(again) == executions(plan)
 
 
 def start_sweep(spec: Path, shards: Path, out: Path) -> subprocess.Popen[str]:
@@ -179,7 +183,7 @@ def test_a_sweep_of_stacks_stopped_on_the_way_ends_with_the_same_bits(
     spec.write_text(STACKED.replace("= 6400", "= 32000"))
     driver = start_sweep(spec, tiny_shards, out)
     deadline = time.monotonic() + 120
-    while not list(out.glob("stacks/*/attempts/*/last/state.safetensors")):
+    while not list(out.glob("stacks/*/attempts/*/last-*/progress.json")):
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     driver.send_signal(sent)
@@ -189,10 +193,10 @@ def test_a_sweep_of_stacks_stopped_on_the_way_ends_with_the_same_bits(
     assert len(list(out.glob("runs/*/result.json"))) < 12
     rows = run_sweep(spec, tiny_shards, out)
     whole = run_sweep(spec, tiny_shards, tmp_path / "undisturbed")
-    assert {row["status"] for row in rows} == {"done"} and any(row["attempts"] > 1 for row in rows)
+    assert {row.status for row in rows} == {"done"} and any((row.attempts or 0) > 1 for row in rows)
     for one, other in zip(rows, whole, strict=True):
-        for field in ("run_id", "val_mse", "test_mse", "final_val_mse", "cells_seen", "masked_genes_seen"):
-            assert one[field] == other[field]
+        for field in ("run_id", "val_loss", "test_loss", "final_val_loss", "cells_seen", "masked_genes_seen"):
+            assert getattr(one, field) == getattr(other, field)
 
 
 @pytest.mark.slow
@@ -202,7 +206,7 @@ def test_sigterm_saves_every_run_and_the_same_command_goes_on(tiny_shards: Path,
     spec.write_text(text.replace('"choose"', '"fixed"').replace("rates = [3e-3, 1e-2]", "rates = [3e-3]"))
     driver = start_sweep(spec, tiny_shards, out)
     deadline = time.monotonic() + 120
-    while len(list(out.glob("runs/*/attempts/*/metrics.jsonl"))) < 2:
+    while len([p for p in out.glob("runs/*/attempts/*/metrics.jsonl") if p.stat().st_size]) < 2:
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     driver.send_signal(signal.SIGTERM)
@@ -210,7 +214,7 @@ def test_sigterm_saves_every_run_and_the_same_command_goes_on(tiny_shards: Path,
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 75 and time.monotonic() - asked < 30
     assert "runs to go, all saved" in said.splitlines()[-1]
-    saved = list(out.glob("runs/*/attempts/*/checkpoints/last/state.safetensors"))
+    saved = list(out.glob("runs/*/attempts/*/checkpoints/last-*/progress.json"))
     assert len(saved) == 2, "checkpoints were an hour away: only the wish to stop makes them"
     assert not list(out.glob("runs/*/failure.json"))
 
@@ -237,15 +241,15 @@ def test_a_sweep_killed_at_any_moment_goes_on(tiny_shards: Path, tmp_path: Path)
 
     run_sweep(tmp_path / "spec.toml", tiny_shards, tmp_path / "undisturbed")
     again = pq.read_table(tmp_path / "undisturbed" / "results.parquet").to_pylist()
-    exact = ("run_id", "val_mse", "test_mse", "final_val_mse", "cells_seen", "flops", "best_cells_seen")
+    exact = ("run_id", "val_loss", "test_loss", "final_val_loss", "cells_seen", "flops", "best_cells_seen")
     assert [[row[k] for k in exact] for row in rows] == [[row[k] for k in exact] for row in again]
 
 
 def test_undertrained_means_that_the_second_half_still_brought_much() -> None:
-    from scaling_ray.sweep.results import is_undertrained
+    from scaling_ray.results.write import is_undertrained
 
-    assert is_undertrained([3.0, 2.5, 2.0, 1.8], gene_mean_mse=2.6)
-    assert not is_undertrained([3.0, 1.01, 1.0, 1.0], gene_mean_mse=2.6)
-    assert not is_undertrained([3.0, 2.0, 1.95, 1.9], gene_mean_mse=4.0)
-    assert is_undertrained([3.0, 2.9, 2.8, 2.7], gene_mean_mse=2.6), "worse than the gene mean and falling"
-    assert is_undertrained([2.0], gene_mean_mse=2.6), "one evaluation says nothing"
+    assert is_undertrained([3.0, 2.5, 2.0, 1.8], gene_mean_loss=2.6)
+    assert not is_undertrained([3.0, 1.01, 1.0, 1.0], gene_mean_loss=2.6)
+    assert not is_undertrained([3.0, 2.0, 1.95, 1.9], gene_mean_loss=4.0)
+    assert is_undertrained([3.0, 2.9, 2.8, 2.7], gene_mean_loss=2.6), "worse than the gene mean and falling"
+    assert is_undertrained([2.0], gene_mean_loss=2.6), "one evaluation says nothing"

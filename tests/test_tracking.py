@@ -9,7 +9,8 @@ import pytest
 from conftest import TINY_SWEEP
 
 from scaling_ray.records import RunResult, ShardManifest
-from scaling_ray.spec import RunSpec, parse_spec
+from scaling_ray.runs import RunSpec, runs_of
+from scaling_ray.spec import parse_spec
 from scaling_ray.tracking.ledger import is_tracked, tracking_uri
 from scaling_ray.tracking.mlflow import PARENT_TAG, Tracker
 from scaling_ray.train.checkpoint import MetricsLog
@@ -21,21 +22,21 @@ mlflow_client = pytest.importorskip("mlflow.tracking").MlflowClient
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[RunSpec]]:
     """Files of a sweep as its runs leave them: two finished, one failed, one not begun."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    runs = [run.model_copy(update={"lr": run.lr or 0.01}) for run in parse_spec(TINY_SWEEP).runs()][:4]
+    runs = [run.model_copy(update={"lr": run.lr or 0.01}) for run in runs_of(parse_spec(TINY_SWEEP))][:4]
     directory = tmp_path / "sweep"
     for index, run in enumerate(runs[:3]):
         place = directory / "runs" / run.run_id
         place.mkdir(parents=True)
         log = MetricsLog(place / "metrics.jsonl")
         for step in range(1, 4):
-            log.write({"kind": "train", "optimizer_steps": step, "cells_seen": 32 * step, "train_mse": 3.0 / step})
+            log.write({"kind": "train", "optimizer_steps": step, "cells_seen": 32 * step, "train_loss": 3.0 / step})
             log.write(
                 {
                     "kind": "eval",
                     "optimizer_steps": step,
                     "cells_seen": 32 * step,
-                    "val_mse": 2.0 / step,
-                    "val_mse_smoothed": 2.5 / step,
+                    "val_loss": 2.0 / step,
+                    "val_loss_smoothed": 2.5 / step,
                 }
             )
         log.write({"kind": "note", "optimizer_steps": 2, "note": "of a checkpoint; no metric"})
@@ -59,12 +60,12 @@ def result_of(run: RunSpec) -> RunResult:
         masked_genes_seen=960,
         optimizer_steps=3,
         flops=1e9,
-        val_mse=0.5,
-        final_val_mse=0.6,
-        best_curve_mse=0.5,
+        val_loss=0.5,
+        final_val_loss=0.6,
+        best_curve_loss=0.5,
         best_cells_seen=96,
-        test_mse=0.55,
-        test_squared_error=55.0,
+        test_loss=0.55,
+        test_loss_sum=55.0,
         test_masked_genes=100,
         stop_reason="budget",
         wall_seconds=1.0,
@@ -114,10 +115,10 @@ def test_a_parent_and_a_child_per_run_with_curves_params_data_and_final_metrics(
     assert set(children) == {run.run_id for run in runs[:3]}
     done = children[runs[0].run_id]
     assert done.info.status == "FINISHED" and children[runs[2].run_id].info.status == "FAILED"
-    assert done.data.metrics["test_mse"] == 0.55 and done.data.tags["data_hash"] == "d" * 64
+    assert done.data.metrics["test_loss"] == 0.55 and done.data.tags["data_hash"] == "d" * 64
     assert done.data.params["width"] == str(runs[0].width) and done.data.params["recipe"] == "corrected"
     assert done.inputs.dataset_inputs[0].dataset.digest == "d" * 32
-    curve = client.get_metric_history(done.info.run_id, "val_mse_curve")
+    curve = client.get_metric_history(done.info.run_id, "val_loss_curve")
     assert [(m.step, m.value) for m in curve] == [(1, 2.0), (2, 1.0), (3, 2.0 / 3)]
     recorded = json.loads((directory / "runs" / runs[0].run_id / "mlflow.json").read_text())
     assert recorded["mlflow_run_id"] == done.info.run_id
@@ -132,12 +133,12 @@ def test_a_replay_adds_nothing_and_new_rows_are_added_once(sweep: tuple[Path, li
     assert len(client.search_runs([experiment.experiment_id])) == 4
     place = directory / "runs" / runs[2].run_id
     MetricsLog(place / "metrics.jsonl").write(
-        {"kind": "eval", "optimizer_steps": 4, "cells_seen": 128, "val_mse": 0.4, "val_mse_smoothed": 0.4}
+        {"kind": "eval", "optimizer_steps": 4, "cells_seen": 128, "val_loss": 0.4, "val_loss_smoothed": 0.4}
     )
     Tracker(directory, parse_spec(TINY_SWEEP), manifest()).sync(runs)
     run_id = json.loads((place / "mlflow.json").read_text())["mlflow_run_id"]
-    assert [metric.step for metric in client.get_metric_history(run_id, "val_mse_curve")] == [1, 2, 3, 4]
-    assert len(client.get_metric_history(run_id, "train_mse")) == 3
+    assert [metric.step for metric in client.get_metric_history(run_id, "val_loss_curve")] == [1, 2, 3, 4]
+    assert len(client.get_metric_history(run_id, "train_loss")) == 3
     assert is_tracked(directory, [run.run_id for run in runs[:2]])
     assert not is_tracked(directory, [run.run_id for run in runs])
 
@@ -162,7 +163,7 @@ def test_rows_that_a_failing_server_did_not_take_are_logged_by_the_next_sync(
     client = mlflow_client(tracking_uri(directory))
     for run in runs[:3]:
         run_id = json.loads((directory / "runs" / run.run_id / "mlflow.json").read_text())["mlflow_run_id"]
-        assert [metric.step for metric in client.get_metric_history(run_id, "val_mse_curve")] == [1, 2, 3]
+        assert [metric.step for metric in client.get_metric_history(run_id, "val_loss_curve")] == [1, 2, 3]
         assert client.get_run(run_id).data.params["width"] == str(run.width)
 
 

@@ -16,30 +16,23 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import files_at, rows_at
 
 from scaling_ray.errors import BadInput, Diverged
-from scaling_ray.records import MetricSums, RunResult
+from scaling_ray.records import LossSums, RunResult
+from scaling_ray.results.sweep_files import read_rows
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells
 from scaling_ray.sizes import training_flops_per_cell
-from scaling_ray.spec import RunSpec, TrainSpec
+from scaling_ray.spec import TrainSpec
+from scaling_ray.train.attempt import Attempt, publish_winner
 from scaling_ray.train.batches import BatchSource
-from scaling_ray.train.checkpoint import (
-    Attempt,
-    Progress,
-    commit_result,
-    prepare_run,
-    publish_winner,
-    read_metrics,
-    read_result,
-)
+from scaling_ray.train.checkpoint import Progress
+from scaling_ray.train.driver import Signals
 from scaling_ray.train.engine import PlainEngine
-from scaling_ray.train.loop import (
-    RunData,
-    TrainingLoop,
-    evaluate,
-    learning_rate,
-    run_to_result,
-)
+from scaling_ray.train.evaluation import evaluate
+from scaling_ray.train.loop import RunData, TrainingLoop, run_to_result
+from scaling_ray.train.schedule import learning_rate
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_20_updates.json"
 CPU = torch.device("cpu")
@@ -58,14 +51,14 @@ def new_loop(run: RunSpec, data: RunData) -> TrainingLoop:
 
 
 def train(run: RunSpec, data: RunData, directory: Path) -> RunResult | None:
-    return run_to_result(run, data, PlainEngine(run, CPU), directory)
+    return run_to_result(run, data, PlainEngine(run, CPU), files_at(directory))
 
 
 def curve_of(loop: TrainingLoop, updates: int) -> list[tuple[float, float, float]]:
     curve = []
     for _ in range(updates):
         sums, rate, norm = loop.train_one_update()
-        curve.append((sums.mse, rate, norm))
+        curve.append((sums.mean, rate, norm))
     return curve
 
 
@@ -84,9 +77,9 @@ def test_twenty_updates_follow_the_golden_curve(make_run: MakeRun, data: RunData
     """
     curve = curve_of(new_loop(make_run("max_cells_seen = 640", lr=3e-3), data), 20)
     golden = json.loads(GOLDEN.read_text())
-    for position, name in enumerate(("train_mse", "lr", "grad_norm")):
+    for position, name in enumerate(("train_loss", "lr", "grad_norm")):
         assert [row[position] for row in curve] == pytest.approx(golden[name], rel=1e-5), name
-    assert golden["train_mse"][-1] < 0.9 * golden["train_mse"][0]
+    assert golden["train_loss"][-1] < 0.9 * golden["train_loss"][0]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -118,17 +111,17 @@ def test_metric_rows_do_not_show_where_a_run_was_cut(make_run: MakeRun, data: Ru
 
     often = make_run(f"{text}\ncheckpoint_seconds = 1e-6", size="XXS")
     with pytest.raises(KeyboardInterrupt):
-        run_to_result(often, data, PlainEngine(often, CPU), tmp_path / "cut", stop_at_five)
+        run_to_result(often, data, PlainEngine(often, CPU), files_at(tmp_path / "cut"), Signals(report=stop_at_five))
     assert train(run, data, tmp_path / "cut") is not None
     for name in ("whole", "cut"):
-        publish_winner(tmp_path / name)
-    rows = rows_without_times(tmp_path / "cut" / "metrics.jsonl")
+        publish_winner(files_at(tmp_path / name))
+    rows = rows_without_times(tmp_path / "cut")
     loop = new_loop(run, data)
     sums = [loop.train_one_update()[0] for _ in range(8)]
     pairs = [first + second for first, second in zip(sums[::2], sums[1::2], strict=True)]
-    assert [row["train_mse"] for row in rows if row["kind"] == "train"][:4] == [pair.mse for pair in pairs]
+    assert [row["train_loss"] for row in rows if row["kind"] == "train"][:4] == [pair.mean for pair in pairs]
     assert [row["optimizer_steps"] for row in rows if row["kind"] == "train"][:4] == [2, 4, 6, 8]
-    assert rows == rows_without_times(tmp_path / "whole" / "metrics.jsonl")
+    assert rows == rows_without_times(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("extra", ["dropout = 0.0", "dropout = 0.2", "dropout = 0.2\nmicro_batch = 8"])
@@ -140,13 +133,13 @@ def test_a_resumed_run_is_bit_identical(make_run: MakeRun, data: RunData, tmp_pa
 
     begun = new_loop(run, data)
     assert curve_of(begun, 7) == curve[:7]
-    Attempt(tmp_path).save_last(begun.progress, begun.state())
+    Attempt(files_at(tmp_path)).save_last(begun.progress, begun.state())
     curve_of(begun, 3)  # goes on after the checkpoint, then is lost
 
     resumed = new_loop(run, data)
-    found = Attempt(tmp_path).resume()
+    found = Attempt(files_at(tmp_path)).find()
     assert found is not None
-    resumed.load(*found)
+    resumed.load(found[0], found[1].tensors())
     assert resumed.progress.optimizer_steps == 7
     assert curve_of(resumed, 13) == curve[7:]
     state = resumed.state()
@@ -169,8 +162,10 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import numpy as np, torch
+from scaling_ray.results.sweep_files import RunFiles
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells
-from scaling_ray.spec import RunSpec
+from scaling_ray.storage import open_place
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, run_to_result
 torch.set_num_threads(1)
@@ -178,13 +173,14 @@ arrays = np.load(sys.argv[1])
 names = ("counts", "raw_sum", "cell", "dataset", "donor", "measured")
 parts = [Cells(*(arrays[f"{split}_{name}"] for name in names)) for split in ("train", "val", "test")]
 run = RunSpec.model_validate_json(Path(sys.argv[2]).read_text())
-run_to_result(run, RunData(*parts, "the-data"), PlainEngine(run, torch.device("cpu")), Path(sys.argv[3]))
+files = RunFiles(open_place(sys.argv[3]))
+run_to_result(run, RunData(*parts, "the-data"), PlainEngine(run, torch.device("cpu")), files)
 """
 
 
 def rows_without_times(path: Path) -> list[dict[str, object]]:
     free = {"timestamp_ms", "cells_per_second"}
-    return [{key: value for key, value in row.items() if key not in free} for row in read_metrics(path)]
+    return [{key: value for key, value in row.items() if key not in free} for row in rows_at(path)]
 
 
 def test_killed_twice_it_ends_as_if_undisturbed(make_run: MakeRun, data: RunData, tmp_path: Path) -> None:
@@ -213,23 +209,23 @@ def test_killed_twice_it_ends_as_if_undisturbed(make_run: MakeRun, data: RunData
             assert process.poll() is None, "ended before it was killed"
             time.sleep(0.02)
             newest = max((killed / "attempts").glob("*"), default=None) if killed.is_dir() else None
-            rows = read_metrics(newest / "metrics.jsonl") if newest else []
+            rows = rows_at(newest) if newest else []
             steps = int(rows[-1]["optimizer_steps"]) if rows else 0
         process.send_signal(signal.SIGKILL)
         process.wait()
         newest = max((killed / "attempts").glob("*"))
-        assert rows_without_times(newest / "metrics.jsonl")[0]["optimizer_steps"] == 2, "rows were not taken over"
+        assert rows_without_times(newest)[0]["optimizer_steps"] == 2, "rows were not taken over"
         assert steps > starts_from
         starts_from = steps
     result = train(run, data, killed)
     assert result is not None
     assert result.attempts == 3
 
-    machine = {"attempt", "attempts", "wall_seconds", "train_seconds"}
+    machine = {"attempt", "attempts", "wall_seconds", "train_seconds", "ended_ms"}
     assert result.model_dump(exclude=machine) == quiet.model_dump(exclude=machine)
     for directory in (tmp_path / "quiet", killed):
-        publish_winner(directory)
-    assert rows_without_times(killed / "metrics.jsonl") == rows_without_times(tmp_path / "quiet" / "metrics.jsonl")
+        publish_winner(files_at(directory))
+    assert rows_without_times(killed) == rows_without_times(tmp_path / "quiet")
     for name in ("checkpoints/best/state.safetensors", "test_cells.parquet"):
         assert (killed / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes(), name
 
@@ -238,15 +234,25 @@ def test_damaged_checkpoints_are_passed_over(make_run: MakeRun, data: RunData, t
     loop = new_loop(make_run("max_cells_seen = 640"), data)
     for updates in (3, 2, 2):
         curve_of(loop, updates)
-        Attempt(tmp_path).save_last(loop.progress, loop.state())
+        Attempt(files_at(tmp_path)).save_last(loop.progress, loop.state())
     newest = sorted((tmp_path / "attempts").glob("*"))
-    third, second = newest[2] / "checkpoints" / "last", newest[1] / "checkpoints" / "last"
+    third = newest[2] / "checkpoints" / "last-000000000007"
+    second = newest[1] / "checkpoints" / "last-000000000005"
     assert found_at(tmp_path) == 7
     weights = third / "state.safetensors"
     whole = weights.read_bytes()
     for cut in (len(whole) - 1, len(whole) // 2, 4, 0):
         weights.write_bytes(whole[:cut])
         assert found_at(tmp_path) == 5, cut
+    for place in (3, len(whole) // 2, len(whole) - 1):  # a bit of the header, of the middle and of the last number
+        weights.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert found_at(tmp_path) == 5, place
+    marker = (third / "progress.json").read_text()
+    weights.write_bytes(whole)
+    (third / "progress.json").write_text(marker.replace('"optimizer_steps": 7', '"optimizer_steps": 6'))
+    assert found_at(tmp_path) == 5, "a marker that was changed is damaged"
+    (third / "progress.json").write_text(marker)
+    weights.write_bytes(whole[:-1])
     (second / "progress.json").write_text('{"optimizer_steps": 5, "cells')
     assert found_at(tmp_path) == 3
     weights.write_bytes(whole)
@@ -256,7 +262,7 @@ def test_damaged_checkpoints_are_passed_over(make_run: MakeRun, data: RunData, t
 
 
 def found_at(run_directory: Path) -> int:
-    found = Attempt(run_directory).resume()
+    found = Attempt(files_at(run_directory)).find()
     assert found is not None
     return found[0].optimizer_steps
 
@@ -266,24 +272,22 @@ def test_a_checkpoint_without_its_chosen_weights_is_passed_over(
 ) -> None:
     loop = new_loop(make_run("max_cells_seen = 640"), data)
     curve_of(loop, 3)
-    first = Attempt(tmp_path)
+    first = Attempt(files_at(tmp_path))
     first.save_last(loop.progress, loop.state())
     curve_of(loop, 1)
     loop.evaluate_curve()
-    second = Attempt(tmp_path)
+    second = Attempt(files_at(tmp_path))
     second.save_best(loop.progress, loop.state())
     second.save_last(loop.progress, loop.state())
     assert found_at(tmp_path) == 4
-    best = second.checkpoints / "best" / "state.safetensors"
+    best = tmp_path / "attempts" / second.token / "checkpoints" / "best-000000000004" / "state.safetensors"
     best.write_bytes(best.read_bytes()[:-5])
-    for leftover in sorted((tmp_path / "attempts").glob("*"))[2:]:  # the attempt that took the whole one over
-        (leftover / "checkpoints" / "best" / "state.safetensors").unlink()
     assert found_at(tmp_path) == 3
 
 
 def test_a_first_attempt_has_nothing_to_resume(tmp_path: Path) -> None:
-    assert Attempt(tmp_path).resume() is None
-    assert Attempt(tmp_path).resume() is None
+    assert Attempt(files_at(tmp_path)).find() is None
+    assert Attempt(files_at(tmp_path)).find() is None
 
 
 def test_only_the_first_commits(make_run: MakeRun, data: RunData, tmp_path: Path) -> None:
@@ -293,9 +297,10 @@ def test_only_the_first_commits(make_run: MakeRun, data: RunData, tmp_path: Path
     text = (tmp_path / "result.json").read_text()
     assert train(run, data, tmp_path) is None
     assert (tmp_path / "result.json").read_text() == text
-    assert read_result(tmp_path) == first
-    assert not commit_result(tmp_path, first.model_copy(update={"val_mse": 0.0}))
-    publish_winner(tmp_path)
+    assert files_at(tmp_path).result() == first
+    assert not Attempt(files_at(tmp_path), run).commit(first.model_copy(update={"val_loss": 0.0}))
+    assert files_at(tmp_path).result() == first
+    publish_winner(files_at(tmp_path))
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert files == [
         "checkpoints/best/progress.json",
@@ -306,20 +311,22 @@ def test_only_the_first_commits(make_run: MakeRun, data: RunData, tmp_path: Path
         "test_genes.parquet",
     ]
     before = {name: (tmp_path / name).read_bytes() for name in files}
-    publish_winner(tmp_path)
-    (tmp_path / "attempts" / "a-zombie" / "checkpoints" / "best").mkdir(parents=True)
-    publish_winner(tmp_path)
+    publish_winner(files_at(tmp_path))
+    zombie = tmp_path / "attempts" / "a-zombie" / "checkpoints" / "best-000000000010"
+    zombie.mkdir(parents=True)
+    (zombie / "state.safetensors").write_bytes(b"late")
+    publish_winner(files_at(tmp_path))
     assert {name: (tmp_path / name).read_bytes() for name in files} == before
     assert not (tmp_path / "attempts").exists()
 
 
 def test_a_directory_belongs_to_one_spec(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
-    prepare_run(tmp_path, run)
-    prepare_run(tmp_path, run)
+    files_at(tmp_path).prepare(run)
+    files_at(tmp_path).prepare(run)
     assert RunSpec.model_validate_json((tmp_path / "spec.json").read_text()) == run
-    with pytest.raises(BadInput, match="another spec"):
-        prepare_run(tmp_path, run.model_copy(update={"seed": 2}))
+    with pytest.raises(BadInput, match="another seed"):
+        files_at(tmp_path).prepare(run.model_copy(update={"seed": 2}))
 
 
 def test_counts_are_those_done_by_hand(make_run: MakeRun, data: RunData, tmp_path: Path) -> None:
@@ -342,20 +349,20 @@ def test_counts_are_those_done_by_hand(make_run: MakeRun, data: RunData, tmp_pat
     assert 8 * 320 < result.masked_genes_seen < 10 * 320
     assert result.flops == pytest.approx(320 * training_flops_per_cell(run.shape, 64, seen / 320))
     assert result.test_masked_genes == 20 * 10 + 20 * 8
-    assert result.test_mse == pytest.approx(result.test_squared_error / result.test_masked_genes)
+    assert result.test_loss == pytest.approx(result.test_loss_sum / result.test_masked_genes)
     assert (result.workers, result.engine, result.lr, result.data_hash) == (1, "plain", 0.01, "the-data")
     assert result.stop_reason == "budget"
-    publish_winner(tmp_path)
+    publish_winner(files_at(tmp_path))
     cells = pq.read_table(tmp_path / "test_cells.parquet").to_pydict()
     assert cells["cell"] == data.test.cell.tolist()
     assert cells["masked_genes"] == [10, 8] * 20
-    assert sum(cells["squared_error"]) == pytest.approx(result.test_squared_error)
-    rows_written = read_metrics(tmp_path / "metrics.jsonl")
+    assert sum(cells["loss"]) == pytest.approx(result.test_loss_sum)
+    rows_written = rows_at(tmp_path)
     assert [row["cells_seen"] for row in rows_written if row["kind"] == "train"] == [32 * (i + 1) for i in range(10)]
     evaluated = [row for row in rows_written if row["kind"] == "eval"]
-    assert result.final_val_mse == evaluated[-1]["val_mse"]
-    assert result.best_curve_mse == min(row["val_mse"] for row in evaluated)
-    best = min(evaluated, key=lambda row: row["val_mse_smoothed"])
+    assert result.final_val_loss == evaluated[-1]["val_loss"]
+    assert result.best_curve_loss == min(row["val_loss"] for row in evaluated)
+    best = min(evaluated, key=lambda row: row["val_loss_smoothed"])
     assert result.best_cells_seen == best["cells_seen"]
 
 
@@ -363,10 +370,10 @@ def test_a_run_that_chooses_a_rate_never_sees_the_test_cells(make_run: MakeRun, 
     run = make_run("max_cells_seen = 320").model_copy(update={"role": "rate"})
     result = train(run, data, tmp_path)
     assert result is not None
-    assert (result.test_mse, result.test_squared_error, result.test_masked_genes) == (None, None, None)
-    assert math.isfinite(result.val_mse)
-    assert read_result(tmp_path) == result
-    publish_winner(tmp_path)
+    assert (result.test_loss, result.test_loss_sum, result.test_masked_genes) == (None, None, None)
+    assert math.isfinite(result.val_loss)
+    assert files_at(tmp_path).result() == result
+    publish_winner(files_at(tmp_path))
     assert not (tmp_path / "test_cells.parquet").exists()
 
 
@@ -378,11 +385,13 @@ def test_the_result_is_that_of_the_chosen_weights(make_run: MakeRun, data: RunDa
     result = train(run, data, tmp_path)
     assert result is not None
     assert result.best_cells_seen < result.cells_seen
-    assert result.val_mse < result.final_val_mse
-    assert result.val_mse == pytest.approx(result.best_curve_mse, rel=1e-6)  # the curve cells are all validation cells
+    assert result.val_loss < result.final_val_loss
+    assert result.val_loss == pytest.approx(
+        result.best_curve_loss, rel=1e-6
+    )  # the curve cells are all validation cells
     loop = new_loop(run, data)
     curve_of(loop, result.best_cells_seen // 32)
-    assert evaluate(loop.engine, data.test, run).sums.squared_error == result.test_squared_error
+    assert evaluate(loop.engine, data.test, run).sums.loss == result.test_loss_sum
 
 
 def test_validation_is_the_same_whoever_asks_and_draws_no_random_numbers(make_run: MakeRun, data: RunData) -> None:
@@ -395,12 +404,12 @@ def test_validation_is_the_same_whoever_asks_and_draws_no_random_numbers(make_ru
     assert torch.equal(torch.get_rng_state(), state)
     assert loop.engine.model.training
     assert first.counts.tolist() == [10, 8] * 25
-    assert float(first.gene_errors.sum()) == pytest.approx(first.sums.squared_error)
+    assert float(first.gene_losses.sum()) == pytest.approx(first.sums.loss)
     assert float(first.gene_counts.sum()) == first.sums.masked_genes
     assert (first.gene_counts >= 0).all() and len(first.gene_counts) == run.genes
     moved = evaluate(loop.engine, data.val.rows(np.arange(50)[::-1].copy()), run)
-    assert moved.errors.flip(0).numpy() == pytest.approx(first.errors.numpy(), rel=1e-5)
-    assert moved.gene_errors.numpy() == pytest.approx(first.gene_errors.numpy(), rel=1e-5)
+    assert moved.losses.flip(0).numpy() == pytest.approx(first.losses.numpy(), rel=1e-5)
+    assert moved.gene_losses.numpy() == pytest.approx(first.gene_losses.numpy(), rel=1e-5)
     other_seed = new_loop(run.model_copy(update={"seed": 2}), data)
     other_seed.engine.model.load_state_dict(loop.engine.weights())
     assert evaluate(other_seed.engine, data.val, run).sums == first.sums
@@ -433,20 +442,20 @@ def test_early_stopping_waits_for_its_patience(make_run: MakeRun, data: RunData,
     assert result.cells_seen < 64_000
     evaluation_cells = 4 * 32  # 2,000 updates in 500 parts
     assert result.cells_seen - result.best_cells_seen == 4 * evaluation_cells
-    publish_winner(tmp_path)
-    curve = [row["val_mse"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "eval"]
+    publish_winner(files_at(tmp_path))
+    curve = [row["val_loss"] for row in rows_at(tmp_path) if row["kind"] == "eval"]
     assert curve.index(min(curve)) == len(curve) - 5
 
 
 def test_smoothing_is_the_mean_of_the_last_evaluations(make_run: MakeRun, data: RunData, tmp_path: Path) -> None:
     run = make_run("max_cells_seen = 640\nevaluations = 7\nsmoothing_evaluations = 3\ncurve_cells = 20")
     assert train(run, data, tmp_path) is not None
-    publish_winner(tmp_path)
-    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["kind"] == "eval"]
+    publish_winner(files_at(tmp_path))
+    rows = [row for row in rows_at(tmp_path) if row["kind"] == "eval"]
     assert [row["optimizer_steps"] for row in rows] == [math.ceil(20 * part / 7) for part in range(1, 8)]
-    values = [row["val_mse"] for row in rows]
+    values = [row["val_loss"] for row in rows]
     expected = [np.mean(values[max(0, i - 2) : i + 1]) for i in range(7)]
-    assert [row["val_mse_smoothed"] for row in rows] == pytest.approx(expected)
+    assert [row["val_loss_smoothed"] for row in rows] == pytest.approx(expected)
 
 
 def test_learning_rate_schedules() -> None:
@@ -512,32 +521,31 @@ def test_rows_after_the_checkpoint_are_cut_and_the_others_keep_their_times(
     make_run: MakeRun, data: RunData, tmp_path: Path
 ) -> None:
     loop = new_loop(make_run("max_cells_seen = 640"), data)
-    first = Attempt(tmp_path)
+    first = Attempt(files_at(tmp_path))
     for step in (1, 2, 3):
         curve_of(loop, 1)
         if step == 2:
             first.save_last(loop.progress, loop.state())
         first.metrics.write({"kind": "train", "optimizer_steps": step})
-    before = read_metrics(first.directory / "metrics.jsonl")
+    before = read_rows(first.place)
     time.sleep(0.01)
-    second = Attempt(tmp_path)
-    assert second.resume() is not None
-    assert read_metrics(second.directory / "metrics.jsonl") == before[:2]
-    assert read_metrics(first.directory / "metrics.jsonl") == before
+    second = Attempt(files_at(tmp_path))
+    assert second.find() is not None
+    assert read_rows(second.place) == before[:2]
+    assert read_rows(first.place) == before
 
 
 def test_a_line_cut_short_is_no_metric_row(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    path.write_text('{"optimizer_steps": 1}\n{"optimizer_st')
-    assert read_metrics(path) == [{"optimizer_steps": 1}]
+    assert rows_at(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"optimizer_steps": 1}\n{"optimizer_st')
+    assert rows_at(tmp_path) == [{"optimizer_steps": 1}]
 
 
 def test_sums_add_and_divide_once() -> None:
-    sums = MetricSums(6.0, 2.0) + MetricSums(1.0, 5.0)
-    assert sums == MetricSums(7.0, 7.0)
-    assert sums.mse == 1.0
-    assert math.isnan(MetricSums().mse)
+    sums = LossSums(6.0, 2.0) + LossSums(1.0, 5.0)
+    assert sums == LossSums(7.0, 7.0)
+    assert sums.mean == 1.0
+    assert math.isnan(LossSums().mean)
 
 
 def test_cells_kept_on_the_device_make_the_same_batches(make_run: MakeRun, data: RunData) -> None:

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import small_run, synthetic_cells, write_cells_as_shards
+from conftest import rows_at, small_run, synthetic_cells, write_cells_as_shards
 from safetensors import SafetensorError
 
 from scaling_ray.errors import Preempted, Stalled
+from scaling_ray.results.sweep_files import SweepFiles
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import SPLITS
-from scaling_ray.spec import RunSpec
 from scaling_ray.storage import open_place
-from scaling_ray.train.checkpoint import Attempt, read_metrics
+from scaling_ray.train.attempt import Attempt
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -30,7 +31,7 @@ ENDLESS = "max_cells_seen = 8000000\ncells_per_step = 8\nmicro_batch = 2\nevalua
 def group(engine: str, stage: int, ranks: int) -> RunSpec:
     """A run of a million updates."""
     run = small_run(ENDLESS + "\ncheckpoint_seconds = 0.5\npatience_evaluations = 0", genes=32)
-    return run.model_copy(update={"workers": ranks, "engine": engine, "zero_stage": stage})
+    return run.carried_out(workers=ranks, engine=engine, zero_stage=stage)
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +66,15 @@ def workers() -> list[psutil.Process]:
 
 def updates(directory: Path) -> int:
     """The newest update that a row of the run speaks of."""
-    rows = [row for path in directory.glob("attempts/*/metrics.jsonl") for row in read_metrics(path)]
+    rows = [row for path in directory.glob("runs/*/attempts/*/metrics.jsonl") for row in rows_at(path.parent)]
     return max((row["optimizer_steps"] for row in rows), default=0)
 
 
 def train(run: RunSpec, shards: Path, tmp_path: Path, stall_seconds: float = 60.0) -> None:
     from scaling_ray.train.worker import train_in_worker_group
 
-    train_in_worker_group(
-        run,
-        open_place(shards),
-        tmp_path / "run",
-        False,
-        tmp_path / "ray",
-        2**30,
-        stop_file=tmp_path / "stop",
-        stall_seconds=stall_seconds,
-    )
+    sweep = SweepFiles.at(tmp_path)
+    train_in_worker_group(run, open_place(shards), sweep, str(tmp_path / "ray"), 2**30, stall_seconds=stall_seconds)
 
 
 class Disturbance(threading.Thread):
@@ -114,25 +107,25 @@ def test_ranks_that_lag_at_random_hang_nothing_and_a_stop_is_heard(
 
     def lag(processes: list[psutil.Process]) -> None:
         began = time.monotonic()
-        while time.monotonic() - began < LEAST_SECONDS or updates(tmp_path / "run") < LEAST_UPDATES:
+        while time.monotonic() - began < LEAST_SECONDS or updates(tmp_path) < LEAST_UPDATES:
             one = rng.choice(processes)
             one.send_signal(signal.SIGSTOP)
             time.sleep(rng.uniform(0.1, 2.0))
             one.send_signal(signal.SIGCONT)
             time.sleep(rng.uniform(0.5, 3.0))
-        reached.append(updates(tmp_path / "run"))
+        reached.append(updates(tmp_path))
         time.sleep(rng.uniform(0.0, 2.0))
-        (tmp_path / "stop").touch()
+        SweepFiles.at(tmp_path).request_stop()
 
-    disturbance = Disturbance(tmp_path / "run", ranks, lag)
+    disturbance = Disturbance(tmp_path, ranks, lag)
     disturbance.start()
     run = group(engine, stage, ranks)
     with pytest.raises(Preempted, match="saved at update"):
         train(run, shards, tmp_path)
     disturbance.join(60)
     assert not disturbance.problem and reached and reached[0] >= LEAST_UPDATES
-    found = Attempt(tmp_path / "run", run).find()
-    assert found is not None and found.progress.optimizer_steps >= reached[0]
+    found = Attempt(SweepFiles.at(tmp_path).run(run.run_id), run).find()
+    assert found is not None and found[0].optimizer_steps >= reached[0]
 
 
 @pytest.mark.parametrize(("engine", "stage", "rank"), [("ddp", 0, None), ("deepspeed", 1, 0), ("deepspeed", 1, 1)])
@@ -144,7 +137,7 @@ def test_a_rank_that_fails_ends_the_group_with_its_own_error(
             if rank in (None, index):
                 process.rlimit(resource.RLIMIT_FSIZE, (0, 0))
 
-    disturbance = Disturbance(tmp_path / "run", 2, forbid_writing)
+    disturbance = Disturbance(tmp_path, 2, forbid_writing)
     disturbance.start()
     with pytest.raises((OSError, SafetensorError), match="File too large"):
         train(group(engine, stage, 2), shards, tmp_path)
@@ -156,7 +149,7 @@ def test_a_rank_that_fails_ends_the_group_with_its_own_error(
 def test_a_frozen_rank_is_a_failure_that_says_so(
     four_cpus: None, shards: Path, tmp_path: Path, engine: str, stage: int
 ) -> None:
-    disturbance = Disturbance(tmp_path / "run", 2, lambda processes: processes[0].send_signal(signal.SIGSTOP))
+    disturbance = Disturbance(tmp_path, 2, lambda processes: processes[0].send_signal(signal.SIGSTOP))
     disturbance.start()
     with pytest.raises(Stalled, match=r"stood still\nrank [01]: no progress for 10 s after \d+ beats"):
         train(group(engine, stage, 2), shards, tmp_path, stall_seconds=10.0)

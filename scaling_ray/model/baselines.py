@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_ray.records import MetricSums
+from scaling_ray.records import LossSums
 
 SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
@@ -89,9 +89,9 @@ def gaussian_errors(
 
 def choose_shrinkage(
     moments: Moments, values: NDArray[np.floating], masked: Bools, hidden: Bools
-) -> tuple[float, MetricSums]:
+) -> tuple[float, LossSums]:
     """The shrinkage of lowest squared error on (validation) cells, and that error."""
     count = float(masked.sum())
     tried = {s: float(gaussian_errors(moments, s, values, masked, hidden).sum()) for s in SHRINKAGES}
     best = min(tried, key=lambda s: tried[s])
-    return best, MetricSums(tried[best], count)
+    return best, LossSums(tried[best], count)

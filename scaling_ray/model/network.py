@@ -1,12 +1,13 @@
 """The masked-gene transformer of arXiv 2602.15253, written from its mathematics.
 
 A gene's token is its embedding plus a linear map of its value, or a learned mask token in that map's place where the
-value is hidden. Pre-LayerNorm encoder blocks with GELU, no position code, no final norm, a linear head to one value.
+value is hidden. Pre-LayerNorm encoder blocks with GELU, no position code, no final norm, a linear head to
+the outputs of the objective (one value, for squared error).
 
 The last block is computed where a gene is masked only: every token gives keys and values, masked tokens alone ask.
 Nothing else reaches the loss, so loss and gradients are those of the whole block.
 
-Shape legend: B cells, G genes of the panel, K masked genes, D width, H heads.
+Shape legend: B cells, G genes of the panel, K masked genes, D width, H heads, O outputs of the head per gene.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def visible_and_hidden(values: Tensor, hidden: Tensor) -> Tensor:
 class MaskedGeneTransformer(nn.Module):
     """Predicts the values of masked genes of a panel of ``genes`` genes."""
 
-    def __init__(self, shape: Shape, genes: int, dropout: float = 0.0) -> None:
+    def __init__(self, shape: Shape, genes: int, dropout: float = 0.0, outputs_per_gene: int = 1) -> None:
         super().__init__()
         self.shape, self.genes = shape, genes
         self.gene_embedding = nn.Parameter(torch.empty(genes, shape.width))
         self.value_projection = nn.Linear(1, shape.width)
         self.mask_token = nn.Parameter(torch.empty(shape.width))
         self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
-        self.head = nn.Linear(shape.width, 1)
+        self.head = nn.Linear(shape.width, outputs_per_gene)
 
     def initialise(self, seed: int) -> None:
         """Draw every weight from ``seed`` alone.
@@ -109,12 +110,13 @@ class MaskedGeneTransformer(nn.Module):
         )
 
     def forward(self, values_BG: Tensor, hidden_BG: Tensor, positions_BK: Tensor) -> Tensor:
-        """(B, G) values, (B, G) bool hidden, (B, K) positions of masked genes -> (B, K) predictions."""
+        """(B, G) values, (B, G) bool hidden, (B, K) positions of masked genes -> (B, K, O) outputs."""
         x_BGD = self._tokens(values_BG, hidden_BG)
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             x_BGD = block(x_BGD, positions_BK if index == last else None)
-        return self.head(x_BGD)[:, :, 0]
+        outputs_BKO: Tensor = self.head(x_BGD)
+        return outputs_BKO
 
     def encode(self, values_BG: Tensor, hidden_BG: Tensor) -> Tensor:
         """(B, G) values, (B, G) bool hidden -> (B, G, D): the last block's output for every gene."""

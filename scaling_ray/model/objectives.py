@@ -1,15 +1,71 @@
-"""Objectives: predictions in, a sum to minimise and the number of masked genes it runs over out."""
+"""What a network is trained for: targets from counts, a loss for each masked gene, its unit.
+
+An objective is chosen by its name (``train.objective``); whatever trains, evaluates, saves and tracks a run speaks of
+its loss and unit and knows no more. Losses leave an objective gene by gene and are summed: the mean is taken once.
+
+Shape legend: B cells, V genes, K masked genes, O outputs of the head per gene.
+"""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
-
-def squared_errors(predictions_BK: Tensor, targets_BK: Tensor, weights_BK: Tensor) -> Tensor:
-    """(B, K) of each masked gene (prediction - target)^2, in float32; 0 where a target is padding."""
-    return (predictions_BK.float() - targets_BK).square() * weights_BK
+from scaling_ray.errors import BadInput
+from scaling_ray.recipe import OBJECTIVES, ObjectiveFacts
 
 
-def squared_error_sums(predictions_BK: Tensor, targets_BK: Tensor, weights_BK: Tensor) -> Tensor:
-    """(B,) sums over each cell's masked genes of (prediction - target)^2, in float32."""
-    return squared_errors(predictions_BK, targets_BK, weights_BK).sum(1)
+class Objective(Protocol):
+    """A loss per masked gene. ``facts`` name it, its unit, and how many values the head gives for a gene."""
+
+    facts: ObjectiveFacts
+
+    def targets(self, values_BV: Tensor, counts_BV: Tensor, raw_sum_B: Tensor, positions_BK: Tensor) -> Tensor:
+        """(B, K) or (B, K, anything): what is to be predicted at the masked positions.
+
+        Args:
+            values_BV: normalised, float32, at full depth.
+            counts_BV: raw counts, int32, at full depth.
+            raw_sum_B: counts of the whole cell, over all genes of the Census, int64.
+            positions_BK: masked genes.
+        """
+
+    def losses(self, outputs_BKO: Tensor, targets: Tensor, weights_BK: Tensor) -> Tensor:
+        """(B, K) loss of each masked gene, in float32; 0 where ``weights_BK`` is 0 (padding)."""
+
+
+class SquaredError:
+    """(prediction - normalised value)^2, as arXiv 2602.15253."""
+
+    facts = OBJECTIVES["mse"]
+
+    def targets(self, values_BV: Tensor, counts_BV: Tensor, raw_sum_B: Tensor, positions_BK: Tensor) -> Tensor:
+        """(B, K): the values themselves."""
+        return values_BV.gather(1, positions_BK)
+
+    def losses(self, outputs_BKO: Tensor, targets: Tensor, weights_BK: Tensor) -> Tensor:
+        """See Objective."""
+        return (outputs_BKO[..., 0].float() - targets).square() * weights_BK
+
+
+_KNOWN: dict[str, Objective] = {"mse": SquaredError()}
+
+
+def register(objective: Objective) -> None:
+    """Make an objective known under its name, to specs too; an equal name is replaced by none but itself.
+
+    Every process that trains with it must register it.
+    """
+    name = objective.facts.name
+    if name in _KNOWN and type(_KNOWN[name]) is not type(objective):
+        raise BadInput("objective", name, "is the name of another objective; choose another one")
+    OBJECTIVES[name] = objective.facts
+    _KNOWN[name] = objective
+
+
+def objective_named(name: str) -> Objective:
+    """The objective of a name; BadInput where no such is registered in this process."""
+    if name not in _KNOWN:
+        raise BadInput("train.objective", name, f"is not registered here; use {', '.join(_KNOWN)}, or register it")
+    return _KNOWN[name]

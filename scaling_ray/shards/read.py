@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from scaling_ray.errors import BadInput, DamagedFiles
 from scaling_ray.records import ShardManifest
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import BLOCK_GENES, block_name, block_widths, decode_block, row_groups
 from scaling_ray.shards.order import RunOrder, RunRows, donor_rows, replicate_rows
-from scaling_ray.spec import RunSpec
 from scaling_ray.storage import Place, open_place
 
 Ints = NDArray[np.int64]

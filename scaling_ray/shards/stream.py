@@ -20,6 +20,7 @@ from scaling_ray import errors
 from scaling_ray.cluster import own_errors, ray
 from scaling_ray.errors import BadInput, DamagedFiles, ScalingRayError
 from scaling_ray.records import ShardManifest
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.order import WINDOW_ROWS, RunOrder, Window
 from scaling_ray.shards.read import (
     Cells,
@@ -32,7 +33,6 @@ from scaling_ray.shards.read import (
     read_rows,
     shards_order,
 )
-from scaling_ray.spec import RunSpec
 from scaling_ray.storage import Place, open_place
 
 PIPELINE_WINDOWS = 256

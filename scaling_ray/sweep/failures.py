@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import gc
-import json
 import traceback
-from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import torch
 
-from scaling_ray.errors import BadInput, Diverged, Preempted, Stalled
-from scaling_ray.records import RunFailure
-from scaling_ray.spec import RunSpec
-from scaling_ray.storage import write_atomic, write_json
-from scaling_ray.train.checkpoint import attempts_begun
-
-FailureClass = Literal["bug", "diverged", "out_of_memory", "lost", "stuck", "bad_input"]
+from scaling_ray.errors import BadInput, Diverged, LeaseHeld, Preempted, Stalled
+from scaling_ray.records import FailureClass
+from scaling_ray.results.sweep_files import MEMORY, SweepFiles, read_json, write_json
+from scaling_ray.runs import RunSpec
+from scaling_ray.storage import Place
 
 
 def classify(error: BaseException) -> FailureClass:
@@ -33,59 +28,48 @@ def classify(error: BaseException) -> FailureClass:
     return "bug"
 
 
-def record_failure(run_directory: Path, run: RunSpec, failure: FailureClass, message: str) -> None:
-    """Leave ``failure.json`` beside the run; a later success supersedes it."""
-    count = attempts_begun(run_directory)
-    record = RunFailure(run_id=run.run_id, failure=failure, message=message, attempts=count)
-    write_atomic(run_directory / "failure.json", record.to_json())
+def guarded(sweep: SweepFiles, runs: Sequence[RunSpec], work: Callable[[], None]) -> bool:
+    """Do the work of runs; an error is recorded beside each without a result and stops no other run.
 
-
-def recorded_failure(run_directory: Path) -> FailureClass | None:
-    """The class of the failure recorded beside a run, or None."""
-    path = run_directory / "failure.json"
-    return RunFailure.read(path).failure if path.is_file() else None
-
-
-def guarded(runs: dict[Path, RunSpec], work: Callable[[], None]) -> bool:
-    """Do the work of runs (by directory); an error is recorded beside each without a result and stops no other run.
-
-    Preempted alone rises: nothing has failed. True where the work was done.
+    Preempted and LeaseHeld alone rise: nothing has failed. True where the work was done.
     """
-    for directory in runs:
-        (directory / "failure.json").unlink(missing_ok=True)
+    for run in runs:
+        sweep.run(run.run_id).clear_failure()
     try:
         work()
-    except Preempted:
+    except (Preempted, LeaseHeld):
         raise
     except Exception as error:  # noqa: BLE001 - the one boundary at which a run's error becomes its row
         where = traceback.format_exception(error)
         message = f"{type(error).__name__}: {error}\n{''.join(where[-6:])}"
-        for directory, run in runs.items():
-            if not (directory / "result.json").is_file():
-                record_failure(directory, run, classify(error), message)
+        for run in runs:
+            files = sweep.run(run.run_id)
+            if files.result() is None:
+                files.record_failure(run, classify(error), message)
         return False
     return True
 
 
-def within_memory(runs: list[RunSpec], directory: Path, work: Callable[[list[RunSpec]], None]) -> None:
+def within_memory(runs: Sequence[RunSpec], place: Place, work: Callable[[list[RunSpec]], None]) -> None:
     """Do ``work`` with the runs; where memory does not suffice, again from the last checkpoint with half micro-batches.
 
-    The effective batch stays what it is. What was halved stands in ``directory/memory.json``, so that a later call
+    The effective batch stays what it is. What was halved stands in ``memory.json`` of ``place``, so that a later call
     begins there. Gives up where a micro-batch of 1 does not fit.
     """
-    path = directory / "memory.json"
     while True:
-        halved = json.loads(path.read_text(encoding="utf-8"))["micro_batch"] if path.is_file() else None
-        fitting = [run.model_copy(update={"micro_batch": halved or run.micro_batch}) for run in runs]
+        found = read_json(place, MEMORY)
+        halved = found["micro_batch"] if found is not None else None
+        fitting = [run.carried_out(micro_batch=halved) if halved else run for run in runs]
         try:
             work(fitting)
             return
         except (MemoryError, torch.OutOfMemoryError) as error:
-            micro_batch = fitting[0].micro_batch
+            micro_batch = fitting[0].execution.micro_batch
             if micro_batch == 1:
                 raise
-            record = {"micro_batch": micro_batch // 2, "planned": runs[0].micro_batch, "error": str(error)[:200]}
-            write_json(path, record)
+            planned = runs[0].execution.micro_batch
+            record = {"micro_batch": micro_batch // 2, "planned": planned, "error": str(error)[:200]}
+            write_json(place, MEMORY, record)
         # what the failed try held is free only once the exception is gone
         gc.collect()
         if torch.cuda.is_available():

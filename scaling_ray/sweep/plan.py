@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from scaling_ray.errors import BadInput
 from scaling_ray.execution import Device, choose_stack
-from scaling_ray.sizes import parameters_without_embedding, training_bytes, training_flops_per_cell
-from scaling_ray.spec import RunSpec, SweepSpec, content_hash
+from scaling_ray.runs import RunSpec, runs_of, stack_mates
+from scaling_ray.sizes import training_bytes, training_flops_per_cell
+from scaling_ray.spec import SweepSpec
 
 
 def masked_genes_per_cell(run: RunSpec) -> float:
@@ -32,40 +33,37 @@ def run_cost(
     cells = run.train.total_steps * run.train.cells_per_step
     flops = training_flops_per_cell(run.shape, run.genes, masked) * cells
     measured = (rates or {}).get(rate_name(run, members))
-    cpus = run.train.threads * run.workers
-    seconds = cells / measured / run.workers if measured else flops / (gflops_per_cpu * 1e9 * cpus)
+    cpus = run.execution.cpus * run.execution.workers
+    seconds = cells / measured / run.execution.workers if measured else flops / (gflops_per_cpu * 1e9 * cpus)
     return {
         "run_id": run.run_id,
         "role": run.role,
         "size": run.size,
         "params": run.params,
-        "params_without_embedding": parameters_without_embedding(run.shape),
+        "params_without_embedding": run.params_without_embedding,
         "genes": run.genes,
         "cells": run.cells if run.cells is not None else "all",
         "donors": run.donors if run.donors is not None else "all",
         "seed": run.seed,
         "lr": run.lr,
         "lr_candidates": run.lr_candidates,
-        "max_cells_seen": run.train.max_cells_seen,
+        "max_cells_seen": cells,
         "flops": flops,
-        "bytes": training_bytes(run.shape, run.genes, run.micro_batch),
+        "bytes": training_bytes(run.shape, run.genes, run.execution.micro_batch),
         "disk_bytes": disk_bytes(run)[0],
-        "workers": run.workers,
-        "engine": run.engine,
-        "micro_batch": run.micro_batch,
-        "precision": run.precision,
-        "compile": run.compile,
+        "workers": run.execution.workers,
+        "execution": run.execution.model_dump(mode="json"),
         "hours": seconds / 3600,
         "hours_from": "measured" if measured else "assumed",
     }
 
 
 def rate_name(run: RunSpec, members: int = 1) -> str:
-    """Under which a measured rate of such runs, or of stacks of them, is kept: everything that it depends on."""
-    train = run.train
+    """The key of a measured throughput of such runs, or of stacks of them: everything that it depends on."""
+    train, execution = run.train, run.execution
     shape = f"{run.width}x{run.layers}x{run.heads}x{run.feedforward} v{run.genes}"
     rates = f"dropout{train.dropout:g} mask{train.mask_fraction:g}"
-    how = f"b{train.cells_per_step}/{run.micro_batch} {run.precision} {rates} threads{train.threads}"
+    how = f"b{train.cells_per_step}/{execution.micro_batch} {execution.precision} {rates} threads{execution.cpus}"
     return f"{shape} {how}" + (f" stack{members}" if members > 1 else "")
 
 
@@ -96,34 +94,38 @@ def check_disk(spec: SweepSpec, runs: list[RunSpec]) -> None:
         raise BadInput("resources.disk_gib", spec.resources.disk_gib, remedy)
 
 
-def as_planned(runs: list[RunSpec], plan: dict[str, Any]) -> list[RunSpec]:
-    """The runs, carried out as an earlier plan says: what may move a digit stays what it was."""
-    kept = ("micro_batch", "precision", "compile")
-    there = {cell["run_id"]: {name: cell[name] for name in kept} for cell in plan.get("cells", [])}
-    return [run.model_copy(update=there.get(run.run_id, {})) for run in runs]
+def as_planned(runs: list[RunSpec], plan: dict[str, Any] | None) -> list[RunSpec]:
+    """The runs, carried out as an earlier plan says: what may move a digit is repeated."""
+    if plan is None:
+        return runs
+    there = {setting["run_id"]: setting["execution"] for setting in plan["settings"]}
+    return [
+        run.model_copy(update={"execution": run.execution.repeating(there[run.run_id])}) if run.run_id in there else run
+        for run in runs
+    ]
 
 
 def plan_stacks(
-    runs: list[RunSpec], processes: int, most: int | Literal["auto"], device: Device, there: list[list[str]]
+    runs: list[RunSpec], processes: int, most: int | Literal["auto"], there: list[list[str]]
 ) -> list[list[str]]:
     """Which runs train as one: lists of run ids, those of one only left out.
 
     Args:
         runs: of the sweep.
         processes: that train at the same time: a group is cut into at least as many stacks.
-        most: members of a stack, or "auto": what pays for the shape.
-        device: that they train on.
-        there: stacks of an earlier plan, which stay as they are.
+        most: members of a stack, or "auto": what pays for the shape and device.
+        there: stacks of an earlier plan, which are kept.
     """
     taken = {run_id for stack in there for run_id in stack}
     groups: dict[str, list[RunSpec]] = {}
-    own = {"run_id", "cells", "donors", "seed", "lr", "lr_candidates"}
     for run in runs:
-        if run.workers == 1 and run.run_id not in taken:
-            groups.setdefault(run.model_dump_json(exclude=own), []).append(run)
+        if run.execution.workers == 1 and run.run_id not in taken:
+            groups.setdefault(stack_mates(run), []).append(run)
     stacks = list(there)
     for group in groups.values():
-        members = choose_stack(group[0].shape, group[0].micro_batch, device) if most == "auto" else most
+        execution = group[0].execution
+        pays = choose_stack(group[0].shape, execution.micro_batch, execution.device)
+        members = pays if most == "auto" else most
         count = max(-(-len(group) // members), min(processes, len(group)))
         edges = [len(group) * part // count for part in range(count + 1)]
         cut = [group[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
@@ -131,54 +133,55 @@ def plan_stacks(
     return stacks
 
 
-def stack_name(runs: list[RunSpec]) -> str:
-    """The name of a stack's directory: it follows from its members."""
-    return f"{runs[0].role}-{runs[0].size}-{content_hash([run.run_id for run in runs])[:8]}"
-
-
 def make_plan(
-    spec: SweepSpec, earlier: dict[str, Any] | None = None, rates: dict[str, float] | None = None
-) -> dict[str, Any]:
-    """The plan as it is written to plan.json: every run with its cost, stacks, and totals over CPUs in parallel.
+    spec: SweepSpec,
+    device: Device | None = None,
+    earlier: dict[str, Any] | None = None,
+    rates: dict[str, float] | None = None,
+) -> tuple[dict[str, Any], list[RunSpec]]:
+    """The plan as it is written to plan.json (every run with its cost, stacks, totals over CPUs), and its runs.
 
     Args:
         spec: the sweep's.
+        device: what runs that no earlier plan knows train on, as ``runs_of``.
         earlier: plan.json of an earlier call on the same sweep, which is repeated where it says something.
         rates: measured cells a second by ``rate_name``.
     """
-    runs = as_planned(spec.runs(), earlier or {})
+    runs = as_planned(runs_of(spec, device), earlier)
     check_disk(spec, runs)
     processes = max(1, spec.resources.cpus // spec.train.threads)
-    stacks = plan_stacks(runs, processes, spec.resources.stack, spec.device, (earlier or {}).get("stacks", []))
+    stacks = plan_stacks(runs, processes, spec.resources.stack, earlier["stacks"] if earlier else [])
     members = {name: len(stack) for stack in stacks for name in stack}
-    cells = [run_cost(run, spec.resources.gflops_per_cpu, rates, members.get(run.run_id, 1)) for run in runs]
-    cpu_hours = sum(cell["hours"] * cell["workers"] for cell in cells)
-    return {
-        "version": 2,
+    runs = [run.carried_out(stack=members[run.run_id] if run.run_id in members else 1) for run in runs]
+    settings = [run_cost(run, spec.resources.gflops_per_cpu, rates, run.execution.stack) for run in runs]
+    cpu_hours = sum(setting["hours"] * setting["workers"] for setting in settings)
+    plan = {
+        "version": 3,
         "name": spec.name,
-        "device": spec.device,
-        "cells": cells,
+        "device": runs[0].execution.device,
+        "settings": settings,
         "stacks": stacks,
-        "probed": (earlier or {}).get("probed", []),
+        "probed": earlier["probed"] if earlier else [],
         "totals": {
-            "runs": len(cells),
-            "flops": sum(cell["flops"] for cell in cells),
-            "largest_bytes": max(cell["bytes"] for cell in cells),
-            "disk_bytes": sum(cell["disk_bytes"] for cell in cells),
+            "runs": len(settings),
+            "flops": sum(setting["flops"] for setting in settings),
+            "largest_bytes": max(setting["bytes"] for setting in settings),
+            "disk_bytes": sum(setting["disk_bytes"] for setting in settings),
             "cpu_hours": cpu_hours,
             "hours": cpu_hours / spec.resources.cpus,
             "gflops_per_cpu": spec.resources.gflops_per_cpu,
         },
     }
+    return plan, runs
 
 
 def format_plan(plan: dict[str, Any]) -> str:
     """A plan for people."""
     lines = [f"{'run':56} {'params':>11} {'cells':>8} {'cells_seen':>10} {'TFLOP':>9} {'MiB':>8} {'hours':>7}"]
-    for cell in plan["cells"]:
+    for setting in plan["settings"]:
         lines.append(
-            f"{cell['run_id']:56} {cell['params']:>11,} {cell['cells']!s:>8} {cell['max_cells_seen']:>10,} "
-            f"{cell['flops'] / 1e12:>9.2f} {cell['bytes'] / 2**20:>8.0f} {cell['hours']:>7.3f}"
+            f"{setting['run_id']:56} {setting['params']:>11,} {setting['cells']!s:>8} {setting['max_cells_seen']:>10,} "
+            f"{setting['flops'] / 1e12:>9.2f} {setting['bytes'] / 2**20:>8.0f} {setting['hours']:>7.3f}"
         )
     totals = plan["totals"]
     lines.append(
@@ -189,8 +192,8 @@ def format_plan(plan: dict[str, Any]) -> str:
 
 
 def _hours_from(plan: dict[str, Any]) -> str:
-    measured = sum(cell["hours_from"] == "measured" for cell in plan["cells"])
-    if measured == len(plan["cells"]):
+    measured = sum(setting["hours_from"] == "measured" for setting in plan["settings"])
+    if measured == len(plan["settings"]):
         return " at measured rates"
     assumed = f"{plan['totals']['gflops_per_cpu']:g} GFLOP/s per CPU"
     return f" at {assumed}" if not measured else f" ({measured} runs at measured rates, the others at {assumed})"

@@ -5,14 +5,11 @@ The gene mean and the shrunk Gaussian always; where the cells were planted, the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
@@ -21,10 +18,13 @@ from scaling_ray.model.masking import EVALUATION_MASK_SEED, draw_masks, log_norm
 from scaling_ray.planted.oracle import oracle
 from scaling_ray.planted.truth import parse_truth
 from scaling_ray.records import ShardManifest
+from scaling_ray.results.references import UNIT, floor_name, per_gene_bits, reference_name
+from scaling_ray.results.sweep_files import read_table, write_json, write_table
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.order import RunOrder
 from scaling_ray.shards.read import Cells, read_measured, read_rows, shards_order
-from scaling_ray.spec import RunSpec, TrainSpec, content_hash
-from scaling_ray.storage import Place, write_atomic, write_json
+from scaling_ray.spec import TrainingRules
+from scaling_ray.storage import Place
 
 SHRINKAGE_CELLS = 512
 """Validation cells on which the Gaussian's shrinkage is chosen."""
@@ -34,28 +34,12 @@ CHUNK_CELLS = 16_384
 Ints = NDArray[np.int64]
 
 
-def reference_name(run: RunSpec, train_cells: int) -> str:
-    """Runs of one name share training cells, genes and masks, and so their references."""
-    partial = run.cells is not None and run.cells < train_cells
-    cells = f"d{run.cells}-s{run.seed}" if partial else "dall"
-    donors = f"-n{run.donors}-s{run.seed}" if run.donors is not None else ""
-    return f"v{run.genes}-{cells}{donors}-{_masks_and_values(run.train)}"
-
-
-def _masks_and_values(train: TrainSpec) -> str:
-    """A short name for what decides masks and values besides the cells and genes."""
-    named: dict[str, Any] = {"recipe": train.recipe, "mask_fraction": train.mask_fraction}
-    if train.umi_fraction < 1:
-        named["umi_fraction"] = train.umi_fraction
-    return content_hash(named)[:8]
-
-
-def _values(cells: Cells, train: TrainSpec) -> NDArray[np.float64]:
+def _values(cells: Cells, train: TrainingRules) -> NDArray[np.float64]:
     counts = torch.from_numpy(cells.counts.astype(np.int32))
     return log_normalise(counts, torch.from_numpy(cells.raw_sum.copy()), train.recipe).numpy().astype(np.float64)
 
 
-def evaluation_masks(cells: Cells, train: TrainSpec) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def evaluation_masks(cells: Cells, train: TrainingRules) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """(masked, hidden), both (B, V): the fixed evaluation masks, and they or unmeasured."""
     measured = cells.measured[cells.dataset]
     ids = torch.from_numpy(cells.cell.copy())
@@ -87,7 +71,7 @@ def closed_form_references(
             yield _values(cells, run.train), cells.measured[cells.dataset]
 
     moments = training_moments(chunks)
-    facts: dict[str, Any] = {"training_cells": len(order.rows)}
+    facts: dict[str, Any] = {"loss_unit": UNIT, "training_cells": len(order.rows)}
     shrinkage = None
     if run.train.umi_fraction == 1:
         some = val.rows(slice(0, SHRINKAGE_CELLS))
@@ -99,56 +83,38 @@ def closed_form_references(
         masked, hidden = evaluation_masks(cells, run.train)
         count = float(masked.sum())
         facts[f"{split}_masked_genes"] = int(count)
-        facts[f"{split}_gene_mean_mse"] = float(gene_mean_errors(moments.mean, values, masked).sum()) / count
+        facts[f"{split}_gene_mean_loss"] = float(gene_mean_errors(moments.mean, values, masked).sum()) / count
         by_gene = np.where(masked, (values - moments.mean) ** 2, 0.0).sum(0), masked.sum(0)
         facts[f"{split}_gene_mean_per_gene_bits"] = per_gene_bits(*by_gene)
         if split == "test":
             errors = gaussian_errors(moments, shrinkage, values, masked, hidden) if shrinkage is not None else None
-            facts["test_gaussian_mse"] = float(errors.sum()) / count if errors is not None else None
+            facts["test_gaussian_loss"] = float(errors.sum()) / count if errors is not None else None
     return facts
 
 
-def per_gene_bits(squared_error: NDArray[np.float64], masked_genes: NDArray[np.integer]) -> float:
-    """Bits per masked gene under a Gaussian of each gene's own error variance: the mean of 0.5 log2(2 pi e variance).
-
-    Args:
-        squared_error: (V,) summed over the masked entries of each gene.
-        masked_genes: (V,) how many those are; genes without any, or predicted without error, are left out.
-    """
-    told = (masked_genes > 0) & (squared_error > 0)
-    variance = squared_error[told] / masked_genes[told]
-    return float(np.average(0.5 * np.log2(2 * np.pi * np.e * variance), weights=masked_genes[told]))
-
-
 def write_closed_form(
-    directory: Path, run: RunSpec, order: RunOrder, read: Callable[[Ints], Cells], val: Cells, test: Cells
+    references: Place, run: RunSpec, order: RunOrder, read: Callable[[Ints], Cells], val: Cells, test: Cells
 ) -> None:
-    """Compute and publish ``directory/<name>.json`` unless it is there."""
-    path = directory / f"{reference_name(run, order.rows.n_train)}.json"
-    if not path.is_file():
-        write_json(path, closed_form_references(run, order, read, val, test))
-
-
-def floor_path(directory: Path, genes: int, train: TrainSpec) -> Path:
-    """Where the planted floors over ``genes`` genes stand, one row per test cell."""
-    return directory / f"floor-v{genes}-{_masks_and_values(train)}.parquet"
+    """Compute and publish ``<name>.json`` unless it is there."""
+    name = f"{reference_name(run, order.rows.n_train)}.json"
+    if not references.exists(name):
+        write_json(references, name, closed_form_references(run, order, read, val, test))
 
 
 def write_planted_floor(
-    directory: Path, shards: Place, manifest: ShardManifest, genes: int, test: Cells, train: TrainSpec
+    references: Place, shards: Place, manifest: ShardManifest, genes: int, test: Cells, train: TrainingRules
 ) -> None:
     """Compute and publish, per test cell, the squared error and bits of the bound and of the attainable oracle."""
-    path = floor_path(directory, genes, train)
-    if path.is_file():
+    name = floor_name(genes, train)
+    if references.exists(name):
         return
     truth = parse_truth(shards.read("plant.json").decode(), f"{shards}/plant.json")
-    panel = pq.read_table(shards.parquet_source("genes.parquet"), columns=["soma_joinid"])["soma_joinid"]
-    panel = panel.to_numpy()[:genes]
+    panel = read_table(shards, "genes.parquet", ["soma_joinid"])["soma_joinid"].to_numpy()[:genes]
     effect = truth.effect_of_donor([manifest.codes["donor_id"][code] for code in test.donor])
     dataset = truth.dataset_index([manifest.codes["dataset_id"][code] for code in test.dataset])
     masked, _ = evaluation_masks(test, train)
     columns: dict[str, Any] = {"cell": test.cell, "masked_genes": masked.sum(1)}
-    for name, known in (("bound", effect), ("attainable", None)):
+    for kind, known in (("bound", effect), ("attainable", None)):
         found = oracle(
             truth,
             counts=test.counts.astype(np.int64),
@@ -160,31 +126,13 @@ def write_planted_floor(
             effect=known,
             recipe=train.recipe,
         )
-        columns[f"{name}_squared_error"] = found.squared_error_sum
-        columns[f"{name}_entropy_bits"] = found.entropy_bits_sum
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    write_atomic(path, sink.getvalue().to_pybytes())
-
-
-def read_closed_form(directory: Path, name: str) -> dict[str, Any] | None:
-    """The references published under ``name``, or None."""
-    path = directory / f"{name}.json"
-    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found
-
-
-def read_floor(directory: Path, genes: int, train: TrainSpec) -> dict[str, NDArray[np.float64]] | None:
-    """The floors' columns as arrays, or None where the cells were not planted."""
-    path = floor_path(directory, genes, train)
-    if not path.is_file():
-        return None
-    table = pq.read_table(path)
-    return {name: table[name].to_numpy() for name in table.column_names}
+        columns[f"{kind}_loss"] = found.squared_error_sum
+        columns[f"{kind}_entropy_bits"] = found.entropy_bits_sum
+    write_table(references, name, pa.table(columns))
 
 
 def closed_form_task(
-    directory: str, run: str, shards: Place, manifest: str, train: Cells | None, val: Cells, test: Cells
+    references: Place, run: str, shards: Place, manifest: str, train: Cells | None, val: Cells, test: Cells
 ) -> None:
     """``write_closed_form`` of a run given as text, from the cells of its node or, where train is None, the shards."""
     spec, record = RunSpec.model_validate_json(run), ShardManifest.model_validate_json(manifest)
@@ -197,11 +145,11 @@ def closed_form_task(
         return read_rows(shards, record, "train", spec.genes, rows, measured)
 
     order = shards_order(shards, record, spec)
-    write_closed_form(Path(directory), spec, order, read, val.narrowed(spec.genes), test.narrowed(spec.genes))
+    write_closed_form(references, spec, order, read, val.narrowed(spec.genes), test.narrowed(spec.genes))
 
 
-def floor_task(directory: str, shards: Place, manifest: str, genes: int, test: Cells, train: str) -> None:
+def floor_task(references: Place, shards: Place, manifest: str, genes: int, test: Cells, train: str) -> None:
     """``write_planted_floor`` of records given as text."""
     torch.set_num_threads(1)
-    record, spec = ShardManifest.model_validate_json(manifest), TrainSpec.model_validate_json(train)
-    write_planted_floor(Path(directory), shards, record, genes, test.narrowed(genes), spec)
+    record, spec = ShardManifest.model_validate_json(manifest), TrainingRules.model_validate_json(train)
+    write_planted_floor(references, shards, record, genes, test.narrowed(genes), spec)

@@ -1,4 +1,4 @@
-"""How a sweep is asked to stop: SIGTERM to its driver leaves a file that every run of it looks for."""
+"""How a sweep is asked to stop: SIGTERM to its driver leaves a marker file that every run of it looks for."""
 
 from __future__ import annotations
 
@@ -6,37 +6,28 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 
-
-def stop_file(sweep: Path) -> Path:
-    """What stands there once the sweep's driver was told to stop."""
-    return sweep / ".stop"
-
-
-def asked_to_stop(sweep: Path) -> bool:
-    """Whether the sweep's driver was told to stop."""
-    return stop_file(sweep).exists()
+from scaling_ray.results.sweep_files import SweepFiles
 
 
 @contextlib.contextmanager
-def stop_on_sigterm(sweep: Path) -> Iterator[None]:
-    """Take SIGTERM as a wish to stop until the block ends; an older wish is forgotten.
+def stop_on_sigterm(sweep: SweepFiles) -> Iterator[None]:
+    """Treat SIGTERM as a stop request until the block ends; clear earlier ones.
 
     Only a main thread can hear signals; elsewhere nothing changes. To be entered after ``ray.init``, which puts a
     handler of its own in place.
     """
-    path = stop_file(sweep)
-    path.unlink(missing_ok=True)
+    sweep.clear_stop()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def leave_word(number: int, frame: FrameType | None) -> None:
-        path.touch()
+    def request(number: int, frame: FrameType | None) -> None:
+        # Not in the handler itself: it interrupts the main thread anywhere, and a request over S3 takes a while.
+        threading.Thread(target=sweep.request_stop, name="stop", daemon=True).start()
 
-    before = signal.signal(signal.SIGTERM, leave_word)
+    before = signal.signal(signal.SIGTERM, request)
     try:
         yield
     finally:

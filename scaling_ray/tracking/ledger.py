@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from scaling_ray.storage import write_json
+from scaling_ray.results.sweep_files import TRACKED, SweepFiles, read_json, write_json
+from scaling_ray.storage import Place
 
 
-def tracking_uri(sweep: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a sqlite file beside the sweep."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(sweep.parent / 'mlruns.db').resolve()}"
+def tracking_uri(sweep: SweepFiles) -> str | None:
+    """MLFLOW_TRACKING_URI, or a sqlite file beside the sweep; None for a sweep that lies on S3 where none is named."""
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    if named:
+        return named
+    folder = local_folder(sweep.place)
+    return f"sqlite:///{(folder.parent / 'mlruns.db').resolve()}" if folder is not None else None
 
 
-def record_tracked(sweep: Path, finished: Iterable[str]) -> None:
+def local_folder(place: Place) -> Path | None:
+    """The directory of a place on a disk of this machine; None for one that lies elsewhere."""
+    return None if "://" in place.uri else Path(place.uri)
+
+
+def record_tracked(sweep: SweepFiles, finished: Iterable[str]) -> None:
     """Note the run ids whose end has been logged to today's place."""
-    write_json(sweep / "tracked.json", {"uri": tracking_uri(sweep), "finished": sorted(finished)})
+    write_json(sweep.place, TRACKED, {"uri": tracking_uri(sweep), "finished": sorted(finished)})
 
 
-def is_tracked(sweep: Path, run_ids: Iterable[str]) -> bool:
+def is_tracked(sweep: SweepFiles, run_ids: Iterable[str]) -> bool:
     """Whether the end of every one of these runs has been logged to today's place."""
-    path = sweep / "tracked.json"
-    if not path.is_file():
-        return False
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return bool(found["uri"] == tracking_uri(sweep) and set(found["finished"]) >= set(run_ids))
+    found = read_json(sweep.place, TRACKED)
+    return found is not None and found["uri"] == tracking_uri(sweep) and set(found["finished"]) >= set(run_ids)

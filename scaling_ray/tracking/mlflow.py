@@ -1,4 +1,4 @@
-"""Runs into MLflow, from their files alone: a parent run per sweep, a child per grid cell.
+"""Runs into MLflow, from their files alone: a parent run per sweep, a child per run.
 
 Only the driver that holds the sweep's lease writes. ``sync`` may be called at any time and again: it creates what is
 missing and logs rows a run does not have yet, so a replay after the fact is the same code as following live.
@@ -11,8 +11,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -22,28 +20,29 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 
-from scaling_ray.errors import ScalingRayError  # noqa: E402
-from scaling_ray.records import RunResult, ShardManifest  # noqa: E402
-from scaling_ray.spec import RunSpec, SweepSpec  # noqa: E402
-from scaling_ray.storage import write_json  # noqa: E402
-from scaling_ray.tracking.ledger import record_tracked, tracking_uri  # noqa: E402
-from scaling_ray.train.checkpoint import read_metrics  # noqa: E402
+from scaling_ray.errors import BadInput, ScalingRayError  # noqa: E402
+from scaling_ray.records import ShardManifest  # noqa: E402
+from scaling_ray.results.sweep_files import MLFLOW, RunFiles, SweepFiles, read_json, write_json  # noqa: E402
+from scaling_ray.runs import RunSpec  # noqa: E402
+from scaling_ray.spec import SweepSpec  # noqa: E402
+from scaling_ray.storage import Place  # noqa: E402
+from scaling_ray.tracking.ledger import local_folder, record_tracked, tracking_uri  # noqa: E402
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 PARENT_TAG = "mlflow.parentRunId"
 IDENTITY_TAG = "scaling_ray.identity"
-FINAL_METRICS = ("val_mse", "final_val_mse", "test_mse", "flops", "wall_seconds", "train_seconds", "best_cells_seen")
+FINAL_METRICS = ("val_loss", "final_val_loss", "test_loss", "flops", "wall_seconds", "train_seconds", "best_cells_seen")
 BATCH = 500
 
 
 class Tracker:
     """Keeps one sweep's MLflow runs in step with its files."""
 
-    def __init__(self, sweep: Path, spec: SweepSpec, manifest: ShardManifest) -> None:
+    def __init__(self, sweep: SweepFiles, spec: SweepSpec, manifest: ShardManifest) -> None:
         self._sweep, self._spec, self._manifest = sweep, spec, manifest
-        self._uri = tracking_uri(sweep)
+        self._uri = known_uri(sweep)
         self._client = MlflowClient(tracking_uri=self._uri)
         self._experiment: str | None = None
         self._parent: str | None = None
@@ -53,12 +52,11 @@ class Tracker:
     def sync(self, runs: list[RunSpec]) -> None:
         """Bring MLflow up to what the files say now. MlflowException where the server does not take it."""
         if self._parent is None:
-            self._parent = self._ensure_run(self._sweep / "mlflow.json", self._spec.name, None)
+            self._parent = self._ensure_run(self._sweep.place, self._spec.name, None)
         for run in runs:
-            directory = self._sweep / "runs" / run.run_id
-            started = (directory / "attempts").is_dir() or (directory / "result.json").is_file()
-            if run.run_id not in self._finished and (started or (directory / "failure.json").is_file()):
-                self._sync_run(run, directory)
+            files = self._sweep.run(run.run_id)
+            if run.run_id not in self._finished and any(not name.endswith("spec.json") for name in files.place.names()):
+                self._sync_run(run, files)
         record_tracked(self._sweep, self._finished)
 
     def close(self, failed: bool) -> None:
@@ -66,23 +64,22 @@ class Tracker:
         if self._parent is not None:
             self._client.set_terminated(self._parent, "FAILED" if failed else "FINISHED")
 
-    def _sync_run(self, run: RunSpec, directory: Path) -> None:
-        run_id = self._ensure_run(directory / "mlflow.json", run.run_id, self._parent)
+    def _sync_run(self, run: RunSpec, files: RunFiles) -> None:
+        run_id = self._ensure_run(files.place, run.run_id, self._parent)
         if run.run_id not in self._logged:
             inputs = self._client.get_run(run_id).inputs
             if inputs is None or not inputs.dataset_inputs:
                 self._describe(run, run_id)
             self._logged[run.run_id] = {
-                "train": self._last_step(run_id, "train_mse"),
-                "eval": self._last_step(run_id, "val_mse_curve"),
+                "train": self._last_step(run_id, "train_loss"),
+                "eval": self._last_step(run_id, "val_loss_curve"),
             }
-        self._log_rows(run, directory, run_id)
-        if (directory / "result.json").is_file():
-            result = RunResult.read(directory / "result.json")
+        self._log_rows(run, files, run_id)
+        result = files.result()
+        if result is not None:
             values = result.model_dump()
-            stamp = (directory / "result.json").stat().st_mtime_ns // 1_000_000
             final = [
-                Metric(name, float(values[name]), stamp, result.optimizer_steps)
+                Metric(name, float(values[name]), result.ended_ms, result.optimizer_steps)
                 for name in FINAL_METRICS
                 if values[name] is not None
             ]
@@ -90,12 +87,14 @@ class Tracker:
             self._client.log_batch(run_id, metrics=final, params=[Param("lr", repr(result.lr))], tags=tags)
             self._client.set_terminated(run_id, "FINISHED")
             self._finished.add(run.run_id)
-        elif (directory / "failure.json").is_file():
+        elif files.failure() is not None:
             self._client.set_terminated(run_id, "FAILED")
 
     def _describe(self, run: RunSpec, run_id: str) -> None:
-        shown = run.train.model_dump() | run.model_dump(exclude={"train", "lr", "lr_candidates", "run_id"})
+        shown = run.train.model_dump() | run.model_dump(exclude={"train", "execution", "lr", "lr_candidates", "run_id"})
+        shown |= run.execution.model_dump()
         shown |= {"params": run.params, "cells": "all" if run.cells is None else run.cells}
+        shown |= {"loss_unit": run.train.loss_unit}
         params = [Param(name, str(value)) for name, value in shown.items()]
         self._client.log_batch(run_id, params=params)
         dataset = Dataset(
@@ -107,10 +106,10 @@ class Tracker:
         )
         self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
-    def _log_rows(self, run: RunSpec, directory: Path, run_id: str) -> None:
+    def _log_rows(self, run: RunSpec, files: RunFiles, run_id: str) -> None:
         logged = dict(self._logged[run.run_id])
         metrics = []
-        for row in self._rows(directory):
+        for row in files.rows():
             step = row["optimizer_steps"]
             if row["kind"] not in logged or step <= self._logged[run.run_id][row["kind"]]:
                 continue
@@ -118,33 +117,26 @@ class Tracker:
             for name, value in row.items():
                 if name in ("kind", "timestamp_ms", "optimizer_steps", "cells_seen"):
                     continue
-                key = "val_mse_curve" if name == "val_mse" else name
+                key = "val_loss_curve" if name == "val_loss" else name
                 metrics.append(Metric(key, float(value), row["timestamp_ms"], step))
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
         # Only now: rows of a batch that failed are sent again, with the same time and value, which MLflow keeps once.
         self._logged[run.run_id] = logged
 
-    @staticmethod
-    def _rows(directory: Path) -> list[dict[str, Any]]:
-        if (directory / "metrics.jsonl").is_file():
-            return read_metrics(directory / "metrics.jsonl")
-        attempts = sorted((directory / "attempts").glob("*/metrics.jsonl"))
-        return read_metrics(attempts[-1]) if attempts else []
-
     def _last_step(self, run_id: str, key: str) -> int:
         return max((metric.step for metric in self._client.get_metric_history(run_id, key)), default=0)
 
-    def _ensure_run(self, record: Path, name: str, parent: str | None) -> str:
-        """The MLflow run recorded in ``record`` for this server; found or created, then recorded; strays go.
+    def _ensure_run(self, record: Place, name: str, parent: str | None) -> str:
+        """The run that the mlflow.json of ``record`` names for this server; found or created, then recorded; strays go.
 
         There is one writer, the holder of the sweep's lease; a stray is left by a creation whose answer was lost.
         """
-        recorded = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        if recorded.get("uri") == self._uri:
+        recorded = read_json(record, MLFLOW)
+        if recorded is not None and recorded["uri"] == self._uri:
             return str(recorded["mlflow_run_id"])
         experiment = self._ensure_experiment()
-        identity = f"{self._sweep.resolve().name}/{name}" if parent is None else f"{parent}/{name}"
+        identity = f"{str(self._sweep).rsplit('/', 1)[-1]}/{name}" if parent is None else f"{parent}/{name}"
         found = self._search(experiment, identity)
         if not found:
             tags = {IDENTITY_TAG: identity, "data_hash": self._manifest.data_hash}
@@ -152,7 +144,7 @@ class Tracker:
                 tags[PARENT_TAG] = parent
             self._client.create_run(experiment, tags=tags, run_name=name)
             found = self._search(experiment, identity)
-        write_json(record, {"mlflow_run_id": found[0], "uri": self._uri})
+        write_json(record, MLFLOW, {"mlflow_run_id": found[0], "uri": self._uri})
         for stray in found[1:]:
             self._client.delete_run(stray)
         return found[0]
@@ -169,22 +161,32 @@ class Tracker:
             name = f"scaling_ray/{self._spec.name}"
             found = self._client.get_experiment_by_name(name)
             if found is None:
-                local = self._uri.startswith("sqlite:")
-                place = (self._sweep.parent / "mlartifacts").resolve().as_uri() if local else None
+                place = None
+                if self._uri.startswith("sqlite:") and (sweep := local_folder(self._sweep.place)) is not None:
+                    place = (sweep.parent / "mlartifacts").resolve().as_uri()
                 self._experiment = self._client.create_experiment(name, artifact_location=place)
             else:
                 self._experiment = found.experiment_id
         return self._experiment
 
 
-def replay(sweep: Path, spec: SweepSpec, manifest: ShardManifest, runs: list[RunSpec]) -> None:
+def known_uri(sweep: SweepFiles) -> str:
+    """Where the sweep is tracked; BadInput where nobody has said."""
+    uri = tracking_uri(sweep)
+    if uri is None:
+        remedy = "is not set, and a sweep on S3 has no database beside it; name a tracking server in it"
+        raise BadInput("MLFLOW_TRACKING_URI", None, remedy)
+    return uri
+
+
+def replay(sweep: SweepFiles, spec: SweepSpec, manifest: ShardManifest, runs: list[RunSpec]) -> None:
     """Log all that a sweep's files hold and MLflow does not; ScalingRayError where the server refuses."""
     tracker = Tracker(sweep, spec, manifest)
     try:
         tracker.sync(runs)
-        tracker.close(failed=not all((sweep / "runs" / run.run_id / "result.json").is_file() for run in runs))
+        tracker.close(failed=any(sweep.run(run.run_id).result() is None for run in runs))
     except MlflowException as error:
-        raise ScalingRayError(f"{tracking_uri(sweep)}: {str(error).splitlines()[0]}") from error
+        raise ScalingRayError(f"{known_uri(sweep)}: {str(error).splitlines()[0]}") from error
 
 
 class Follower:
@@ -193,7 +195,7 @@ class Follower:
     def __init__(
         self,
         open_tracker: Callable[[], Tracker],
-        runs: list[RunSpec],
+        runs: Callable[[], list[RunSpec]],
         warn: Callable[[str], None],
         seconds: float = 5.0,
     ) -> None:
@@ -221,7 +223,7 @@ class Follower:
             last = self._stop.wait(self._seconds)
             try:
                 tracker = tracker or self._open()
-                tracker.sync(self._runs)
+                tracker.sync(self._runs())
                 if last:
                     tracker.close(self._failed)
                 self._problem = None

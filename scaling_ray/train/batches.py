@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaling_ray.model.masking import EVALUATION_MASK_SEED, Masks, draw_masks, log_normalise
+from scaling_ray.model.objectives import objective_named
 from scaling_ray.model.thinning import thin
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed
-from scaling_ray.spec import TrainSpec
+from scaling_ray.spec import TrainingRules
 
 LARGEST_DEVICE_SHARE = 0.25
 """Of a GPU's free memory, for training cells that stay there."""
@@ -20,7 +21,7 @@ LARGEST_DEVICE_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Batch:
-    """values (B, V) normalised, at the depth the network sees; masks; targets (B, K) at full depth."""
+    """values (B, V) normalised, at the depth the network sees; masks; the objective's targets (B, K, ...)."""
 
     values: Tensor
     masks: Masks
@@ -63,7 +64,7 @@ class DeviceCells:
             self.counts[index], self.raw_sum[index], self.cell[index], self.dataset[index], self.measured, self.most
         )
 
-    def batch(self, epochs: Tensor, train: TrainSpec, mask_seed: int | Tensor) -> Batch:
+    def batch(self, epochs: Tensor, train: TrainingRules, mask_seed: int | Tensor) -> Batch:
         """All of them normalised, masked and, where the spec says so, thinned.
 
         epochs (N,) int64, on the device; mask_seed one, or (N,) int64.
@@ -72,7 +73,8 @@ class DeviceCells:
         values = log_normalise(counts, self.raw_sum, train.recipe)
         measured = self.measured[self.dataset]
         masks = draw_masks(train.recipe, train.mask_fraction, mask_seed, epochs, self.cell, measured)
-        targets = values.gather(1, masks.positions)
+        objective = objective_named(train.objective)
+        targets = objective.targets(values, counts, self.raw_sum, masks.positions)
         if train.umi_fraction < 1:
             whole = counts.to(torch.int64)
             seen = thin(whole, self.raw_sum, train.umi_fraction, mask_seed, epochs, self.cell, self.most)
@@ -81,13 +83,13 @@ class DeviceCells:
 
 
 def make_batch(
-    cells: Cells, epochs: NDArray[np.int64], train: TrainSpec, mask_seed: int | Tensor, device: torch.device
+    cells: Cells, epochs: NDArray[np.int64], train: TrainingRules, mask_seed: int | Tensor, device: torch.device
 ) -> Batch:
     """Normalise, mask and, where the spec says so, thin cells on the device."""
     return DeviceCells.of(cells, device).batch(torch.from_numpy(epochs).to(device), train, mask_seed)
 
 
-def evaluation_batches(cells: Cells, train: TrainSpec, cells_per_batch: int, device: torch.device) -> list[Batch]:
+def evaluation_batches(cells: Cells, train: TrainingRules, cells_per_batch: int, device: torch.device) -> list[Batch]:
     """Cells under the fixed evaluation masks, in order."""
     parts = [cells.rows(slice(start, start + cells_per_batch)) for start in range(0, len(cells), cells_per_batch)]
     return [make_batch(part, np.zeros(len(part), np.int64), train, EVALUATION_MASK_SEED, device) for part in parts]
@@ -104,7 +106,9 @@ class BatchSource:
         keep: overrules whether cells stay on the device.
     """
 
-    def __init__(self, feed: Feed, train: TrainSpec, seed: int, device: torch.device, keep: bool | None = None) -> None:
+    def __init__(
+        self, feed: Feed, train: TrainingRules, seed: int, device: torch.device, keep: bool | None = None
+    ) -> None:
         self._feed, self._train, self._seed, self._device = feed, train, seed, device
         self._held: DeviceCells | None = None
         if isinstance(feed, ResidentFeed) and (_has_room(feed, device) if keep is None else keep):

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells, ResidentFeed, run_order
 from scaling_ray.sizes import training_flops_per_cell
-from scaling_ray.spec import RunSpec
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, TrainingLoop
-from scaling_ray.train.stack_run import StackedLoop
+from scaling_ray.train.stack_loop import StackedLoop
 
 MADE_CELLS = 4_096
 MATRIX_SIZES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
@@ -42,7 +42,8 @@ def made_updates(run: RunSpec, members: int, device: torch.device) -> tuple[Call
         loop = TrainingLoop(run, RunData(cells, cells, cells, "made"), PlainEngine(run, device))
         return loop.update, loop.settle
     runs = [run.model_copy(update={"seed": seed}) for seed in range(members)]
-    stack = StackedLoop(runs, [ResidentFeed(cells, run_order(one, MADE_CELLS)) for one in runs], device)
+    feeds = [ResidentFeed(cells, run_order(one, MADE_CELLS)) for one in runs]
+    stack = StackedLoop(runs, list(feeds), cells, cells, device)
     return stack.update, stack.settle
 
 
@@ -87,23 +88,23 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 
 def bench_run(run: RunSpec, seconds: float, members: int = 1) -> dict[str, Any]:
     """What such a run, or a stack of ``members`` of them (all their cells together), does here."""
-    torch.set_num_threads(run.train.threads)
+    torch.set_num_threads(run.execution.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     update, wait = made_updates(run, members, device)
     rate = rate_of(update, wait, run.train.cells_per_step * members, seconds)
     flops = training_flops_per_cell(run.shape, run.genes, round(run.genes * run.train.mask_fraction))
-    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if run.execution.precision == "bf16" else torch.float32
     peak = matmul_rate(device, dtype)
     return {
         "cells_per_second": rate,
         "size": run.size,
         "params": run.params,
         "genes": run.genes,
-        "micro_batch": run.micro_batch,
+        "micro_batch": run.execution.micro_batch,
         "cells_per_step": run.train.cells_per_step,
         "dropout": run.train.dropout,
-        "precision": run.precision,
-        "threads": run.train.threads,
+        "precision": run.execution.precision,
+        "threads": run.execution.cpus,
         "stacked": members,
         "device": device.type,
         "gflops_per_second": rate * flops / 1e9,
@@ -114,13 +115,13 @@ def bench_run(run: RunSpec, seconds: float, members: int = 1) -> dict[str, Any]:
 
 def probe_micro_batch(run: RunSpec, seconds: float = PROBE_SECONDS) -> int:
     """The fastest of 1, 2, 4, ... cells of a micro-batch that fit into this machine's memory."""
-    torch.set_num_threads(run.train.threads)
+    torch.set_num_threads(run.execution.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates: dict[int, float] = {}
     micro_batch = 1
     while micro_batch <= run.train.cells_per_step:
         try:
-            update, wait = made_updates(run.model_copy(update={"micro_batch": micro_batch}), 1, device)
+            update, wait = made_updates(run.carried_out(micro_batch=micro_batch), 1, device)
             rates[micro_batch] = rate_of(update, wait, run.train.cells_per_step, seconds)
         except (MemoryError, torch.OutOfMemoryError):
             break

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaling_ray.errors import BadInput
 from scaling_ray.model.network import MaskedGeneTransformer
-from scaling_ray.spec import RunSpec, TrainSpec
+from scaling_ray.runs import RunSpec
+from scaling_ray.spec import TrainingRules
 from scaling_ray.train.sharded import MOMENTS, Shard
 
 
@@ -31,7 +32,7 @@ class Engine(Protocol):
     model: MaskedGeneTransformer
 
     def forward(self, values_BG: Tensor, hidden_BG: Tensor, positions_BK: Tensor, last: bool) -> Tensor:
-        """Predictions (B, K) of a micro-batch; ``last`` marks the update's final one. Every rank, equally often."""
+        """Outputs (B, K, O) of a micro-batch; ``last`` marks the update's final one. Every rank, equally often."""
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of one micro-batch's share of the loss. Every rank."""
@@ -72,7 +73,7 @@ class Engine(Protocol):
         """
 
 
-def build_optimizer(model: nn.Module, train: TrainSpec) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, train: TrainingRules) -> torch.optim.AdamW:
     """AdamW over all parameters, as in arXiv 2602.15253 (weight decay 0.01 on every one)."""
     return torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(0.9, train.adam_beta2), weight_decay=train.weight_decay, fused=True
@@ -81,7 +82,7 @@ def build_optimizer(model: nn.Module, train: TrainSpec) -> torch.optim.AdamW:
 
 def build_model(run: RunSpec, device: torch.device) -> MaskedGeneTransformer:
     """The run's network with weights drawn from its seed."""
-    model = MaskedGeneTransformer(run.shape, run.genes, run.train.dropout)
+    model = MaskedGeneTransformer(run.shape, run.genes, run.train.dropout, run.outputs_per_gene)
     model.initialise(run.seed)
     return model.to(device)
 
@@ -96,12 +97,14 @@ class PlainEngine:
         self._grad_clip = run.train.grad_clip
         self._names = [name for name, _ in self.model.named_parameters()]
         self._gradient_bytes = 0
-        self._trained: Callable[..., Any] = torch.compile(self.model, dynamic=False) if run.compile else self.model
+        self._trained: Callable[..., Any] = (
+            torch.compile(self.model, dynamic=False) if run.execution.compile else self.model
+        )
 
     def forward(self, values_BG: Tensor, hidden_BG: Tensor, positions_BK: Tensor, last: bool) -> Tensor:
         """See Engine."""
-        predictions: Tensor = self._trained(values_BG, hidden_BG, positions_BK)
-        return predictions
+        outputs: Tensor = self._trained(values_BG, hidden_BG, positions_BK)
+        return outputs
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """See Engine."""
@@ -188,8 +191,8 @@ class DdpEngine(PlainEngine):
     def forward(self, values_BG: Tensor, hidden_BG: Tensor, positions_BK: Tensor, last: bool) -> Tensor:
         """See Engine."""
         with self._reducing(last):
-            predictions: Tensor = self._ddp(values_BG, hidden_BG, positions_BK)
-        return predictions
+            outputs: Tensor = self._ddp(values_BG, hidden_BG, positions_BK)
+        return outputs
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """See Engine."""

@@ -2,26 +2,31 @@
 
 Of every parameter, flattened, a rank holds the elements start..start + n, or none. It writes them, with the same
 elements of both moments, as ``state-rank0of2.safetensors`` and says in ``state-rank0of2.json`` which they are. A state
-that is not shared out is one ``state.safetensors``.
+that is not shared out is one ``state.safetensors``. Beside a rank's file of tensors lies ``<file>.sha256.json``, its
+length and hash as its writer knew them: what ``progress.json`` of a checkpoint gathers and seals.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from scaling_ray.storage import Place
 
 WHOLE = "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PREFIXES = ("model.", *(f"optimizer.{key}." for key in MOMENTS))
 STEP = "optimizer.step"
+HASH = ".sha256.json"
 
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, SafetensorError)
 """What reading a checkpoint raises where its files are absent, cut short or not what they should be."""
@@ -38,7 +43,7 @@ class Layout:
     fragments: dict[str, tuple[int, int]]
 
     @staticmethod
-    def from_json(text: str) -> Layout:
+    def from_json(text: str | bytes) -> Layout:
         """The inverse of ``to_json``; ValueError, TypeError or KeyError where it is none."""
         fields = json.loads(text)
         fields["fragments"] = {name: (start, elements) for name, (start, elements) in fields["fragments"].items()}
@@ -70,41 +75,83 @@ def _shard_name(rank: int, ranks: int) -> str:
     return f"state-rank{rank}of{ranks}"
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors to a safetensors file and flush it to its disk."""
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes."""
     with open(path, "rb") as stream:
-        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_shard(directory: Path, shard: Shard) -> None:
+def write_tensors(place: Place, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write tensors as a safetensors file; its length and hash."""
+    with place.scratch(name) as folder:
+        path = folder / "tensors"
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        told = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        place.put_file(name, path)
+    return told
+
+
+def write_shard(place: Place, shard: Shard) -> None:
     """Write this rank's files into an unfinished checkpoint."""
     name = _shard_name(shard.layout.rank, shard.layout.ranks)
-    (directory / f"{name}.json").write_text(shard.layout.to_json(), encoding="utf-8")
-    write_tensors(directory / f"{name}.safetensors", shard.tensors)
+    place.write(f"{name}.json", shard.layout.to_json().encode())
+    told = write_tensors(place, f"{name}.safetensors", shard.tensors)
+    place.write(f"{name}.safetensors{HASH}", json.dumps(told).encode())
 
 
-def read_shard(directory: Path, layout: Layout) -> Shard | None:
+def listed_files(place: Place) -> dict[str, dict[str, Any]]:
+    """Every file of an unfinished checkpoint with length and hash: tensors' as their writers told, others' as read."""
+    found = {}
+    names = place.names()
+    for name in names:
+        if name.endswith(HASH):
+            continue
+        if name + HASH in names:
+            found[name] = json.loads(place.read(name + HASH))
+        else:
+            data = place.read(name)
+            found[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return found
+
+
+def check_files(place: Place, files: dict[str, dict[str, Any]]) -> None:
+    """Raise one of UNREADABLE unless every file is there and is what its entry says."""
+    if not files:
+        raise ValueError("names no files")
+    for name, told in files.items():
+        with place.local_copy(name) as path:
+            if path.stat().st_size != told["bytes"]:
+                raise ValueError(f"{name}: has {path.stat().st_size} bytes, {told['bytes']} were written")
+            if file_sha256(path) != told["sha256"]:
+                raise ValueError(f"{name}: its contents changed since it was written (sha256 differs)")
+
+
+def _load(place: Place, name: str) -> dict[str, Tensor]:
+    with place.local_copy(name) as path:
+        return load_file(path)
+
+
+def read_shard(place: Place, layout: Layout) -> Shard | None:
     """This rank's own pieces; None where the checkpoint is not shared out in exactly this way."""
     name = _shard_name(layout.rank, layout.ranks)
-    path = directory / f"{name}.json"
-    if not path.is_file() or Layout.from_json(path.read_text(encoding="utf-8")) != layout:
+    text = place.read_if_there(f"{name}.json")
+    if text is None or Layout.from_json(text) != layout:
         return None
-    return Shard(layout, load_file(directory / f"{name}.safetensors"))
+    return Shard(layout, _load(place, f"{name}.safetensors"))
 
 
-def read_state(directory: Path) -> dict[str, Tensor]:
+def read_state(place: Place) -> dict[str, Tensor]:
     """The whole state of a checkpoint, shared out or not, under the names that every engine takes.
 
     Raises one of UNREADABLE where files are absent or damaged, or leave a gap.
     """
-    if (directory / WHOLE).is_file():
-        return load_file(directory / WHOLE)
-    layouts = _layouts(directory)
+    if place.exists(WHOLE):
+        return _load(place, WHOLE)
+    layouts = _layouts(place)
     shapes = layouts[0].shapes
     tensors: dict[str, Tensor] = {}
     for layout in layouts:
-        pieces = load_file(directory / f"{_shard_name(layout.rank, layout.ranks)}.safetensors")
+        pieces = _load(place, f"{_shard_name(layout.rank, layout.ranks)}.safetensors")
         step = pieces.pop(STEP, None)
         prefixes = PREFIXES if step is not None else PREFIXES[:1]
         if layout.rank == 0:
@@ -118,31 +165,13 @@ def read_state(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_state(directory: Path) -> None:
-    """Raise one of UNREADABLE unless every file of a checkpoint's state is there and as long as it says it is."""
-    if (directory / WHOLE).is_file():
-        _check_length(directory / WHOLE)
-        return
-    for layout in _layouts(directory):
-        _check_length(directory / f"{_shard_name(layout.rank, layout.ranks)}.safetensors")
-
-
-def _check_length(path: Path) -> None:
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except UNREADABLE as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
-def _layouts(directory: Path) -> list[Layout]:
+def _layouts(place: Place) -> list[Layout]:
     """The layouts of all ranks in order; their fragments cover every parameter once."""
-    found = sorted(directory.glob("state-rank0of*.json"))
+    found = [name for name in place.names("state-rank0of") if name.endswith(".json") and not name.endswith(HASH)]
     if len(found) != 1:
         raise ValueError(f"{WHOLE} is absent, and so are shards of one number of ranks")
-    ranks = Layout.from_json(found[0].read_text(encoding="utf-8")).ranks
-    paths = [directory / f"{_shard_name(rank, ranks)}.json" for rank in range(ranks)]
-    layouts = [Layout.from_json(path.read_text(encoding="utf-8")) for path in paths]
+    ranks = Layout.from_json(place.read(found[0])).ranks
+    layouts = [Layout.from_json(place.read(f"{_shard_name(rank, ranks)}.json")) for rank in range(ranks)]
     for name, shape in layouts[0].shapes.items():
         held = sorted(layout.fragments[name] for layout in layouts if name in layout.fragments)
         edges = [(0, 0), *held, (torch.Size(shape).numel(), 0)]

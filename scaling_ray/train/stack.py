@@ -3,7 +3,8 @@
 A tiny model's update is mostly the cost of starting operations; R of them in one set of operations share it. The
 mathematics is that of ``model.network``, torch's clip_grad_norm_ and torch's AdamW, model by model.
 
-Shape legend: R models, B cells, G genes, K masked genes, D width, O output width, H heads, P parameters of a model.
+Shape legend: R models, B cells, G genes, K masked genes, D width, O output width of a map (of the head: per gene),
+H heads, P parameters of a model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn import functional
 from scaling_ray.model.dropout import attention, dropout
 from scaling_ray.model.network import MaskedGeneTransformer, visible_and_hidden
 from scaling_ray.sizes import Shape
-from scaling_ray.spec import TrainSpec
+from scaling_ray.spec import TrainingRules
 
 ADAM_BETA1, ADAM_EPSILON = 0.9, 1e-8
 CLIP_EPSILON = 1e-6
@@ -33,13 +34,22 @@ class StackedTransformer:
         rate: dropout while training.
         seeds: from which each draws its weights, as ``MaskedGeneTransformer.initialise``.
         device: where they live.
+        outputs_per_gene: values that each one's head gives for a gene.
     """
 
-    def __init__(self, shape: Shape, genes: int, rate: float, seeds: list[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        genes: int,
+        rate: float,
+        seeds: list[int],
+        device: torch.device,
+        outputs_per_gene: int = 1,
+    ) -> None:
         self.shape, self.genes, self.rate, self.training = shape, genes, rate, True
         models = []
         for seed in seeds:
-            model = MaskedGeneTransformer(shape, genes)
+            model = MaskedGeneTransformer(shape, genes, outputs_per_gene=outputs_per_gene)
             model.initialise(seed)
             models.append(nn.utils.parameters_to_vector(model.parameters()).detach())
         self.flat = torch.stack(models).to(device)
@@ -87,7 +97,7 @@ class StackedTransformer:
         )
 
     def forward(self, values_RBG: Tensor, hidden_RBG: Tensor, positions_RBK: Tensor) -> Tensor:
-        """(R, B, G) values, (R, B, G) bool hidden, (R, B, K) positions -> (R, B, K) predictions."""
+        """(R, B, G) values, (R, B, G) bool hidden, (R, B, K) positions -> (R, B, K, O) outputs."""
         models, cells, genes = values_RBG.shape
         masked, width = positions_RBK.shape[2], self.shape.width
         parts = self.parts
@@ -113,13 +123,13 @@ class StackedTransformer:
             kept = kept + dropout(self._linear(mixed, f"{name}.attention_out"), rate)
             inner = functional.gelu(self._normed_linear(self._norm(kept), after, f"{name}.feedforward_in"))
             x = kept + dropout(self._linear(dropout(inner, rate), f"{name}.feedforward_out"), rate)
-        return self._linear(x, "head").view(models, cells, masked)
+        return self._linear(x, "head").view(models, cells, masked, -1)
 
 
 class StackedAdamW:
     """AdamW and gradient clipping over (R, P) weights, each model with a rate and a norm of its own."""
 
-    def __init__(self, weights: Tensor, train: TrainSpec) -> None:
+    def __init__(self, weights: Tensor, train: TrainingRules) -> None:
         self.first, self.second, self.steps = torch.zeros_like(weights), torch.zeros_like(weights), 0
         self._train = train
 

@@ -7,7 +7,6 @@ group and no rank waits for another's rows. Progress is in the run's own files; 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +18,14 @@ from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import RayTrainError
 
 from scaling_ray.errors import ScalingRayError, Stalled
+from scaling_ray.results.sweep_files import RunFiles, SweepFiles
+from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import read_manifest
 from scaling_ray.shards.read import read_split
 from scaling_ray.shards.stream import open_feed
-from scaling_ray.spec import RunSpec
-from scaling_ray.storage import Place, write_atomic
+from scaling_ray.storage import Place
 from scaling_ray.train.choice import build_engine
+from scaling_ray.train.driver import Signals
 from scaling_ray.train.loop import RunData, run_to_result
 from scaling_ray.train.watchdog import Watchdog
 
@@ -43,7 +44,7 @@ CONTROLLER_CPUS = 0
 
 def required_cpus(run: RunSpec, driver_cpus: int = CONTROLLER_CPUS) -> int:
     """CPUs that must be free at once for the group to start; ``driver_cpus`` where the caller itself holds some."""
-    return driver_cpus + run.workers * run.train.threads
+    return driver_cpus + run.execution.workers * run.execution.cpus
 
 
 def preflight(run: RunSpec, cluster_resources: Mapping[str, float], driver_cpus: int = CONTROLLER_CPUS) -> str | None:
@@ -56,13 +57,13 @@ def preflight(run: RunSpec, cluster_resources: Mapping[str, float], driver_cpus:
     needed = required_cpus(run, driver_cpus)
     if cpus < needed:
         return (
-            f"resources.workers.{run.size} = {run.workers} with train.threads = {run.train.threads} needs {needed} "
-            f"CPUs ({driver_cpus} of them for the driver), the cluster has {cpus:g}; "
+            f"resources.workers.{run.size} = {run.execution.workers} with train.threads = {run.execution.cpus} "
+            f"needs {needed} CPUs ({driver_cpus} of them for the driver), the cluster has {cpus:g}; "
             "use fewer workers or threads, or more CPUs"
         )
-    if 0 < gpus < run.workers:
+    if 0 < gpus < run.execution.workers:
         return (
-            f"resources.workers.{run.size} = {run.workers} needs as many GPUs, the cluster has {gpus:g}; "
+            f"resources.workers.{run.size} = {run.execution.workers} needs as many GPUs, the cluster has {gpus:g}; "
             "use fewer workers, or more GPUs"
         )
     return None
@@ -71,45 +72,43 @@ def preflight(run: RunSpec, cluster_resources: Mapping[str, float], driver_cpus:
 def train_in_worker_group(
     run: RunSpec,
     shards: Place,
-    run_directory: Path,
-    use_gpu: bool,
-    storage_path: Path,
+    sweep: SweepFiles,
+    storage_path: str,
     resident_bytes: float,
-    stop_file: Path | None = None,
     stall_seconds: float = STALL_SECONDS,
 ) -> None:
-    """Train ``run`` on ``run.workers`` workers of the connected cluster; ``run_directory`` then holds its result.
+    """Train ``run`` on its workers, of the connected cluster; its files in ``sweep`` then hold its result.
 
-    ``shards`` and ``run_directory`` must be the same places on every node. Ray writes below ``storage_path`` only. A
-    worker holds training cells of up to its part of ``resident_bytes`` and streams more. Once ``stop_file`` exists the
-    state is saved and Preempted rises; at the notice that a node is about to go it is saved and training goes on, for
-    Ray starts the group again elsewhere when the node has gone. An error of a worker rises here as itself (BadInput,
-    Diverged, a bug's own class), at once and without another try; a group in which a rank does nothing for
-    ``stall_seconds`` is ended and rises as Stalled; one that cannot be started or died with a process rises as Ray's
-    TrainingFailedError.
+    ``shards`` and ``sweep`` must be the same places on every node. Ray writes below ``storage_path`` only, a directory
+    or a URI. A worker holds training cells of up to its part of ``resident_bytes`` and streams more. Once a stop was
+    requested of the sweep the state is saved and Preempted rises; at the notice that a node is about to go it is saved
+    and training goes on, for Ray starts the group again elsewhere when the node has gone. An error of a worker rises
+    here as itself (BadInput, Diverged, a bug's own class), at once and without another try; a group in which a rank
+    does nothing for ``stall_seconds`` is ended and rises as Stalled; one that cannot be started or died with a process
+    rises as Ray's TrainingFailedError.
     """
     if not ray.is_initialized():
         raise RuntimeError("no connection to Ray; call this within cluster.ray_session")
-    threads = str(run.train.threads)
+    execution, files = run.execution, sweep.run(run.run_id)
+    threads, use_gpu = str(execution.cpus), execution.gpus > 0
     trainer = TorchTrainer(
         _work,
         train_loop_config={
-            "run": run.model_dump_json(),
-            "shards": shards.uri,
-            "resident_bytes": resident_bytes / run.workers,
-            "run_directory": str(run_directory.resolve()),
-            "stop_file": str(stop_file) if stop_file else None,
+            "run": run.model_dump_json(serialize_as_any=True),
+            "shards": shards,
+            "resident_bytes": resident_bytes / execution.workers,
+            "sweep": sweep.place,
             "stall_seconds": stall_seconds,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=run.workers,
+            num_workers=execution.workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": run.train.threads} | ({"GPU": 1} if use_gpu else {}),
+            resources_per_worker={"CPU": execution.cpus} | ({"GPU": execution.gpus} if use_gpu else {}),
         ),
         run_config=RunConfig(  # type: ignore[arg-type]  # RunConfig of V1 is what the signature still names
             name=run.run_id,
-            storage_path=str(storage_path.resolve()),
+            storage_path=storage_path,
             failure_config=FailureConfig(
                 max_failures=0,
                 controller_failure_limit=CONTROLLER_FAILURES,
@@ -119,23 +118,23 @@ def train_in_worker_group(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    for rank in range(run.workers):
-        _stall_note(run_directory, rank).unlink(missing_ok=True)
+    for rank in range(execution.workers):
+        files.place.remove(_stall_note(rank))
     try:
         trainer.fit()
     except WorkerGroupError as error:
-        raise _first_cause(error.worker_failures) or _stalled(run, run_directory) or error from error
+        raise _first_cause(error.worker_failures) or _stalled(run, files) or error from error
 
 
-def _stall_note(run_directory: Path, rank: int) -> Path:
-    """Where a rank's watchdog leaves what the rank was doing."""
-    return run_directory / f"stalled-rank{rank}.txt"
+def _stall_note(rank: int) -> str:
+    """The file of a run in which a rank's watchdog leaves what the rank was doing."""
+    return f"stalled-rank{rank}.txt"
 
 
-def _stalled(run: RunSpec, run_directory: Path) -> Stalled | None:
+def _stalled(run: RunSpec, files: RunFiles) -> Stalled | None:
     """What the watchdogs of a group left; None where none ended its process."""
-    notes = [(rank, _stall_note(run_directory, rank)) for rank in range(run.workers)]
-    left = [f"rank {rank}: {note.read_text(encoding='utf-8')}" for rank, note in notes if note.is_file()]
+    notes = [(rank, files.place.read_if_there(_stall_note(rank))) for rank in range(run.execution.workers)]
+    left = [f"rank {rank}: {note.decode()}" for rank, note in notes if note is not None]
     return Stalled(f"{run.run_id}: the worker group stood still\n" + "\n".join(left)) if left else None
 
 
@@ -156,26 +155,18 @@ def _first_cause(failures: Mapping[int, Exception]) -> Exception | None:
 def _work(config: dict[str, Any]) -> None:
     """What runs in a worker."""
     run = RunSpec.model_validate_json(config["run"])
-    torch.set_num_threads(run.train.threads)
+    torch.set_num_threads(run.execution.cpus)
     context = get_context()
-    shards = config["shards"]
+    shards, sweep = config["shards"], SweepFiles(config["sweep"])
+    files = sweep.run(run.run_id)
     manifest = read_manifest(shards)
     train = open_feed(shards, manifest, run, config["resident_bytes"], cpus=0.0)
     val, test = (read_split(shards, manifest, name, run.genes) for name in ("val", "test"))
     engine = build_engine(run, get_device(), context.get_world_rank(), context.get_world_size())
-    data, stop_file = RunData(train, val, test, manifest.data_hash), config["stop_file"]
-    run_directory = Path(config["run_directory"])
-    note = _stall_note(run_directory, context.get_world_rank())
-    with Watchdog(config["stall_seconds"], lambda text: write_atomic(note, text)) as watchdog:
-        run_to_result(
-            run,
-            data,
-            engine,
-            run_directory,
-            asked_to_stop=lambda: stop_file is not None and Path(stop_file).exists(),
-            asked_to_save=_once_per_notice(),
-            beat=watchdog.beat,
-        )
+    data, note = RunData(train, val, test, manifest.data_hash), _stall_note(context.get_world_rank())
+    with Watchdog(config["stall_seconds"], lambda text: files.place.write(note, text.encode())) as watchdog:
+        signals = Signals(sweep.stop_requested, _once_per_notice(), beat=watchdog.beat)
+        run_to_result(run, data, engine, files, signals)
 
 
 def _once_per_notice() -> Callable[[], bool]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from scaling_ray.spec import RunSpec
+from scaling_ray.runs import RunSpec
 from scaling_ray.train.engine import (
     build_model,
     build_optimizer,
@@ -47,7 +47,7 @@ class DeepSpeedEngine:
         self.rank, self.ranks, self.device = rank, ranks, device
         self.model = build_model(run, device)
         self._shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        self._stage = run.zero_stage
+        self._stage = run.execution.zero_stage
         self._gradient_bytes, self._counting = 0, True
         self._deepspeed = _start_deepspeed(device)
         self._optimizer = build_optimizer(self.model, run.train)
@@ -60,8 +60,8 @@ class DeepSpeedEngine:
 
     def forward(self, values_BG: Tensor, hidden_BG: Tensor, positions_BK: Tensor, last: bool) -> Tensor:
         """See Engine."""
-        predictions: Tensor = self._engine(values_BG, hidden_BG, positions_BK)
-        return predictions
+        outputs: Tensor = self._engine(values_BG, hidden_BG, positions_BK)
+        return outputs
 
     def accumulate(self, loss: Tensor, last: bool) -> None:
         """See Engine."""
@@ -278,22 +278,22 @@ class DeepSpeedEngine:
 def zero_config(run: RunSpec, ranks: int, whole_parameter_elements: int = WHOLE_PARAMETER_ELEMENTS) -> dict[str, Any]:
     """DeepSpeed's configuration for a run: all of it follows from the spec."""
     share = run.train.cells_per_step // ranks
-    micro_batch = min(run.micro_batch, share)
+    micro_batch = min(run.execution.micro_batch, share)
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": math.ceil(share / micro_batch),
         "gradient_clipping": run.train.grad_clip,
         "steps_per_print": 10**9,
         "zero_optimization": {
-            "stage": run.zero_stage,
+            "stage": run.execution.zero_stage,
             "stage3_param_persistence_threshold": whole_parameter_elements,
         }
-        | ({"offload_optimizer": {"device": "cpu"}} if run.offload_optimizer else {}),
+        | ({"offload_optimizer": {"device": "cpu"}} if run.execution.offload_optimizer else {}),
         # the optimizer stays torch's AdamW where its state is offloaded: the same numbers, and no compiler
         "zero_force_ds_cpu_optimizer": False,
         # weights, gradients and what travels stay fp32, as in the other engines
         "torch_autocast": {
-            "enabled": run.precision == "bf16",
+            "enabled": run.execution.precision == "bf16",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         },

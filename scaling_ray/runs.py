@@ -1,0 +1,188 @@
+"""The grid of a sweep as runs: what each run is, once, and beside it how it is carried out.
+
+``RunSpec`` is a run's identity plus a nested ``Execution``. Whoever asks whether two runs are the same, what a stack
+shares, what plan.json repeats or what a checkpoint refuses reads it from here.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, Literal
+
+from pydantic import SerializeAsAny
+
+from scaling_ray.execution import Device, Execution, choose_micro_batch, choose_precision
+from scaling_ray.recipe import OBJECTIVES
+from scaling_ray.sizes import Shape, parameters, parameters_without_embedding
+from scaling_ray.spec import Frozen, SweepSpec, TrainingRules, content_hash
+
+NUMERICS_VERSION = 2
+"""Raised by any change that moves a digit of a run; part of every run's identity."""
+
+MEMBERS_OWN = frozenset({"run_id", "cells", "donors", "seed", "lr", "lr_candidates"})
+"""Fields of the identity in which the runs of one stack may differ."""
+
+
+class RunSpec(Frozen):
+    """One run of a setting of the grid, whole: everything a training process needs besides the shards.
+
+    Every field but ``execution`` is part of what the run is. ``role`` is "law" for a point of the grid and "rate" for a
+    learning-rate trial. ``lr`` is None until the choice among ``lr_candidates`` (run ids) has been made.
+    """
+
+    run_id: str
+    role: Literal["law", "rate"]
+    size: str
+    width: int
+    layers: int
+    heads: int
+    feedforward: int
+    genes: int
+    cells: int | None
+    donors: int | None
+    seed: int
+    lr: float | None
+    lr_candidates: list[str]
+    train: TrainingRules
+    execution: SerializeAsAny[Execution]
+
+    @property
+    def shape(self) -> Shape:
+        """The model's shape."""
+        return Shape(self.width, self.layers, self.heads, self.feedforward)
+
+    @property
+    def outputs_per_gene(self) -> int:
+        """Values that the head gives for a gene."""
+        return OBJECTIVES[self.train.objective].outputs_per_gene
+
+    @property
+    def params(self) -> int:
+        """All parameters, the gene embedding included."""
+        return parameters(self.shape, self.genes, self.outputs_per_gene)
+
+    @property
+    def params_without_embedding(self) -> int:
+        """Parameters that do not grow with the panel."""
+        return parameters_without_embedding(self.shape, self.outputs_per_gene)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run is, as JSON, with the numerics version: all that two tries at it must agree in."""
+        return {"numerics": NUMERICS_VERSION} | self.model_dump(mode="json", exclude={"execution"})
+
+    def carried_out(self, **changes: Any) -> RunSpec:
+        """The same run with some fields of its execution changed."""
+        return self.model_copy(update={"execution": self.execution.model_copy(update=changes)})
+
+
+def differing(there: dict[str, Any], here: dict[str, Any], above: str = "") -> list[str]:
+    """Dotted names of the fields in which two identities differ, sorted."""
+    found = []
+    for name in sorted(there.keys() | here.keys()):
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differing(one, other, f"{above}{name}.")
+        elif one != other:
+            found.append(above + name)
+    return found
+
+
+def stack_mates(run: RunSpec) -> str:
+    """What a run must share with others to train as one with them, as canonical text."""
+    shared = run.model_dump(mode="json", exclude=set(MEMBERS_OWN))
+    shared["execution"].pop("stack")
+    return content_hash(shared)
+
+
+def runs_of(spec: SweepSpec, device: Device | None = None) -> list[RunSpec]:
+    """Every run of the sweep, learning-rate trials first, in a fixed order.
+
+    Args:
+        spec: the sweep's.
+        device: what they train on: micro-batches and precision follow it. Where it is left out, the spec's, or a CPU;
+            identities are the same for every device.
+    """
+    if device is None:
+        device = "cpu" if spec.resources.device == "auto" else spec.resources.device
+    rate_runs: dict[tuple[str, int], list[RunSpec]] = {}
+    lr, grid = spec.lr, spec.grid
+    if lr.rule == "choose":
+        for size, genes in product(grid.sizes, grid.genes):
+            rate_runs[size, genes] = [
+                _run(spec, device, "rate", size, genes, lr.choose_cells, "all", lr.choose_seed, rate, [])
+                for rate in lr.of(size, spec.shape(size).width)
+            ]
+    law_runs = []
+    for size, genes, cells, donors, seed in product(grid.sizes, grid.genes, grid.cells, grid.donors, grid.seeds):
+        if lr.rule == "choose":
+            candidates = [run.run_id for run in rate_runs[size, genes]]
+            law_runs.append(_run(spec, device, "law", size, genes, cells, donors, seed, None, candidates))
+        else:
+            law_runs += [
+                _run(spec, device, "law", size, genes, cells, donors, seed, rate, [])
+                for rate in lr.of(size, spec.shape(size).width)
+            ]
+    return [run for runs in rate_runs.values() for run in runs] + law_runs
+
+
+def execution_of(spec: SweepSpec, size: str, genes: int, device: Device) -> Execution:
+    """How runs of a size are carried out on a device: what the spec names, and else what was measured to be best."""
+    shape, train, resources = spec.shape(size), spec.train, spec.resources
+    workers = resources.workers.get(size, 1)
+    named = train.micro_batch
+    return Execution(
+        device=device,
+        precision=choose_precision(shape, device) if train.precision == "auto" else train.precision,
+        micro_batch=(
+            named
+            if isinstance(named, int)
+            else choose_micro_batch(shape, genes, train.cells_per_step, train.dropout, device)
+        ),
+        cpus=train.threads,
+        gpus=1.0 if device == "cuda" else 0.0,
+        workers=workers,
+        engine=resources.engine if workers > 1 else "plain",
+        zero_stage=resources.zero_stage if workers > 1 and resources.engine == "deepspeed" else 0,
+        offload_optimizer=resources.offload_optimizer and workers > 1,
+        compile=resources.compile,
+        checkpoint_seconds=train.checkpoint_seconds,
+    )
+
+
+def _run(
+    spec: SweepSpec,
+    device: Device,
+    role: Literal["law", "rate"],
+    size: str,
+    genes: int,
+    cells: int | Literal["all"],
+    donors: int | Literal["all"],
+    seed: int,
+    lr: float | None,
+    candidates: list[str],
+) -> RunSpec:
+    shape = spec.shape(size)
+    unnamed = RunSpec(
+        run_id="",
+        role=role,
+        size=size,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        feedforward=shape.feedforward,
+        genes=genes,
+        cells=None if cells == "all" else cells,
+        donors=None if donors == "all" else donors,
+        seed=seed,
+        lr=lr,
+        lr_candidates=candidates,
+        train=spec.train.rules(size, spec.lr.choose_fraction if role == "rate" else 1.0),
+        execution=execution_of(spec, size, genes, device),
+    )
+    # The name of a size is its user's; the shape behind it is what the run is.
+    identity = {name: value for name, value in unnamed.identity.items() if name not in ("run_id", "size")}
+    digest = content_hash(identity | {"data": spec.data.model_dump(mode="json")})[:8]
+    rate = f"lr{lr:g}" if lr is not None else "lrbest"
+    from_few = f"-n{donors}" if donors != "all" else ""
+    return unnamed.model_copy(update={"run_id": f"{role}-{size}-v{genes}-d{cells}{from_few}-s{seed}-{rate}-{digest}"})

@@ -1,0 +1,127 @@
+"""Where a sweep stands: its runs, the rows of their results, what is still to do, and what is said about it. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scaling_ray.records import ShardManifest
+from scaling_ray.results.columns import Row
+from scaling_ray.results.references import floor_name, reference_name
+from scaling_ray.results.sweep_files import ATTEMPTS, RESULT, SweepFiles
+from scaling_ray.results.write import ResultsTable, is_failure
+from scaling_ray.runs import RunSpec
+from scaling_ray.spec import SweepSpec
+from scaling_ray.storage import Place
+from scaling_ray.sweep.rates import choose_rates, with_rates
+from scaling_ray.sweep.units import Unit, units_of
+from scaling_ray.train.attempt import publish_winner
+
+Progress = Callable[[str], None]
+
+
+class SweepState:
+    """One call's view of a sweep, under its lease.
+
+    Args:
+        spec: the sweep's.
+        manifest: of its shards.
+        shards: where they lie.
+        files: the sweep's.
+        runs: all of them, in the table's order.
+        progress: is told what happens, a line each.
+    """
+
+    def __init__(
+        self,
+        spec: SweepSpec,
+        manifest: ShardManifest,
+        shards: Place,
+        files: SweepFiles,
+        runs: list[RunSpec],
+        progress: Progress,
+    ) -> None:
+        self.spec, self.manifest, self.shards, self.files, self.progress = spec, manifest, shards, files, progress
+        self.runs, self.stacks = runs, list[list[str]]()
+        self.train_cells = manifest.splits["train"].cells
+        publish_winners(files)
+        self.table = ResultsTable(files, runs, self.train_cells)
+        self._announced: set[str] = set()
+        self.choose_rates()
+        self._ended_before = len(runs) - len(self.waiting())
+
+    def row(self, run: RunSpec) -> Row:
+        """What is known of a run."""
+        return self.table.row(run.run_id)
+
+    def waiting(self, runs: list[RunSpec] | None = None) -> list[RunSpec]:
+        """Runs without a result, but for those that diverged: they would diverge again, digit for digit."""
+        rows = ((run, self.row(run)) for run in (self.runs if runs is None else runs))
+        return [run for run, row in rows if row.status != "done" and row.failure != "diverged"]
+
+    def choose_rates(self) -> None:
+        """Give runs their rates where all candidates have ended; a choice is written down and never changes after."""
+        earlier = self.files.chosen_rates()
+        chosen = choose_rates(self.runs, {run.run_id: self.row(run) for run in self.runs}, earlier)
+        if chosen != earlier:
+            self.files.write_chosen_rates(chosen)
+        self.replace_runs(with_rates(self.runs, chosen))
+
+    def replace_runs(self, runs: list[RunSpec]) -> None:
+        """The same runs, with what was decided since."""
+        self.runs = runs
+        self.table.replace_runs(runs)
+
+    def units(self, role: str) -> list[Unit]:
+        """What of a role is still to be trained."""
+        runs = [run for run in self.runs if run.role == role]
+        return units_of(runs, self.stacks, {run.run_id for run in self.waiting(runs)})
+
+    def has_floors(self) -> bool:
+        """Whether floors exist: they are exact for cells that were planted, and for a network that sees them whole."""
+        return self.manifest.planted and self.spec.train.umi_fraction == 1
+
+    def missing_references(self) -> list[str]:
+        """Files of baselines and floors that are not there yet."""
+        names = {f"{reference_name(run, self.train_cells)}.json" for run in self.runs}
+        if self.has_floors():
+            names |= {floor_name(run.genes, run.train) for run in self.runs}
+        return sorted(names - self.files.references.names().keys())
+
+    def ended(self, run: RunSpec) -> None:
+        """Read again what a run left."""
+        self.table.refresh([run.run_id])
+
+    def announce(self, run: RunSpec, seconds: float) -> None:
+        """A line for a run that ended, and one for each note it left; the results table is brought up to date."""
+        self.ended(run)
+        row = self.row(run)
+        if row.status not in ("done", "failed") and self.files.stop_requested():
+            return
+        self._announced.add(run.run_id)
+        number = self._ended_before + len(self._announced)
+        unit = row.loss_unit or "loss"
+        end = f"val_loss {row.val_loss:.4f} {unit}" if row.status == "done" else f"failed ({row.failure or 'lost'})"
+        self.progress(f"[{number:>3}/{len(self.runs)}] {run.run_id:55} {end}  {seconds:.0f} s")
+        files = self.files.run(run.run_id)
+        for note in (one for one in files.rows() if one["kind"] == "note"):
+            self.progress(f"{run.run_id}: {note['note']}")
+        result = files.result()
+        if result is not None and result.micro_batch != run.execution.micro_batch:
+            planned = run.execution.micro_batch
+            self.progress(f"{run.run_id}: memory allowed micro-batches of {result.micro_batch}, not {planned}")
+        self.table.write()
+
+    def failed(self) -> list[Row]:
+        """Rows of the runs that are missing a required result."""
+        return [row for row in self.table.rows if is_failure(row)]
+
+
+def publish_winners(files: SweepFiles) -> None:
+    """Move up the files of every attempt that committed before an earlier call could."""
+    found: dict[str, set[str]] = {}
+    for name in files.place.names("runs/"):
+        _, run_id, rest = name.split("/", 2)
+        found.setdefault(run_id, set()).add(rest.split("/")[0])
+    for run_id, there in found.items():
+        if {RESULT, ATTEMPTS} <= there:
+            publish_winner(files.run(run_id))

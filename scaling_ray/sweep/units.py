@@ -1,0 +1,59 @@
+"""What a scheduler places: a run, a stack of runs or a worker group, each with what it asks of the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from scaling_ray.runs import RunSpec
+from scaling_ray.spec import content_hash
+
+
+@dataclass(frozen=True)
+class Request:
+    """What must be free for a unit to start: ``workers`` times ``cpus`` and ``gpus``, each worker's on one node."""
+
+    cpus: int
+    gpus: float
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Runs that start, fail and are tried again together."""
+
+    runs: tuple[RunSpec, ...]
+
+    @property
+    def kind(self) -> Literal["run", "stack", "group"]:
+        """A run in one process, several runs in one, or one run in several."""
+        if len(self.runs) > 1:
+            return "stack"
+        return "group" if self.runs[0].execution.workers > 1 else "run"
+
+    @property
+    def name(self) -> str:
+        """Of the unit: its run's, or that of its stack."""
+        return self.runs[0].run_id if len(self.runs) == 1 else stack_name(list(self.runs))
+
+    @property
+    def request(self) -> Request:
+        """What it asks for."""
+        execution = self.runs[0].execution
+        return Request(execution.cpus, execution.gpus, execution.workers)
+
+
+def stack_name(runs: list[RunSpec]) -> str:
+    """The name of a stack's folder: it follows from its members."""
+    return f"{runs[0].role}-{runs[0].size}-{content_hash([run.run_id for run in runs])[:8]}"
+
+
+def units_of(runs: list[RunSpec], stacks: Iterable[list[str]], waiting: set[str]) -> list[Unit]:
+    """The units in which runs still wait: whole stacks first, then the runs of none."""
+    by_id = {run.run_id: run for run in runs}
+    together = [stack for stack in stacks if by_id.keys() >= set(stack)]
+    stacked = {run_id for stack in stacks for run_id in stack}
+    units = [Unit(tuple(by_id[run_id] for run_id in stack)) for stack in together]
+    units += [Unit((run,)) for run in runs if run.run_id not in stacked]
+    return [unit for unit in units if waiting & {run.run_id for run in unit.runs}]

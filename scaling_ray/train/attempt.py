@@ -1,0 +1,187 @@
+"""One try at a run: its rows, its checkpoints, its claim on the run's result, and the one commit of it.
+
+A try has files of its own below ``attempts/<token>/``, so that a writer that should be dead cannot disturb the next.
+After the commit, the winner's files move up to ``runs/<run_id>/`` and the attempts go.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from torch import Tensor
+
+from scaling_ray.records import RunResult
+from scaling_ray.results.sweep_files import (
+    ATTEMPTS,
+    CHECKPOINTS,
+    METRICS,
+    RESULT,
+    TEST_CELLS,
+    TEST_GENES,
+    AttemptName,
+    RunFiles,
+    read_rows,
+)
+from scaling_ray.runs import RunSpec, differing
+from scaling_ray.storage import Place
+from scaling_ray.train.checkpoint import (
+    KEPT,
+    MARKER,
+    Checkpoint,
+    Checkpoints,
+    Progress,
+    check_identity,
+    newest,
+    progress_facts,
+)
+from scaling_ray.train.sharded import UNREADABLE
+
+LAST, BEST = "last", "best"
+
+
+class MetricsLog:
+    """Appends rows to a metrics.jsonl; a row's time is fixed when it is first written."""
+
+    def __init__(self, place: Place, kept: list[dict[str, Any]]) -> None:
+        self._log = place.log(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        self._log.write(json.dumps(row | {"timestamp_ms": time.time_ns() // 1_000_000}) + "\n")
+
+    def flush(self) -> None:
+        """Have every row in its place; on a disk each is there at once."""
+        self._log.flush()
+
+
+class Attempt:
+    """One try at a run. With ``run`` its checkpoints say what run they belong to, and those of another are refused."""
+
+    def __init__(self, files: RunFiles, run: RunSpec | None = None) -> None:
+        self.files = files
+        self._earlier = AttemptName.all_of(files.place)
+        name = AttemptName.next_of(files.place)
+        self.number, self.token = name.number, name.token
+        self._identity = run.identity if run is not None else None
+        self._orphans: list[AttemptName] = []
+        self.place = files.place.below(f"{ATTEMPTS}/{self.token}")
+        self._claim = files.place.claim(RESULT, self.token)
+        self.checkpoints = Checkpoints(self.place.below(CHECKPOINTS))
+        self.place.write(METRICS, b"")  # the sign that the try was begun
+        self.metrics = MetricsLog(self.place, [])
+        self._best_of: dict[int, int] = {}
+
+    def save_last(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
+        """Publish the state to resume from; the one before is kept."""
+        self.checkpoints.save(LAST, progress.optimizer_steps, self._facts(progress), tensors)
+        self._saved(progress)
+
+    def publish_last(self, progress: Progress) -> None:
+        """The same for a state whose files all ranks have written."""
+        self.checkpoints.publish(LAST, progress.optimizer_steps, self._facts(progress))
+        self._saved(progress)
+
+    def save_best(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
+        """Publish the weights chosen so far."""
+        self.checkpoints.save(BEST, progress.best_step, self._facts(progress), tensors)
+        self.checkpoints.drop(BEST, {progress.best_step, *self._best_of.values()})
+
+    def _facts(self, progress: Progress) -> dict[str, Any]:
+        return {"progress": progress_facts(progress), "identity": self._identity}
+
+    def _saved(self, progress: Progress) -> None:
+        self.metrics.flush()
+        kept = self.checkpoints.steps_of(LAST)[:KEPT]
+        self.checkpoints.drop(LAST, set(kept))
+        self._best_of = {step: self._best_of[step] for step in kept if step in self._best_of}
+        self._best_of[progress.optimizer_steps] = progress.best_step
+        for orphan in self._orphans:
+            self.files.place.remove(f"{ATTEMPTS}/{orphan.token}/")
+        self._orphans = []
+
+    def load_best(self, progress: Progress) -> dict[str, Tensor]:
+        """Tensors of the chosen checkpoint."""
+        return self.checkpoints.read(BEST, progress.best_step).tensors()
+
+    def find(self) -> tuple[Progress, Checkpoint] | None:
+        """The newest whole checkpoint of the attempts before this one, with its rows and chosen weights taken over.
+
+        A row of kind "note" tells of each damaged one that was passed over. Attempts older than the one it is from go
+        when this one has saved a checkpoint of its own. Raises BadInput for a checkpoint of another run.
+        """
+        notes: list[str] = []
+        for age, attempt in enumerate(self._earlier):
+            place = self.files.place.below(f"{ATTEMPTS}/{attempt.token}")
+            found = self._find_in(Checkpoints(place.below(CHECKPOINTS)), notes)
+            if found is not None:
+                self._orphans = self._earlier[age + 1 :]
+                self.take_over_rows(place, found[0].optimizer_steps)
+                self._note(notes, found[0].optimizer_steps)
+                return found
+        self._note(notes, 0)
+        return None
+
+    def take_over_rows(self, place: Place, steps: int) -> None:
+        """Begin the rows with those of an earlier attempt up to an update."""
+        self.metrics = MetricsLog(self.place, [row for row in read_rows(place) if row["optimizer_steps"] <= steps])
+
+    def _note(self, notes: list[str], steps: int) -> None:
+        for note in notes:
+            self.metrics.write({"kind": "note", "optimizer_steps": steps, "note": note})
+
+    def _find_in(self, checkpoints: Checkpoints, notes: list[str]) -> tuple[Progress, Checkpoint] | None:
+        for steps in checkpoints.steps_of(LAST):
+            where = str(checkpoints.folder(LAST, steps)).removeprefix(f"{self.files.place}/")
+            try:
+                found = checkpoints.read(LAST, steps)
+                progress = Progress(**found.facts["progress"])
+            except UNREADABLE as error:
+                notes.append(f"passed over {where}, which is damaged: {' '.join(str(error).split())}")
+                continue
+            identity = found.facts["identity"]
+            if self._identity is not None and identity is not None:
+                check_identity(found, self._identity, differing(identity, self._identity))
+            if not progress.best_step or self._take_over_best(checkpoints, progress.best_step):
+                return progress, found
+            notes.append(f"passed over {where}: its chosen weights are damaged")
+        return None
+
+    def _take_over_best(self, checkpoints: Checkpoints, steps: int) -> bool:
+        try:
+            best = checkpoints.read(BEST, steps)
+        except UNREADABLE:
+            return False
+        target = self.checkpoints.folder(BEST, steps)
+        names = [name for name in best.folder.names() if name != MARKER]
+        for name in [*names, MARKER]:
+            best.folder.copy(name, target, name)
+        return True
+
+    def commit(self, result: RunResult) -> bool:
+        """Commit the run's result once; False where another attempt came first."""
+        self.metrics.flush()
+        return self.files.place.commit(RESULT, self._claim, result.to_json().encode())
+
+
+def publish_winner(files: RunFiles) -> None:
+    """Move the files of the attempt that committed up to the run and remove all attempts; safe to repeat."""
+    attempts = files.place.names(f"{ATTEMPTS}/")
+    if not attempts:
+        return
+    result = files.result()
+    if result is None:
+        return
+    winner = files.place.below(f"{ATTEMPTS}/{result.attempt}")
+    there = winner.names()
+    best = newest(Checkpoints(winner.below(CHECKPOINTS)), BEST, [])
+    if best is not None:
+        target = files.place.below(f"{CHECKPOINTS}/{BEST}")
+        names = [name for name in best.folder.names() if name != MARKER]
+        for name in [*names, MARKER]:
+            best.folder.copy(name, target, name)
+    for name in (TEST_CELLS, TEST_GENES, METRICS):
+        if name in there:
+            winner.copy(name, files.place, name)
+    files.place.remove(f"{ATTEMPTS}/")

@@ -1,0 +1,271 @@
+"""From weights drawn by seed to committed results: the one driver of a run alone and of runs that train as one.
+
+A run is a pure function of its spec and its shards: batch k comes from ``shards.order``, masks from a counter hash, so
+a position is all there is to resume. What trains is a ``Trainee`` of one or more members; the driver decides when rows
+are written, states saved and curves evaluated, and commits each member's result.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from scaling_ray.errors import Preempted
+from scaling_ray.records import LossSums, RunResult, StopReason
+from scaling_ray.runs import RunSpec
+from scaling_ray.shards.read import Cells
+from scaling_ray.sizes import training_flops_per_cell
+from scaling_ray.train.attempt import Attempt
+from scaling_ray.train.checkpoint import Progress
+from scaling_ray.train.evaluation import Evaluation, write_test_losses
+from scaling_ray.train.schedule import ends_part, row_interval
+
+UNSETTLED_UPDATES = 64
+"""Most updates that are given to a device before it is asked how they went."""
+
+
+def _never() -> bool:
+    return False
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the driver asks and tells the world around it.
+
+    ``asked_to_stop`` is asked every ``ask_seconds``, on rank 0: then the state is saved and Preempted rises.
+    ``asked_to_save`` may be collective: every rank asks it at the same updates, those at which rank 0's clock says so;
+    where any rank hears yes, the state is saved and training goes on. ``report`` is called after every evaluation;
+    ``beat`` whenever something was done, for a watchdog.
+    """
+
+    asked_to_stop: Callable[[], bool] = _never
+    asked_to_save: Callable[[], bool] = _never
+    report: Callable[[Progress], None] = _nothing
+    beat: Callable[[], None] = _nothing
+    ask_seconds: float = 1.0
+
+
+class Trainee(Protocol):
+    """One or more members that train together. All methods are called on every rank, in the same order."""
+
+    @property
+    def runs(self) -> list[RunSpec]:
+        """One of each member."""
+
+    @property
+    def members(self) -> list[Progress]:
+        """Where each stands."""
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole budget."""
+
+    @property
+    def steps(self) -> int:
+        """Updates done."""
+
+    @property
+    def attempts(self) -> list[Attempt] | None:
+        """Where each member's rows, weights and result go; None on ranks that write nothing."""
+
+    def running(self) -> list[int]:
+        """Members that still train: not failed, not stopped early."""
+
+    def agreed(self, *flags: bool) -> list[bool]:
+        """Of each flag whether any rank has it set."""
+
+    def update(self) -> None:
+        """One optimizer step of every member, not waited for."""
+
+    def settle(self) -> list[float]:
+        """Wait for the updates since the last call and count them: the gradient norm of each member's last one."""
+
+    def lr(self, member: int, step: int) -> float:
+        """A member's rate at an update (from 0)."""
+
+    def evaluate_curve(self) -> dict[int, tuple[float, float, bool]]:
+        """Validation on the fixed curve cells, by running member: (loss, smoothed, whether it is the best so far)."""
+
+    def keep_best(self, members: list[int]) -> None:
+        """Keep the present weights of members as the chosen ones."""
+
+    def save(self) -> None:
+        """Publish all that exact resuming needs."""
+
+    def evaluate_chosen(self) -> dict[int, tuple[Evaluation, Evaluation | None]]:
+        """By member that did not fail: its chosen weights on validation cells and, for a law, on test cells."""
+
+
+def agreed_flags(trainee: Trainee, now: float, saved: float, asked: float, signals: Signals) -> tuple[bool, bool, bool]:
+    """(a checkpoint is due, the world is to be asked, a stop was requested), the same on every rank.
+
+    Clocks and files differ between ranks: only rank 0 looks at them, and all do what it found.
+    """
+    due = ask = stop = False
+    if trainee.attempts is not None:
+        execution = trainee.runs[0].execution
+        due, ask = now - saved >= execution.checkpoint_seconds, now - asked >= signals.ask_seconds
+        stop = ask and signals.asked_to_stop()
+    due, ask, stop = trainee.agreed(due, ask, stop)
+    if ask:
+        (notice,) = trainee.agreed(signals.asked_to_save())
+        due = due or notice
+    return due, ask, stop
+
+
+def train(trainee: Trainee, signals: Signals) -> None:
+    """Updates until the budget ends or no member trains any more; Preempted once a requested stop has been saved."""
+    run = trainee.runs[0]
+    rules, attempts = run.train, trainee.attempts
+    every = row_interval(trainee.total_steps)
+    clock = since = saved = asked = time.monotonic()
+    unsettled = 0
+    while trainee.steps < trainee.total_steps and trainee.running():
+        trainee.update()
+        unsettled += 1
+        is_row = trainee.steps % every == 0
+        is_evaluation = ends_part(trainee.steps, trainee.total_steps, rules.evaluations)
+        now = time.monotonic()
+        due, ask, stop = agreed_flags(trainee, now, saved, asked, signals)
+        asked = now if ask else asked
+        if not (is_row or is_evaluation or due or stop or unsettled >= UNSETTLED_UPDATES):
+            continue
+        norms, unsettled = trainee.settle(), 0
+        running, now = trainee.running(), time.monotonic()
+        if is_row and attempts is not None:
+            speed = every * rules.cells_per_step / max(now - since, 1e-9)
+            for r in running:
+                rate = trainee.lr(r, trainee.steps - 1)
+                attempts[r].metrics.write(train_row(trainee.members[r], rate, norms[r], speed))
+            since = now
+        found = trainee.evaluate_curve() if is_evaluation else {}
+        now = time.monotonic()
+        for r in running:  # each one's part of the time
+            trainee.members[r].train_seconds += (now - clock) / len(running)
+        clock, since = now, now if is_evaluation else since
+        if attempts is not None:
+            for r, (loss, smoothed, _) in found.items():
+                attempts[r].metrics.write(eval_row(trainee.members[r], loss, smoothed))
+        trainee.keep_best([r for r, (_, _, best) in found.items() if best])
+        if due or stop:
+            trainee.save()
+            saved = time.monotonic()
+        if stop:
+            raise Preempted(f"{run.run_id}: saved at update {trainee.steps}; call again to go on")
+        for r in found:
+            signals.report(trainee.members[r])
+
+
+def finish(trainee: Trainee, data_hash: str, test_cells: Cells, cells_resolved: list[int], began: float) -> list[bool]:
+    """Evaluate the chosen weights and commit; for each result whether this attempt committed it. Every rank.
+
+    Args:
+        trainee: whose training has ended.
+        data_hash: of the shards.
+        test_cells: the test split; members that choose a rate never see it.
+        cells_resolved: unique training cells of each member.
+        began: when this attempt did, by time.monotonic.
+    """
+    found = trainee.evaluate_chosen()
+    attempts, committed = trainee.attempts, []
+    if attempts is None:
+        return []
+    for r, (val, test) in found.items():
+        if test is not None:
+            write_test_losses(attempts[r].place, test_cells, test)
+        run, progress = trainee.runs[r], trainee.members[r]
+        result = run_result(
+            run,
+            progress,
+            attempts[r],
+            data_hash=data_hash,
+            cells_resolved=cells_resolved[r],
+            val_loss=val.sums.mean,
+            test=test.sums if test is not None else None,
+            stop_reason="early_stop" if progress.optimizer_steps < trainee.total_steps else "budget",
+            wall_seconds=time.monotonic() - began,
+            stacked=len(trainee.runs),
+        )
+        committed.append(attempts[r].commit(result))
+    return committed
+
+
+def run_result(
+    run: RunSpec,
+    progress: Progress,
+    attempt: Attempt,
+    *,
+    data_hash: str,
+    cells_resolved: int,
+    val_loss: float,
+    test: LossSums | None,
+    stop_reason: StopReason,
+    wall_seconds: float,
+    stacked: int,
+) -> RunResult:
+    """The record of a run that ended."""
+    masked_per_cell = progress.masked_genes_seen / progress.cells_seen
+    assert run.lr is not None
+    return RunResult(
+        run_id=run.run_id,
+        attempt=attempt.token,
+        attempts=attempt.number,
+        data_hash=data_hash,
+        lr=run.lr,
+        cells_resolved=cells_resolved,
+        cells_seen=progress.cells_seen,
+        masked_genes_seen=progress.masked_genes_seen,
+        optimizer_steps=progress.optimizer_steps,
+        flops=training_flops_per_cell(run.shape, run.genes, masked_per_cell) * progress.cells_seen,
+        loss_unit=run.train.loss_unit,
+        val_loss=val_loss,
+        final_val_loss=progress.curve_loss[-1],
+        best_curve_loss=min(progress.curve_loss),
+        best_cells_seen=progress.best_step * run.train.cells_per_step,
+        test_loss=test.mean if test else None,
+        test_loss_sum=test.loss if test else None,
+        test_masked_genes=int(test.masked_genes) if test else None,
+        stop_reason=stop_reason,
+        wall_seconds=wall_seconds,
+        train_seconds=progress.train_seconds,
+        workers=run.execution.workers,
+        engine=run.execution.engine,
+        micro_batch=run.execution.micro_batch,
+        precision=run.execution.precision,
+        stacked=stacked,
+        host=socket.gethostname(),
+        ended_ms=time.time_ns() // 1_000_000,
+    )
+
+
+def train_row(progress: Progress, lr: float, norm: float, cells_per_second: float) -> dict[str, Any]:
+    """A row of metrics.jsonl over the updates since the one before; the sums in ``progress`` begin anew."""
+    loss = LossSums(progress.row_loss, progress.row_masked_genes).mean
+    progress.row_loss = progress.row_masked_genes = 0.0
+    return {
+        "kind": "train",
+        "optimizer_steps": progress.optimizer_steps,
+        "cells_seen": progress.cells_seen,
+        "train_loss": loss,
+        "lr": lr,
+        "grad_norm": norm,
+        "cells_per_second": cells_per_second,
+    }
+
+
+def eval_row(progress: Progress, val_loss: float, smoothed: float) -> dict[str, Any]:
+    """A row of metrics.jsonl about one evaluation of the curve."""
+    return {
+        "kind": "eval",
+        "optimizer_steps": progress.optimizer_steps,
+        "cells_seen": progress.cells_seen,
+        "val_loss": val_loss,
+        "val_loss_smoothed": smoothed,
+    }

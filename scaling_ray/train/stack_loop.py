@@ -1,0 +1,390 @@
+"""Runs of one shape that train as one. The stack is what is scheduled, saved and retried.
+
+Its members share the schedule, the budget and the recipe; seed, learning rate and cells are each one's own. Membership
+stands in the plan and never changes: a member that diverged is masked out, one that stopped early is no longer looked
+at, and one that already has its result trains along, so that the others get the bits they would have got.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scaling_ray.errors import BadInput, Diverged
+from scaling_ray.model.objectives import objective_named
+from scaling_ray.records import LossSums
+from scaling_ray.results.sweep_files import ATTEMPTS, AttemptName, RunFiles
+from scaling_ray.runs import MEMBERS_OWN, RunSpec
+from scaling_ray.shards.read import Cells, Feed, ResidentFeed, joined
+from scaling_ray.storage import Place
+from scaling_ray.train.attempt import LAST, Attempt
+from scaling_ray.train.batches import Batch, DeviceCells, evaluation_batches, make_batch
+from scaling_ray.train.checkpoint import KEPT, Checkpoints, Progress, newest
+from scaling_ray.train.driver import Signals, finish, train
+from scaling_ray.train.evaluation import Evaluation, add_by_gene, autocast
+from scaling_ray.train.schedule import learning_rate
+from scaling_ray.train.stack import StackedAdamW, StackedTransformer
+
+BLOCK_UPDATES = 64
+"""Updates whose cells are looked up at once."""
+
+
+def check_stack(runs: list[RunSpec]) -> None:
+    """BadInput unless the runs may train as one: all alike but for seed, rate and cells, and one process each."""
+    first = runs[0].model_dump(exclude=set(MEMBERS_OWN))
+    for run in runs[1:]:
+        for name, value in run.model_dump(exclude=set(MEMBERS_OWN)).items():
+            if value != first[name]:
+                line = f"differs from {first[name]!r} of {runs[0].run_id}; stack like runs"
+                raise BadInput(f"stack.{name}", value, line)
+    workers = runs[0].execution.workers
+    if workers != 1:
+        raise BadInput("stack.workers", workers, "trains in several processes; stack runs of one")
+
+
+class StackSource:
+    """Global batch k of every member, one member after the other.
+
+    Args:
+        runs: R of them.
+        feeds: theirs.
+        device: where batches are made; cells that all members share stay on a GPU.
+    """
+
+    def __init__(self, runs: list[RunSpec], feeds: list[Feed], device: torch.device) -> None:
+        self._train, self._feeds, self._device = runs[0].train, feeds, device
+        cells = self._train.cells_per_step
+        self._seeds = torch.tensor([run.seed for run in runs], device=device).repeat_interleave(cells)
+        self._held: DeviceCells | Cells | None = None
+        shared = feeds[0].cells if isinstance(feeds[0], ResidentFeed) else None
+        if shared is not None and all(isinstance(feed, ResidentFeed) and feed.cells is shared for feed in feeds):
+            self._held = DeviceCells.of(shared, device) if device.type == "cuda" else shared
+        self._block = -1
+        self._index: NDArray[np.int64] = np.empty(0, np.int64)
+        self._there: Tensor = torch.empty(0)
+
+    def batch(self, step: int) -> Batch:
+        """Update number ``step``: R x B cells."""
+        cells = self._train.cells_per_step
+        if self._held is None:
+            parts = [feed.batch(step, cells) for feed in self._feeds]
+            epochs = np.concatenate([epoch for _, epoch in parts])
+            return make_batch(joined([part for part, _ in parts]), epochs, self._train, self._seeds, self._device)
+        block, within = divmod(step, BLOCK_UPDATES)
+        if block != self._block:
+            found = [
+                feed.indices(block, BLOCK_UPDATES * cells) for feed in self._feeds if isinstance(feed, ResidentFeed)
+            ]
+            # (2, R, updates, B): the cell, and its epoch
+            self._index = np.stack([np.stack(pair) for pair in found], axis=1).reshape(
+                2, len(found), BLOCK_UPDATES, cells
+            )
+            self._there = torch.from_numpy(self._index).to(self._device)
+            self._block = block
+        if isinstance(self._held, DeviceCells):
+            index, when = self._there[:, :, within].flatten(1)
+            return self._held.rows(index).batch(when, self._train, self._seeds)
+        rows, epochs = self._index[:, :, within].reshape(2, -1)
+        return make_batch(self._held.rows(rows), epochs, self._train, self._seeds, self._device)
+
+
+class StackedLoop:
+    """The Trainee of R runs at once: as TrainingLoop, with everything that is measured kept by member.
+
+    Args:
+        runs: R members.
+        feeds: their batches.
+        val: validation cells.
+        test: test cells; members that choose a rate never see them.
+        device: to train on.
+        attempts: the members', where their rows and results go; None: nothing is written.
+        own: the stack's own checkpoints.
+        beat: called whenever something was done.
+    """
+
+    def __init__(
+        self,
+        runs: list[RunSpec],
+        feeds: list[Feed],
+        val: Cells,
+        test: Cells,
+        device: torch.device,
+        attempts: list[Attempt] | None = None,
+        own: Checkpoints | None = None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        check_stack(runs)
+        for run in runs:
+            if run.lr is None:
+                raise BadInput("lr", None, f"of {run.run_id} has not been chosen yet; sweep the rate runs first")
+        self.runs, self.run, self.device, self.feeds = runs, runs[0], device, feeds
+        self.val, self.test, self.attempts, self.beat = val, test, attempts, beat
+        self._own = own
+        seeds = [run.seed for run in runs]
+        outputs = self.run.outputs_per_gene
+        self.model = StackedTransformer(self.run.shape, self.run.genes, self.run.train.dropout, seeds, device, outputs)
+        self.optimizer = StackedAdamW(self.model.flat, self.run.train)
+        self.objective = objective_named(self.run.train.objective)
+        self.best = self.model.flat.clone()
+        self.source = StackSource(runs, feeds, device)
+        self.total_steps, self.steps = self.run.train.total_steps, 0
+        self.members = [Progress() for _ in runs]
+        self.failures: dict[int, str] = {}
+        self.alive = torch.ones(len(runs), dtype=torch.bool, device=device)
+        self._peaks = torch.tensor([run.lr for run in runs], device=device)
+        self._unsettled: list[Tensor] = []
+        self._curve: list[Batch] | None = None
+        torch.manual_seed(sum(seeds))
+
+    def lr(self, member: int, step: int) -> float:
+        """See Trainee."""
+        return learning_rate(self.run.train, float(self.runs[member].lr or 0.0), step)
+
+    def running(self) -> list[int]:
+        """See Trainee."""
+        patience, members = self.run.train.patience_evaluations, range(len(self.runs))
+        return [r for r in members if r not in self.failures and not self.members[r].has_stalled(patience)]
+
+    def agreed(self, *flags: bool) -> list[bool]:
+        """See Trainee."""
+        return list(flags)
+
+    def forward(self, batch: Batch, cells: int) -> Tensor:
+        """(R, B, K) losses of R x B cells."""
+        models = len(self.runs)
+        shaped = (part.view(models, cells, -1) for part in (batch.values, batch.masks.hidden, batch.masks.positions))
+        with autocast(self.run.execution, self.device):
+            outputs = self.model.forward(*shaped)
+            found = self.objective.losses(outputs.flatten(0, 1), batch.targets, batch.masks.weights)
+            return found.view(models, cells, -1)
+
+    def update(self) -> None:
+        """One optimizer step of every member."""
+        run, models, step = self.run, len(self.runs), self.steps
+        cells, micro_batch = run.train.cells_per_step, run.execution.micro_batch
+        batch = self.source.batch(step)
+        masked = batch.masks.weights.view(models, -1).sum(1).double()
+        share = masked.clamp(min=1.0).float()
+        summed = torch.zeros(models, dtype=torch.float64, device=self.device)
+        for start in range(0, cells, micro_batch):
+            stop = min(start + micro_batch, cells)
+            part = batch if stop - start == cells else _columns(batch, models, start, stop)
+            loss = self.forward(part, stop - start).sum((1, 2))
+            (loss / share).sum().backward()
+            summed += loss.detach().double()
+            self.beat()
+        scale = self.lr(0, step) / float(self.runs[0].lr or 1.0)
+        norms = self.optimizer.step(self.model.flat, self.model.gradients(), self._peaks * scale, self.alive)
+        self._unsettled.append(torch.stack([summed, masked, norms.double()]))
+        self.steps += 1
+        for r in self.running():
+            member = self.members[r]
+            member.optimizer_steps, member.cells_seen = step + 1, member.cells_seen + cells
+
+    def settle(self) -> list[float]:
+        """See Trainee. A member whose loss or gradient is not finite is masked out, with the first such update."""
+        table = torch.stack(self._unsettled).cpu()  # (updates, 3, R)
+        first = self.steps - len(self._unsettled) + 1
+        self._unsettled = []
+        for r in self.running():
+            member, rows = self.members[r], table[:, :, r]
+            bad = (~rows.isfinite().all(1)).nonzero()
+            if len(bad):
+                loss, norm = float(rows[bad[0, 0], 0] / rows[bad[0, 0], 1]), float(rows[bad[0, 0], 2])
+                self.fail(r, f"update {first + int(bad[0, 0])}: loss {loss}, gradient norm {norm}; lower the rate")
+                continue
+            member.masked_genes_seen += int(rows[:, 1].sum())
+            member.row_loss += float(rows[:, 0].sum())
+            member.row_masked_genes += float(rows[:, 1].sum())
+        return [float(norm) for norm in table[-1, 2]]
+
+    def fail(self, member: int, message: str) -> None:
+        """Mask a member out: it keeps its place, with weights of zero that nothing moves."""
+        self.failures[member] = message
+        self.alive[member] = False
+        self.model.flat[member] = 0.0
+        self.optimizer.first[member] = self.optimizer.second[member] = 0.0
+
+    def train_one_update(self) -> list[LossSums]:
+        """One optimizer step, waited for: the sums of each member's global batch."""
+        before = [(m.row_loss, m.row_masked_genes) for m in self.members]
+        self.update()
+        self.settle()
+        after = [(m.row_loss, m.row_masked_genes) for m in self.members]
+        return [LossSums(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after, strict=True)]
+
+    def evaluate(self, batches: list[Batch], weights: Tensor | None = None) -> list[Evaluation]:
+        """Under the fixed evaluation masks, by member; ``weights`` (R, P) instead of the present ones."""
+        models, own = len(self.runs), None
+        if weights is not None:
+            own = self.model.flat.clone()
+            self.model.flat.copy_(weights)
+        self.model.training = False
+        losses, counts = [], []
+        of_genes = torch.zeros(models, 2, self.run.genes, dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for batch in batches:
+                masks, targets = batch.masks.repeated(models), repeated(batch.targets, models)
+                found = self.forward(Batch(batch.values.repeat(models, 1), masks, targets), len(batch.values))
+                losses.append(found.sum(2).double())
+                counts.append(batch.masks.weights.sum(1).double())
+                for r in range(models):
+                    add_by_gene(of_genes[r], found[r], batch)
+                self.beat()
+        self.model.training = True
+        if own is not None:
+            self.model.flat.copy_(own)
+        by_member, count = torch.cat(losses, dim=1).cpu(), torch.cat(counts).cpu()
+        return [Evaluation(by_member[r], count, *of_genes[r].cpu()) for r in range(models)]
+
+    def evaluate_curve(self) -> dict[int, tuple[float, float, bool]]:
+        """See Trainee."""
+        if self._curve is None:
+            cells = self.val.rows(slice(0, self.run.train.curve_cells))
+            self._curve = self._batches(cells)
+        values = [found.sums.mean for found in self.evaluate(self._curve)]
+        found = {}
+        for r in self.running():
+            if not math.isfinite(values[r]):
+                self.fail(r, f"update {self.steps}: validation loss {values[r]}; lower the rate")
+                continue
+            found[r] = values[r], *self.members[r].add_evaluation(values[r], self.run.train.smoothing_evaluations)
+        return found
+
+    def _batches(self, cells: Cells) -> list[Batch]:
+        return evaluation_batches(cells, self.run.train, self.run.execution.micro_batch, self.device)
+
+    def keep_best(self, members: list[int]) -> None:
+        """See Trainee. They stay in memory: the stack's own checkpoints hold them."""
+        for r in members:
+            self.best[r] = self.model.flat[r]
+
+    def evaluate_chosen(self) -> dict[int, tuple[Evaluation, Evaluation | None]]:
+        """See Trainee; publishes each member's chosen weights too."""
+        alive = [r for r in range(len(self.runs)) if r not in self.failures]
+        if not alive:
+            return {}
+        val, test = self.evaluate(self._batches(self.val), self.best), None
+        if self.run.role == "law":
+            test = self.evaluate(self._batches(self.test), self.best)
+        if self.attempts is not None:
+            for r in alive:
+                weights = self.model.named(self.best, r)
+                tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+                self.attempts[r].save_best(self.members[r], tensors)
+        return {r: (val[r], test[r] if test is not None else None) for r in alive}
+
+    def state(self) -> dict[str, Tensor]:
+        """All that exact resuming needs besides the members' progress."""
+        return {
+            "weights": self.model.flat,
+            "exp_avg": self.optimizer.first,
+            "exp_avg_sq": self.optimizer.second,
+            "best": self.best,
+            "generator": torch.get_rng_state(),
+        }
+
+    def load(self, steps: int, members: list[Progress], failures: dict[int, str], tensors: dict[str, Tensor]) -> None:
+        """Stand where ``state`` was taken."""
+        self.steps = self.optimizer.steps = steps
+        self.members, self.failures = members, failures
+        targets = (self.model.flat, self.optimizer.first, self.optimizer.second, self.best)
+        with torch.no_grad():
+            for target, name in zip(targets, ("weights", "exp_avg", "exp_avg_sq", "best"), strict=True):
+                target.copy_(tensors[name])
+        for r in failures:
+            self.alive[r] = False
+        torch.set_rng_state(tensors["generator"])
+
+    def save(self) -> None:
+        """See Trainee: one state of all members, which says in which attempts their rows are."""
+        if self._own is None or self.attempts is None:
+            return
+        for attempt in self.attempts:
+            attempt.metrics.flush()
+        facts = {
+            "steps": self.steps,
+            "members": [asdict(member) for member in self.members],
+            "failures": {str(r): message for r, message in self.failures.items()},
+            "tokens": [attempt.token for attempt in self.attempts],
+        }
+        self._own.save(LAST, self.steps, facts, self.state())
+        self._own.drop(LAST, set(self._own.steps_of(LAST)[:KEPT]))
+
+    def resume(self, earlier: list[Checkpoints]) -> None:
+        """Stand where the newest whole state of earlier tries (the latest first) was taken; else at the beginning."""
+        for checkpoints in earlier:
+            found = newest(checkpoints, LAST, [])
+            if found is None or len(found.facts["members"]) != len(self.runs):
+                continue
+            facts = found.facts
+            members = [Progress(**one) for one in facts["members"]]
+            failures = {int(r): message for r, message in facts["failures"].items()}
+            self.load(facts["steps"], members, failures, found.tensors())
+            for attempt, token in zip(self.attempts or [], facts["tokens"], strict=True):
+                attempt.take_over_rows(attempt.files.place.below(f"{ATTEMPTS}/{token}"), self.steps)
+            return
+
+
+def repeated(targets: Tensor, times: int) -> Tensor:
+    """Targets (B, K, ...) so many times, one after the other: (times x B, K, ...)."""
+    return targets.repeat(times, *(1 for _ in targets.shape[1:]))
+
+
+def _columns(batch: Batch, models: int, start: int, stop: int) -> Batch:
+    """Cells start..stop of every model."""
+
+    def cut(part: Tensor) -> Tensor:
+        return part.view(models, -1, *part.shape[1:])[:, start:stop].flatten(0, 1)
+
+    return Batch(cut(batch.values), batch.masks.through(cut), cut(batch.targets))
+
+
+def stack_to_results(
+    runs: list[RunSpec],
+    feeds: list[Feed],
+    val: Cells,
+    test: Cells,
+    data_hash: str,
+    device: torch.device,
+    place: Place,
+    files: list[RunFiles],
+    diverged: Callable[[RunSpec, str], None],
+    signals: Signals | None = None,
+) -> None:
+    """Train a stack, resume where an earlier attempt stopped, commit a result for each member that did not diverge.
+
+    Args:
+        runs: R members.
+        feeds: their batches.
+        val: validation cells.
+        test: test cells; members that choose a rate never see them.
+        data_hash: of the shards.
+        device: to train on.
+        place: of the stack.
+        files: of the members.
+        diverged: told of each member whose loss became NaN or infinite.
+        signals: Preempted rises where they ask to stop.
+    """
+    began, signals = time.monotonic(), signals or Signals()
+    earlier = [_checkpoints(place, name) for name in AttemptName.all_of(place)]
+    own = _checkpoints(place, AttemptName.next_of(place))
+    attempts = [Attempt(one) for one in files]
+    loop = StackedLoop(runs, feeds, val, test, device, attempts, own, signals.beat)
+    loop.resume(earlier)
+    train(loop, signals)
+    for r, message in loop.failures.items():
+        diverged(runs[r], str(Diverged(message)))
+    finish(loop, data_hash, test, [len(feed.order.rows) for feed in feeds], began)
+    place.remove(f"{ATTEMPTS}/")
+
+
+def _checkpoints(place: Place, name: AttemptName) -> Checkpoints:
+    return Checkpoints(place.below(f"{ATTEMPTS}/{name.token}"))
