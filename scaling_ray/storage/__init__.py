@@ -16,19 +16,29 @@ from scaling_ray.storage.atomic import (
     write_atomic,
     write_json,
 )
-from scaling_ray.storage.lease import Lease
+from scaling_ray.storage.lease import FollowedLease, Lease, follow_lease
 from scaling_ray.storage.local import LocalPlace
-from scaling_ray.storage.place import Place
+from scaling_ray.storage.log import Log
+from scaling_ray.storage.place import Claim, Fence, Held, Place, fenced
 from scaling_ray.storage.retry import patiently
 from scaling_ray.storage.s3 import S3Place
+from scaling_ray.storage.s3_client import S3Settings
 
 __all__ = [
     "PARTIAL_PREFIX",
+    "Claim",
+    "Fence",
+    "FollowedLease",
+    "Held",
     "Lease",
     "LocalPlace",
+    "Log",
     "Place",
     "S3Place",
+    "S3Settings",
     "create_if_absent",
+    "fenced",
+    "follow_lease",
     "open_place",
     "output_directory",
     "partial_directory",
