@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from scaling_ray.runs import RunSpec, runs_of
 from scaling_ray.shards.format import block_name, block_widths, encode_block, split_content, write_file, write_table
 from scaling_ray.shards.read import Cells
 from scaling_ray.spec import parse_spec
-from scaling_ray.storage import open_place
+from scaling_ray.storage import Place, S3Place, open_place
 
 # Ray starts its workers at niceness 15, which on a busy machine is next to nothing; tests wait for them.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -218,8 +219,8 @@ def fault_of(method, path):
     with one_at_a_time:
         if chance[method].random() < share:  # the n-th of its kind, whatever comes between
             return chance[method].choice(("refused", "cut" if method == "GET" else "lost"))
-        asked = re.search("(refused|lost|cut|late)-([0-9]+)-times", path)
-        if not asked or method != {"cut": "GET", "late": "HEAD"}.get(asked[1], "PUT"):
+        asked = re.search("(refused|lost|cut)-([0-9]+)-times", path)
+        if not asked or method != {"cut": "GET"}.get(asked[1], "PUT"):
             return ""
         already[path] = already.get(path, 0) + 1
         return asked[1] if already[path] <= int(asked[2]) else ""
@@ -276,8 +277,6 @@ def application(environ, start_response):
     status, headers, body = answer_to(environ, path, fault)
     if fault == "cut" and not (method == "GET" and len(body) > 1):
         fault = "lost"
-    if fault == "late":
-        time.sleep(0.5)
     if fault == "lost":
         status, headers, body = error("500 Internal Server Error", "InternalError")
     with one_at_a_time:
@@ -386,12 +385,22 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """The same, and this process's environment leads to it."""
-    from scaling_ray.storage import s3 as places
-
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
-    places._client_of.cache_clear()
     yield s3_server
-    places._client_of.cache_clear()
+
+
+@pytest.fixture
+def on_s3(s3: S3Server) -> S3Place:
+    """A folder of the bucket that nothing is in."""
+    return S3Place(f"s3://shards/{uuid.uuid4().hex}/shards")
+
+
+@pytest.fixture(params=["local", "s3"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """A place that holds nothing yet, of each kind."""
+    if request.param == "s3":
+        return request.getfixturevalue("on_s3")
+    return open_place(tmp_path / "shards")

@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,26 +28,9 @@ import pytest
 from conftest import S3Server, free_port
 
 from scaling_ray.errors import BadInput, LeaseHeld
-from scaling_ray.storage import LocalPlace, Place, S3Place, open_place, patiently
-from scaling_ray.storage import s3 as places
+from scaling_ray.storage import LocalPlace, Place, S3Place, S3Settings, open_place, patiently
 
 LEASE = "building/.lease"
-
-
-@pytest.fixture
-def on_s3(s3: S3Server) -> S3Place:
-    """A folder of the bucket that nothing is in."""
-    found = open_place(f"s3://shards/{uuid.uuid4().hex}/shards")
-    assert isinstance(found, S3Place)
-    return found
-
-
-@pytest.fixture(params=["local", "s3"])
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    """A place that holds nothing yet, of each kind."""
-    if request.param == "s3":
-        return request.getfixturevalue("on_s3")
-    return open_place(tmp_path / "shards")
 
 
 def all_at_once(actions: list[Callable[[], bool]]) -> list[bool | Exception]:
@@ -203,22 +185,6 @@ def test_parquet_reads_some_columns_of_a_row_group(where: Place, request: pytest
     assert pq.read_table(where.parquet_source("train-00000.parquet")).equals(table)
 
 
-def test_a_second_holder_is_told_so_and_a_released_lease_is_free(where: Place) -> None:
-    with where.lease(LEASE):
-        with pytest.raises(LeaseHeld, match="another driver works here") as caught, where.lease(LEASE):
-            raise AssertionError("two holders")
-        assert caught.value.exit_code == 5
-        assert str(where) in str(caught.value) and "\n" not in str(caught.value)
-        with where.below("other").lease(LEASE):
-            pass
-    with where.lease(LEASE):
-        pass
-    with pytest.raises(RuntimeError, match="of the work"), where.lease(LEASE):
-        raise RuntimeError("of the work itself")
-    with where.lease(LEASE):
-        pass
-
-
 def test_of_eight_who_want_the_lease_at_once_one_holds_it(where: Place) -> None:
     for _ in range(2):
         with ExitStack() as stack:
@@ -320,7 +286,6 @@ def test_a_bucket_that_may_be_read_only_keeps_its_files(on_s3: S3Place, s3: S3Se
 def test_without_credentials_the_line_says_so_at_once(on_s3: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    places._client_of.cache_clear()
     began = time.monotonic()
     for call in everything(on_s3).values():
         assert "credentials" in refused(call)
@@ -329,7 +294,6 @@ def test_without_credentials_the_line_says_so_at_once(on_s3: S3Place, monkeypatc
 
 def test_a_malformed_endpoint_is_one_line(on_s3: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
-    places._client_of.cache_clear()
     for call in everything(on_s3).values():
         assert "localhost" in refused(call)
 
@@ -337,9 +301,8 @@ def test_a_malformed_endpoint_is_one_line(on_s3: S3Place, monkeypatch: pytest.Mo
 @pytest.mark.slow
 def test_a_store_that_stays_away_is_one_line_in_the_end(on_s3: S3Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.setattr(patiently, "__defaults__", (0.1,))
-    places._client_of.cache_clear()
-    line = refused(lambda: on_s3.read("there"))
+    away = S3Place(on_s3.uri, settings=S3Settings(outage_seconds=0.1))
+    line = refused(lambda: away.read("there"))
     assert line.startswith(f"--out: '{on_s3}': cannot be reached (Could not connect")
 
 
@@ -360,7 +323,7 @@ def test_who_made_a_file_knows_it_also_where_the_answer_got_lost(on_s3: S3Place)
     with on_s3.lease("lease-lost-1-times"):
         with pytest.raises(LeaseHeld), on_s3.lease("lease-lost-1-times"):
             raise AssertionError("two holders")
-    assert on_s3.names() == {"lost-1-times": 4}
+    assert on_s3.names("lost") == {"lost-1-times": 4}
 
 
 @pytest.mark.slow
@@ -370,46 +333,6 @@ def test_a_write_outlasts_more_errors_than_the_sdk_does(on_s3: S3Place, s3: S3Se
     put = ["PUT", f"/shards/{on_s3.prefix}refused-5-times"]
     asked = [status for method, path, status, *_ in s3.requests() if [method, path] == put]
     assert asked == ["500"] * 5 + ["200"]
-
-
-@pytest.fixture
-def short_leases(monkeypatch: pytest.MonkeyPatch) -> float:
-    """Seconds after which a lease that nobody renews is free; S3 tells times in whole seconds."""
-    monkeypatch.setattr(places, "LEASE_SECONDS", 3.0)
-    return 3.0
-
-
-def test_an_abandoned_lease_is_taken_over_by_one(on_s3: S3Place, s3: S3Server, short_leases: float) -> None:
-    name = "building/late-6-times"  # so both have seen that it is abandoned before the first of them takes it
-    s3.client.put_object(Bucket="shards", Key=on_s3.prefix + name, Body=b"a-holder-that-was-killed 0")
-    abandoned = time.monotonic()
-    with pytest.raises(LeaseHeld), on_s3.lease(name):
-        raise AssertionError("taken before its time")
-    time.sleep(max(0.0, abandoned + short_leases + 1.0 - time.monotonic()))
-    with ExitStack() as stack:
-        said = all_at_once([lambda: bool(stack.enter_context(on_s3.lease(name))) for _ in range(2)])
-        assert [type(answer) for answer in said if answer is not True] == [LeaseHeld]
-        with pytest.raises(LeaseHeld), on_s3.lease(name):
-            raise AssertionError("two holders")
-    assert on_s3.names() == {}
-
-
-def test_a_holder_that_lives_keeps_its_lease(on_s3: S3Place, short_leases: float) -> None:
-    with on_s3.lease(LEASE):
-        until = time.monotonic() + 1.8 * short_leases
-        while time.monotonic() < until:
-            with pytest.raises(LeaseHeld), on_s3.lease(LEASE):
-                raise AssertionError("taken from a holder that lives")
-            time.sleep(0.2)
-    with on_s3.lease(LEASE):
-        pass
-
-
-def test_who_lost_the_lease_leaves_that_of_its_successor(on_s3: S3Place, s3: S3Server, short_leases: float) -> None:
-    with on_s3.lease(LEASE):
-        s3.client.put_object(Bucket="shards", Key=on_s3.prefix + LEASE, Body=b"the-successor 0")
-        time.sleep(short_leases / 2)  # a renewal falls due, and finds it gone
-    assert s3.objects("shards", on_s3.prefix) == {LEASE: b"the-successor 0"}
 
 
 # a directory

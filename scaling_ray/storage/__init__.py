@@ -16,20 +16,31 @@ from scaling_ray.storage.atomic import (
     write_atomic,
     write_json,
 )
-from scaling_ray.storage.lease import Lease
+from scaling_ray.storage.lease import FollowedLease, Lease, follow_lease
 from scaling_ray.storage.local import LocalPlace
-from scaling_ray.storage.place import Place
+from scaling_ray.storage.log import Log
+from scaling_ray.storage.place import Claim, Fence, Held, Place, fenced
 from scaling_ray.storage.retry import patiently
 from scaling_ray.storage.s3 import S3Place
+from scaling_ray.storage.s3_client import S3Settings
 
 __all__ = [
     "PARTIAL_PREFIX",
+    "Claim",
+    "Fence",
+    "FollowedLease",
+    "Held",
     "Lease",
     "LocalPlace",
+    "Log",
     "Place",
     "S3Place",
+    "S3Settings",
     "create_if_absent",
+    "fenced",
+    "follow_lease",
     "open_place",
+    "output_place",
     "output_directory",
     "partial_directory",
     "patiently",
@@ -51,3 +62,11 @@ def open_place(where: str | Path | Place, field: str = "--out") -> Place:
     if "://" in text:
         raise BadInput(field, text, "is neither a directory nor an s3:// URI; name one of them")
     return LocalPlace(Path(text).absolute(), field)
+
+
+def output_place(where: str | Path | Place, field: str = "--out") -> Place:
+    """The place to write to at a path or ``s3://`` URI; a directory is created. BadInput where it cannot be one."""
+    place = open_place(where, field)
+    if isinstance(place, LocalPlace):
+        output_directory(place.path, field)
+    return place

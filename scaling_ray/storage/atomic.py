@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -65,6 +66,22 @@ def create_if_absent(path: Path, data: bytes | str) -> bool:
     return True
 
 
+def move_file(source: Path, final: Path) -> None:
+    """Move a finished file into place, whole or not at all: a rename, or a copy and a rename from another disk."""
+    with open(source, "rb") as stream:
+        os.fsync(stream.fileno())
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.replace(source, final)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with published_file(final) as temporary:
+            shutil.copyfile(source, temporary)
+        source.unlink()
+    _flush_directory(final.parent)
+
+
 def partial_directory(final: Path) -> Path:
     """An empty unfinished sibling of ``final`` to build in; leftovers of earlier attempts are removed."""
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +117,11 @@ def published_file(final: Path) -> Iterator[Path]:
 
 def sweep_partial_files(directory: Path) -> None:
     """Remove what killed writers left below ``directory``; only its one rightful writer may call this."""
-    for leftover in directory.rglob(f"{PARTIAL_PREFIX}*"):
-        leftover.unlink(missing_ok=True)
+    for leftover in list(directory.rglob(f"{PARTIAL_PREFIX}*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def publish_directory(temporary: Path, final: Path, kept: Path | None = None) -> None:

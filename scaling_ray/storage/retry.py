@@ -15,16 +15,19 @@ T = TypeVar("T")
 
 
 def patiently(action: Callable[[], T], transient: Callable[[Exception], bool], limit: float = OUTAGE_SECONDS) -> T:
-    """The result of ``action``, tried again while its errors are ``transient``, for ``limit`` seconds.
+    """The result of ``action``, tried again while its errors are ``transient``, for ``limit`` seconds from the first.
 
     Waits double, with jitter; the last error rises as it is.
     """
-    began, wait = time.monotonic(), FIRST_WAIT_SECONDS
+    failing_since: float | None = None
+    wait = FIRST_WAIT_SECONDS
     while True:
         try:
             return action()
         except Exception as error:
-            if not transient(error) or time.monotonic() - began + wait > limit:
+            now = time.monotonic()
+            failing_since = now if failing_since is None else failing_since
+            if not transient(error) or now - failing_since + wait > limit:
                 raise
         time.sleep(wait * random.uniform(0.5, 1.0))
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)

@@ -1,59 +1,91 @@
 """A prefix of an S3 bucket as a place.
 
-Every request is tried again for ``OUTAGE_SECONDS``, beyond what the SDK does by itself, so that a store that is gone
-for a minute costs a minute.
+Every request is tried again for the settings' ``outage_seconds``, so that a store that is gone for a minute costs a
+minute.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import threading
-import time
+import json
+import tempfile
 import uuid
-from email.utils import parsedate_to_datetime
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
-from scaling_ray.errors import BadInput, LeaseHeld
-from scaling_ray.storage.place import Place
+from scaling_ray.errors import BadInput
+from scaling_ray.storage.log import Log, RewrittenLog, whole_lines
+from scaling_ray.storage.place import Claim, Place
 from scaling_ray.storage.retry import patiently
+from scaling_ray.storage.s3_client import ConditionUnmet, RangeBeyondEnd, S3Settings, client, code_of, is_transient
+from scaling_ray.storage.s3_lease import S3Lease
 
-CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 60.0
-LEASE_SECONDS = 60.0
+COPY_BYTES = 64 << 20
+"""Of a file that is copied to this machine, asked for at a time."""
+CHANGES = ("put_object", "delete_object", "upload_fileobj")
+RESERVATION = b'{"scaling_ray_reservation": 1, '
+RESERVATION_BYTES = 512
+"""Every reservation has just this size, so that a listing shows what may be one."""
+OWNER_LETTERS = 64
+
+T = TypeVar("T")
 
 
 class S3Place(Place):
     """A prefix of a bucket. Credentials, region and endpoint are those of the environment, as AWS tools read them."""
 
-    def __init__(self, uri: str, field: str = "--out") -> None:
+    def __init__(self, uri: str, field: str = "--out", settings: S3Settings | None = None) -> None:
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if not bucket or not prefix.strip("/"):
             raise BadInput(field, uri, "needs a bucket and a folder in it: s3://BUCKET/FOLDER")
         super().__init__(f"s3://{bucket}/{prefix.strip('/')}", field)
         self.bucket, self.prefix = bucket, prefix.strip("/") + "/"
+        self.settings = settings or S3Settings()
 
-    def _call(self, operation: str, name: str | None = None, **arguments: Any) -> Any:
-        from botocore.exceptions import BotoCoreError, ClientError
+    def ask(self, operation: str, name: str | None = None, **arguments: Any) -> Any:
+        """The reply to one request about the object ``name``, or about the bucket.
 
+        Raises:
+            FileNotFoundError: there is no such object.
+            ConditionUnmet: a condition among ``arguments`` does not hold.
+            RangeBeyondEnd: the range among them begins behind the object's end.
+            BadInput: the store refuses, or cannot be reached for ``outage_seconds``.
+        """
         key = {} if name is None else {"Key": self.prefix + name}
 
         def answer() -> Any:
-            reply = getattr(_client(), operation)(Bucket=self.bucket, **key, **arguments)
-            # The body is part of the answer: a connection that breaks within it is tried again too.
-            return reply["Body"].read() if operation == "get_object" else reply
+            reply = getattr(client(self.settings), operation)(Bucket=self.bucket, **key, **arguments)
+            if operation == "get_object":
+                # The body is part of the answer: a connection that breaks within it is tried again too.
+                reply["Body"] = reply["Body"].read()
+            return reply
+
+        return self._patiently(operation, name, answer)
+
+    def _patiently(self, operation: str, name: str | None, answer: Callable[[], T]) -> T:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        def allowed() -> T:
+            if operation in CHANGES:  # before each try: an outage may last longer than a lease
+                self._allow()
+            return answer()
 
         try:
-            return patiently(answer, _is_transient)
+            return patiently(allowed, is_transient, self.settings.outage_seconds)
+        except BadInput:  # the fence's own
+            raise
         except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
+            code = code_of(error)
             if code in ("NoSuchKey", "404", "NotFound"):
                 raise FileNotFoundError(f"{self.uri}/{name}") from error
-            if code in ("PreconditionFailed", "InvalidRange"):
-                raise
-            raise BadInput(
-                self.field, self.uri, f"S3 refuses {operation} ({code}); mend that and call again"
-            ) from error
+            if code == "PreconditionFailed":
+                raise ConditionUnmet(f"{self.uri}/{name}") from error
+            if code == "InvalidRange":
+                raise RangeBeyondEnd(f"{self.uri}/{name}") from error
+            remedy = f"S3 refuses {operation} ({code}); mend that and call again"
+            raise BadInput(self.field, self.uri, remedy) from error
         except (BotoCoreError, OSError, ValueError) as error:  # ValueError: an endpoint that is no URL
             reason = " ".join(str(error).split())[:160]
             remedy = f"cannot be reached ({reason}); nothing is lost: call again when it can"
@@ -61,48 +93,123 @@ class S3Place(Place):
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """See Place."""
-        from botocore.exceptions import ClientError
-
         if length == 0:
             return b""
         end = "" if length is None else str(start + length - 1)
+        asked = {"Range": f"bytes={start}-{end}"} if start or end else {}
         try:
-            data: bytes = self._call("get_object", name, **({"Range": f"bytes={start}-{end}"} if start or end else {}))
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "InvalidRange":
-                raise
+            data: bytes = self.ask("get_object", name, **asked)["Body"]
+        except RangeBeyondEnd:
             return b""
         return data
+
+    def _tagged(self, name: str) -> tuple[bytes, str] | None:
+        """The bytes and the ETag of an object, None where there is none."""
+        try:
+            reply = self.ask("get_object", name)
+        except FileNotFoundError:
+            return None
+        return reply["Body"], reply["ETag"]
 
     def size(self, name: str) -> int | None:
         """See Place."""
         try:
-            return int(self._call("head_object", name)["ContentLength"])
+            return int(self.ask("head_object", name)["ContentLength"])
         except FileNotFoundError:
             return None
 
     def write(self, name: str, data: bytes) -> None:
         """See Place."""
-        self._call("put_object", name, Body=data)
+        self.ask("put_object", name, Body=data)
+
+    def put_if(self, name: str, data: bytes, **condition: str) -> str | None:
+        """Put ``data`` where a condition holds: the new ETag, None where it does not.
+
+        Where an answer got lost the condition may have held: the contents tell.
+        """
+        try:
+            return str(self.ask("put_object", name, Body=data, **condition)["ETag"])
+        except (ConditionUnmet, FileNotFoundError):  # not found: it was to be replaced, and is gone
+            return None
 
     def create(self, name: str, data: bytes) -> bool:
         """See Place. An answer that got lost is told from another's by the contents."""
-        from botocore.exceptions import ClientError
+        while True:
+            if self.put_if(name, data, IfNoneMatch="*"):
+                return True
+            there = self.read_if_there(name)
+            if there is not None:
+                return there == data
 
+    def put_file(self, name: str, path: Path) -> None:
+        """See Place. What a killed upload of a large file leaves is for the bucket's lifecycle rule to remove."""
+        from boto3.s3.transfer import TransferConfig
+
+        if not path.is_file():
+            raise FileNotFoundError(path)
+
+        def upload() -> None:
+            with open(path, "rb") as stream:
+                # The fence is asked while the bytes go out, too: that may take longer than a lease.
+                client(self.settings).upload_fileobj(
+                    stream,
+                    self.bucket,
+                    self.prefix + name,
+                    Callback=lambda _: self._allow(),
+                    Config=TransferConfig(multipart_threshold=32 << 20, multipart_chunksize=32 << 20),
+                )
+
+        self._patiently("upload_fileobj", name, upload)
+        path.unlink()
+
+    @contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """See Place."""
+        with _temporary_directory() as folder:
+            path = folder / name.rpartition("/")[2]
+            while not self._copied(name, path):
+                pass
+            yield path
+
+    def _copied(self, name: str, path: Path) -> bool:
+        """Whether all parts of the copy are of one object: it may be replaced while it is read."""
+        head = self.ask("head_object", name)
+        size = int(head["ContentLength"])
         try:
-            self._call("put_object", name, Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "PreconditionFailed":
+            with open(path, "wb") as stream:
+                for start in range(0, size, COPY_BYTES):
+                    own = {"Range": f"bytes={start}-{min(start + COPY_BYTES, size) - 1}", "IfMatch": head["ETag"]}
+                    stream.write(self.ask("get_object", name, **own)["Body"])
+        except ConditionUnmet:
+            return False
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
                 raise
-            return self.read(name) == data
+            raise _unusable_temporary(error) from error
         return True
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """See Place. It lies where TMPDIR says."""
+        self._allow()
+        with _temporary_directory() as folder:
+            yield folder
+
+    def log(self, name: str, text: str | None = None, seconds: float = 5.0) -> Log:
+        """See Place."""
+        if text is None:
+            there = whole_lines(self.read_if_there(name) or b"")
+        else:
+            there = text.encode()
+            self.write(name, there)
+        return RewrittenLog(lambda data: self.write(name, data), there, seconds)
 
     def names(self, below: str = "") -> dict[str, int]:
         """See Place."""
         found: dict[str, int] = {}
         more: dict[str, str] = {}
         while True:
-            page = self._call("list_objects_v2", Prefix=self.prefix + below, **more)
+            page = self.ask("list_objects_v2", Prefix=self.prefix + below, **more)
             for entry in page.get("Contents", []):
                 if entry["Key"].endswith("/"):  # the sign of a folder that the console leaves
                     continue
@@ -114,7 +221,7 @@ class S3Place(Place):
     def remove(self, below: str) -> None:
         """See Place."""
         for name in self.names(below) if below.endswith("/") else [below]:
-            self._call("delete_object", name)
+            self.ask("delete_object", name)
 
     def parquet_source(self, name: str) -> Any:
         """See Place."""
@@ -124,79 +231,70 @@ class S3Place(Place):
 
     def below(self, name: str) -> S3Place:
         """See Place."""
-        return S3Place(f"{self.uri}/{name}", self.field)
+        inner = S3Place(f"{self.uri}/{name}", self.field, self.settings)
+        inner._fence = self._fence
+        return inner
 
-    def lease(self, name: str) -> S3Lease:
+    def lease(self, name: str, progress: Callable[[str], None] = lambda line: None) -> S3Lease:
         """See Place."""
-        return S3Lease(self, name)
+        return S3Lease(S3Place(self.uri, self.field, self.settings), name, self.settings.lease_seconds, progress)
 
+    def claim(self, name: str, owner: str) -> Claim:
+        """See Place."""
+        data = _reservation(owner)
+        while True:
+            there = self._tagged(name)
+            if there and there[0] == data:  # the answer got lost
+                return Claim(name, owner, there[1])
+            if there and not _is_reservation(there[0]):
+                return Claim(name, owner)
+            etag = self.put_if(name, data, **({"IfMatch": there[1]} if there else {"IfNoneMatch": "*"}))
+            if etag:
+                return Claim(name, owner, etag)
 
-class S3Lease:
-    """One writer at a time on S3: an object that its holder renews, taken over once it has not been for LEASE_SECONDS.
-
-    Conditional puts decide who holds it. A holder that was cut off for longer may go on beside its successor: what they
-    write must then be the same, as the files of a conversion are.
-    """
-
-    def __init__(self, where: S3Place, name: str) -> None:
-        self._place, self._name, self._token = where, name, uuid.uuid4().hex
-        self._done = threading.Event()
-        self._etag = ""
-
-    def __enter__(self) -> S3Lease:
-        if not self._take():
-            raise LeaseHeld(f"{self._place}: another driver works here; wait for it, or stop it")
-        self._renewer = threading.Thread(target=self._renew, daemon=True)
-        self._renewer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._renewer.join(timeout=ANSWER_SECONDS)
-        if self._held_by_me():
-            self._place.remove(self._name)
-
-    def _put(self, **condition: str) -> bool:
-        from botocore.exceptions import ClientError
-
-        body = f"{self._token} {time.time_ns()}".encode()
-        try:
-            self._etag = self._place._call("put_object", self._name, Body=body, **condition)["ETag"]
-        except ClientError:
-            return self._held_by_me()
-        except FileNotFoundError:  # a conditional put on an object that is gone
-            return False
-        return True
-
-    def _held_by_me(self) -> bool:
-        """Whether the object is this holder's: an answer that got lost is told from another's by the contents."""
-        try:
-            head = self._place._call("head_object", self._name)
-            mine = self._place.read(self._name).decode().split()[0] == self._token
-        except FileNotFoundError:
-            return False
-        self._etag = head["ETag"] if mine else self._etag
-        return mine
-
-    def _take(self) -> bool:
-        if self._put(IfNoneMatch="*"):
+    def commit(self, name: str, claim: Claim, data: bytes) -> bool:
+        """See Place."""
+        if _is_reservation(data):
+            raise ValueError("what is committed must not look like a reservation")
+        if claim.etag and self.put_if(name, data, IfMatch=claim.etag):
             return True
-        try:
-            head = self._place._call("head_object", self._name)
-        except FileNotFoundError:
-            return self._put(IfNoneMatch="*")
-        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
-        if (now - head["LastModified"]).total_seconds() < LEASE_SECONDS:
-            return False
-        return self._put(IfMatch=head["ETag"])
+        return self.committed(name) == data
 
-    def _renew(self) -> None:
-        while not self._done.wait(LEASE_SECONDS / 4):
-            try:
-                if not self._put(IfMatch=self._etag):
-                    return
-            except BadInput:  # the store is away for longer than patience lasts: the work itself will say so
-                return
+    def committed(self, name: str) -> bytes | None:
+        """See Place."""
+        there = self.read_if_there(name)
+        return None if there is None or _is_reservation(there) else there
+
+    def claims(self, below: str = "") -> list[str]:
+        """See Place."""
+        likely = [name for name, size in self.names(below).items() if size == RESERVATION_BYTES]
+        return [name for name in likely if _is_reservation(self.read_if_there(name) or b"")]
+
+
+def _reservation(owner: str) -> bytes:
+    """Unlike any other, so that its ETag is."""
+    shown = owner.encode("ascii", "replace").decode()[:OWNER_LETTERS]
+    fields = json.dumps({"owner": shown, "claim": uuid.uuid4().hex})
+    return (RESERVATION + fields[1:].encode()).ljust(RESERVATION_BYTES)
+
+
+def _is_reservation(data: bytes) -> bool:
+    return len(data) == RESERVATION_BYTES and data.startswith(RESERVATION)
+
+
+@contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="scaling-ray-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _unusable_temporary(error) from error
+    with folder as path:
+        yield Path(path)
+
+
+def _unusable_temporary(error: OSError) -> BadInput:
+    remedy = f"cannot be used ({error.strerror}); mend that, or set TMPDIR to another directory, then call again"
+    return BadInput("TMPDIR", tempfile.gettempdir(), remedy)
 
 
 class _Ranges(io.RawIOBase):
@@ -226,29 +324,3 @@ class _Ranges(io.RawIOBase):
         data = self._place.read(self._name, self._at, left if size < 0 else min(size, left))
         self._at += len(data)
         return data
-
-
-@cache
-def _client_of(process: int) -> Any:
-    import boto3
-    from botocore.config import Config
-
-    retries: Any = {"mode": "standard", "max_attempts": 4}
-    config = Config(retries=retries, connect_timeout=CONNECT_SECONDS, read_timeout=ANSWER_SECONDS)
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-west-2"
-    return boto3.session.Session().client("s3", region_name=region, config=config)
-
-
-def _client() -> Any:
-    """This process's client; one made before a fork must not be shared."""
-    return _client_of(os.getpid())
-
-
-def _is_transient(error: Exception) -> bool:
-    from botocore import exceptions as boto
-
-    if isinstance(error, boto.ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status in (408, 409, 429)  # 409: another conditional put is under way
-    lost = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ConnectionError, TimeoutError)
-    return isinstance(error, lost)

@@ -1,0 +1,566 @@
+"""One driver at a time, fences that stop those who lost their lease, and commits that happen once.
+
+Holders run in processes of their own, so that they can be killed and paused.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import S3Server
+
+from scaling_ray.errors import BadInput, LeaseHeld
+from scaling_ray.storage import LocalPlace, Place, S3Place, S3Settings, fenced, follow_lease, open_place
+
+LEASE = "building/.lease"
+SECONDS = 3.0
+"""Of a short lease; S3 tells times in whole seconds."""
+
+TALK = """
+import base64, json, pickle, sys
+from scaling_ray.errors import LeaseHeld
+from scaling_ray.storage import fenced
+
+def answers(state):
+    # Run each line of the test, one answer to each: what it gives, or the error's name.
+    for line in sys.stdin:
+        try:
+            answer = eval(line, state)
+        except Exception as error:
+            answer = type(error).__name__ + ": " + str(error)
+        print(json.dumps(answer if isinstance(answer, (str, bool, int, type(None))) else "done"), flush=True)
+
+place = pickle.loads(base64.b64decode(sys.argv[1]))
+"""
+
+HOLD = (
+    TALK
+    + """
+with place.lease(sys.argv[2]) as lease:
+    print(json.dumps(lease.token), flush=True)
+    answers({"place": fenced(place, lease), "lease": lease, "claims": {}})
+"""
+)
+
+WANT = (
+    TALK
+    + """
+from contextlib import ExitStack
+print(json.dumps("ready"), flush=True)
+with ExitStack() as held:
+    answers({"place": place, "held": held, "fenced": fenced})
+"""
+)
+
+
+@dataclass
+class Talker:
+    """A process that runs the lines it is sent."""
+
+    process: subprocess.Popen[str]
+    greeting: str
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def ask(self, line: str) -> Any:
+        self.send(line)
+        return self.answer()
+
+    def kill(self) -> None:
+        """End it at once; nobody has waited for it yet."""
+        self.process.send_signal(signal.SIGKILL)
+
+
+@contextmanager
+def talking(program: str, place: Place, *arguments: str, before: tuple[str, ...] = ()) -> Iterator[Talker]:
+    """A process that runs ``program`` on ``place``, until the block ends."""
+    carried = base64.b64encode(pickle.dumps(place)).decode()
+    process = subprocess.Popen(
+        [*before, sys.executable, "-c", program, carried, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    talker = Talker(process, "")
+    try:
+        talker.greeting = talker.answer()
+        yield talker
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture
+def brief(on_s3: S3Place) -> S3Place:
+    """A place on S3 whose leases are short."""
+    return S3Place(on_s3.uri, settings=S3Settings(lease_seconds=SECONDS))
+
+
+def body_of(s3: S3Server, place: S3Place, name: str = LEASE) -> bytes:
+    """What the store holds for the lease."""
+    return s3.objects("shards", place.prefix)[name]
+
+
+# who holds it
+
+
+def test_a_second_holder_is_told_so_and_a_released_lease_is_free(where: Place) -> None:
+    with where.lease(LEASE) as held:
+        held.check()
+        with pytest.raises(LeaseHeld, match="another driver works here") as caught, where.lease(LEASE):
+            raise AssertionError("two holders")
+        assert caught.value.exit_code == 5
+        assert str(where) in str(caught.value) and "\n" not in str(caught.value)
+        assert f"process {os.getpid()} on " in str(caught.value)
+        with where.below("other").lease(LEASE) as other:
+            assert other.token != held.token
+    with where.lease(LEASE) as again:
+        assert again.token != held.token
+    with pytest.raises(RuntimeError, match="of the work"), where.lease(LEASE):
+        raise RuntimeError("of the work itself")
+    with where.lease(LEASE):
+        pass
+
+
+def test_of_eight_processes_that_want_the_lease_at_once_one_holds_it(where: Place) -> None:
+    with ExitStack() as stack:
+        takers = [stack.enter_context(talking(WANT, where)) for _ in range(8)]
+        for _ in range(2):
+            for taker in takers:
+                taker.send(f"held.enter_context(place.lease({LEASE!r})).token")
+            said = [taker.answer() for taker in takers]
+            assert sum(answer.startswith("LeaseHeld: ") for answer in said) == 7
+            winner = next(taker for taker, answer in zip(takers, said, strict=True) if len(answer) == 32)
+            winner.ask("held.close()")
+
+
+def test_after_a_kill_the_lease_is_taken_over_at_once_on_the_same_machine(where: Place) -> None:
+    waited: list[str] = []
+    with talking(HOLD, where, LEASE) as holder:
+        assert len(holder.greeting) == 32
+        with pytest.raises(LeaseHeld), where.lease(LEASE, waited.append):
+            raise AssertionError("two holders")
+        holder.kill()
+        os.waitid(os.P_PID, holder.process.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has waited for it
+        with where.lease(LEASE, waited.append) as held:
+            assert held.token != holder.greeting
+    assert waited == []
+
+
+def test_a_process_with_the_number_of_the_dead_holder_is_not_the_holder(on_s3: S3Place, s3: S3Server) -> None:
+    with talking(HOLD, on_s3, LEASE) as holder:
+        body = json.loads(body_of(s3, on_s3))
+        holder.kill()
+        holder.process.wait()
+    assert body["pid"] == holder.process.pid
+    recycled = json.dumps(body | {"pid": os.getpid()}).encode()
+    s3.client.put_object(Bucket="shards", Key=on_s3.prefix + LEASE, Body=recycled)
+    waited: list[str] = []
+    with on_s3.lease(LEASE, waited.append):
+        pass
+    assert waited == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"host": "another"}, {"boot": "another"}, {"pid_namespace": "another"}, {"boot": ""}]
+)
+def test_a_dead_process_elsewhere_is_not_judged_from_here(brief: S3Place, s3: S3Server, change: dict[str, str]) -> None:
+    with talking(HOLD, brief, LEASE) as holder:
+        body = json.loads(body_of(s3, brief))
+        holder.kill()
+        holder.process.wait()
+    s3.client.put_object(Bucket="shards", Key=brief.prefix + LEASE, Body=json.dumps(body | change).encode())
+    waited: list[str] = []
+    with brief.lease(LEASE, waited.append):
+        pass
+    assert len(waited) == 1 and "waiting up to 3 s" in waited[0]
+
+
+def test_a_holder_elsewhere_that_lives_is_seen_by_its_renewals(brief: S3Place, s3: S3Server) -> None:
+    done = threading.Event()
+
+    def renew() -> None:
+        count = 0
+        while not done.wait(SECONDS / 6):
+            count += 1
+            s3.client.put_object(Bucket="shards", Key=brief.prefix + LEASE, Body=f"a holder elsewhere {count}".encode())
+
+    s3.client.put_object(Bucket="shards", Key=brief.prefix + LEASE, Body=b"a holder elsewhere")
+    elsewhere = threading.Thread(target=renew)
+    elsewhere.start()
+    try:
+        waited: list[str] = []
+        with pytest.raises(LeaseHeld), brief.lease(LEASE, waited.append):
+            raise AssertionError("taken from a holder that lives")
+        assert len(waited) == 1
+    finally:
+        done.set()
+        elsewhere.join()
+
+
+def test_an_abandoned_lease_is_taken_over_by_one_and_not_before_its_time(brief: S3Place, s3: S3Server) -> None:
+    s3.client.put_object(Bucket="shards", Key=brief.prefix + LEASE, Body=b"a holder that was killed elsewhere")
+    abandoned = time.monotonic()
+    with ExitStack() as stack:
+        takers = [stack.enter_context(talking(WANT, brief)) for _ in range(2)]
+        for taker in takers:
+            taker.send(f"held.enter_context(place.lease({LEASE!r})).token")
+        said = sorted((taker.answer() for taker in takers), key=len)
+        assert time.monotonic() - abandoned >= SECONDS
+        assert len(said[0]) == 32 and said[1].startswith("LeaseHeld: ")
+        with pytest.raises(LeaseHeld), brief.lease(LEASE):
+            raise AssertionError("two holders")
+
+
+def test_a_holder_keeps_its_lease_past_its_seconds(brief: S3Place, s3: S3Server) -> None:
+    with talking(HOLD, brief, LEASE) as holder:
+        bodies = set()
+        until = time.monotonic() + 1.5 * SECONDS
+        while time.monotonic() < until:
+            bodies.add(body_of(s3, brief))
+            time.sleep(0.1)
+        assert len(bodies) > 3
+        assert holder.ask("place.write('mine', b'mine')") is None
+        with pytest.raises(LeaseHeld), brief.lease(LEASE):
+            raise AssertionError("two holders")
+
+
+@pytest.fixture
+def other_pid_namespace() -> tuple[str, ...]:
+    """A command prefix that makes a process one of another machine, as far as numbers of processes go."""
+    command = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to make a pid namespace")
+    return command
+
+
+def test_a_holder_in_another_container_is_waited_for(brief: S3Place, other_pid_namespace: tuple[str, ...]) -> None:
+    waited: list[str] = []
+    with talking(HOLD, brief, LEASE, before=other_pid_namespace) as holder:
+        with pytest.raises(LeaseHeld), brief.lease(LEASE, waited.append):
+            raise AssertionError("two holders")
+        assert len(waited) == 1
+        holder.kill()  # of the wrapper, and with it of the holder
+        holder.process.wait()
+    with brief.lease(LEASE, waited.append):
+        pass
+    assert len(waited) == 2
+
+
+# who lost it
+
+
+def test_a_paused_holder_that_was_taken_over_writes_and_commits_nothing(brief: S3Place, s3: S3Server) -> None:
+    with talking(HOLD, brief, LEASE) as paused:
+        assert paused.ask("place.write('progress', b'of the first')") is None
+        assert paused.ask("claims.setdefault('mine', place.claim('result', 'first'))") == "done"
+        paused.process.send_signal(signal.SIGSTOP)
+        with brief.lease(LEASE) as held:
+            own = fenced(brief, held)
+            assert own.claims() == ["result"]
+            claim = own.claim("result", "second")
+            paused.process.send_signal(signal.SIGCONT)
+            said = paused.ask("place.write('progress', b'of a driver whose time is over')")
+            assert said.startswith("LeaseHeld: ") and "took over" in said
+            for line in ("place.create('new', b'x')", "place.remove('progress')", "place.claim('other', 'first')"):
+                assert paused.ask(line).startswith("LeaseHeld: ")
+            assert paused.ask("place.commit('result', claims['mine'], b'first')").startswith("LeaseHeld: ")
+            # The store itself refuses what slips past the fence.
+            plain = f"__import__('pickle').loads({pickle.dumps(brief)!r})"
+            assert paused.ask(f"{plain}.commit('result', claims['mine'], b'first')") is False
+            assert own.commit("result", claim, b"second") is True
+            held.check()
+        assert paused.ask("place.read('progress').decode()") == "of the first"
+    assert brief.committed("result") == b"second"
+    assert set(s3.objects("shards", brief.prefix)) == {LEASE, "progress", "result"}
+
+
+def test_a_holder_that_was_paused_and_not_taken_over_goes_on(brief: S3Place) -> None:
+    with talking(HOLD, brief, LEASE) as paused:
+        paused.process.send_signal(signal.SIGSTOP)
+        time.sleep(1.2 * SECONDS)
+        paused.process.send_signal(signal.SIGCONT)
+        assert paused.ask("place.write('progress', b'more')") is None
+        assert paused.ask("lease.check()") is None
+
+
+def test_who_lost_the_lease_leaves_that_of_its_successor(brief: S3Place, s3: S3Server) -> None:
+    with brief.lease(LEASE) as held:
+        s3.client.put_object(Bucket="shards", Key=brief.prefix + LEASE, Body=b"the successor")
+        deadline = time.monotonic() + 10 * SECONDS
+        with pytest.raises(LeaseHeld, match="took over"):
+            while time.monotonic() < deadline:
+                held.check()
+                time.sleep(0.05)
+        s3.client.delete_object(Bucket="shards", Key=brief.prefix + LEASE)
+        with pytest.raises(LeaseHeld, match="took over"):  # for ever
+            held.check()
+        s3.client.put_object(Bucket="shards", Key=brief.prefix + LEASE, Body=b"the successor")
+    assert body_of(s3, brief) == b"the successor"
+
+
+def test_a_lease_that_was_given_back_allows_nothing(on_s3: S3Place) -> None:
+    with on_s3.lease(LEASE) as held:
+        own = fenced(on_s3, held)
+        own.write("file", b"x")
+    with pytest.raises(LeaseHeld, match="gave its lease back"):
+        own.write("file", b"y")
+    assert on_s3.read("file") == b"x"
+
+
+def test_renewals_outlast_lost_answers(on_s3: S3Place, s3: S3Server) -> None:
+    brief = S3Place(on_s3.uri, settings=S3Settings(lease_seconds=SECONDS))
+    with brief.lease("lease-lost-6-times") as held:
+        until = time.monotonic() + 1.5 * SECONDS
+        while time.monotonic() < until:
+            held.check()
+            time.sleep(0.05)
+        with pytest.raises(LeaseHeld), brief.lease("lease-lost-6-times"):
+            raise AssertionError("two holders")
+    lost = [path for _, path, _, _, fault in s3.requests() if fault == "lost" and brief.prefix in path]
+    assert len(lost) == 6
+
+
+# those who work for the holder
+
+
+@dataclass
+class Switch:
+    """A fence of the test's own."""
+
+    lost: bool = False
+    asked: int = 0
+
+    def check(self) -> None:
+        self.asked += 1
+        if self.lost:
+            raise LeaseHeld("another driver took over here")
+
+
+def changes(place: Place, folder: Path) -> dict[str, Callable[[], object]]:
+    """A call of each kind that changes something, and of those that only read."""
+    (folder / "finished").write_bytes(b"a file")
+    return {
+        "write": lambda: place.write("file", b"x"),
+        "create": lambda: place.create("new", b"x"),
+        "put_file": lambda: place.put_file("file", folder / "finished"),
+        "remove": lambda: place.remove("file"),
+        "remove folder": lambda: place.remove("folder/"),
+        "scratch": lambda: place.scratch("file").__enter__(),
+        "log": lambda: place.log("log", "text\n"),
+        "claim": lambda: place.claim("result", "me"),
+        "below": lambda: place.below("deep").write("file", b"x"),
+    }
+
+
+def test_every_change_asks_the_fence_first_and_reading_is_free(where: Place, tmp_path: Path) -> None:
+    where.write("file", b"old")
+    where.write("folder/inside", b"old")
+    fence = Switch()
+    guarded = fenced(where, fence)
+    assert type(guarded) is type(where) and str(guarded) == str(where)
+    log, claim = guarded.log("log", "first\n", seconds=0.0), guarded.claim("result", "me")
+    before = where.names()
+    fence.lost, fence.asked = True, 0
+    for name, change in changes(guarded, tmp_path).items():
+        with pytest.raises(LeaseHeld):
+            change()
+        assert fence.asked > 0, name
+        fence.asked = 0
+    for late in (lambda: log.write("second\n"), lambda: guarded.commit("result", claim, b"x")):
+        with pytest.raises(LeaseHeld):
+            late()
+    fence.asked = 0
+    assert guarded.read("file") == b"old" and guarded.size("file") == 3 and guarded.exists("folder/inside")
+    with guarded.local_copy("file") as path:
+        assert path.read_bytes() == b"old"
+    assert guarded.names() == before and guarded.claims() == where.claims()
+    assert fence.asked == 0
+    assert where.names() == before and (tmp_path / "finished").read_bytes() == b"a file"
+    where.write("file", b"the plain place has no fence")
+
+
+def test_a_fence_is_asked_again_before_each_try(on_s3: S3Place, s3: S3Server) -> None:
+    """An outage may last longer than the lease: what was held when a write began need not be when it succeeds."""
+
+    class LostMeanwhile(Switch):
+        def check(self) -> None:
+            super().check()
+            self.lost = True
+
+    fence = LostMeanwhile()
+    one_try = S3Place(on_s3.uri, settings=S3Settings(attempts=1))
+    with pytest.raises(LeaseHeld):
+        fenced(one_try, fence).write("refused-1-times", b"x")
+    assert fence.asked == 2 and s3.objects("shards", on_s3.prefix) == {}
+
+
+def test_who_follows_a_lease_stops_once_it_is_anothers(where: Place) -> None:
+    with where.lease(LEASE) as first:
+        follower = follow_lease(where, LEASE, first.token, every_seconds=0.0)
+        rarely = follow_lease(where, LEASE, first.token, every_seconds=1e6)
+        stranger = follow_lease(where, LEASE, "0" * 32, every_seconds=0.0)
+        for each in (follower, rarely, follower):
+            each.check()
+        with pytest.raises(LeaseHeld):
+            stranger.check()
+    follower.check()  # given back: nobody's
+    with where.lease(LEASE) as second:
+        with pytest.raises(LeaseHeld, match="another driver took over"):
+            follower.check()
+        follow_lease(where, LEASE, second.token, every_seconds=0.0).check()
+        rarely.check()
+        with pytest.raises(LeaseHeld):  # a copy looks anew: clocks of two machines have nothing in common
+            pickle.loads(pickle.dumps(rarely)).check()
+    where.remove(LEASE)
+    with pytest.raises(LeaseHeld):  # for ever
+        follower.check()
+    follow_lease(where, LEASE, first.token).check()
+
+
+def test_a_follower_reads_the_lease_only_now_and_then(on_s3: S3Place, s3: S3Server) -> None:
+    with on_s3.lease(LEASE) as held:
+        follower = follow_lease(on_s3, LEASE, held.token, every_seconds=1e6)
+        before = len(s3.requests())
+        for _ in range(50):
+            follower.check()
+        asked = [path for method, path, *_ in s3.requests()[before:] if method == "GET" and path.endswith(LEASE)]
+        assert len(asked) == 1
+
+
+def test_a_fenced_place_travels_and_is_fenced_by_the_same_lease(where: Place) -> None:
+    with where.lease(LEASE) as held:
+        with talking(WANT, fenced(where, held)) as worker, talking(WANT, follow_fenced(where, held.token)) as other:
+            for each in (worker, other):
+                assert each.ask("place.write('mine', b'x')") is None
+                assert each.ask("place.below('deep').create('mine', b'x')") in (True, False)
+    with where.lease(LEASE), talking(WANT, follow_fenced(where, held.token)) as late:
+        assert late.ask("place.write('mine', b'late')").startswith("LeaseHeld: ")
+        assert late.ask("place.below('deep').remove('mine')").startswith("LeaseHeld: ")
+        assert late.ask("place.read('mine').decode()") == "x"
+
+
+def follow_fenced(place: Place, token: str) -> Place:
+    return fenced(place, follow_lease(place, LEASE, token, every_seconds=0.0))
+
+
+# one commit
+
+
+def test_what_was_committed_stays(where: Place) -> None:
+    assert where.committed("runs/a/result.json") is None
+    claim = where.claim("runs/a/result.json", "attempt 1")
+    assert where.committed("runs/a/result.json") is None
+    assert where.commit("runs/a/result.json", claim, b"first") is True
+    assert where.committed("runs/a/result.json") == where.read("runs/a/result.json") == b"first"
+    assert where.commit("runs/a/result.json", claim, b"first") is True  # the same, said again
+    assert where.commit("runs/a/result.json", claim, b"second") is False
+    late = where.claim("runs/a/result.json", "attempt 2")
+    assert where.commit("runs/a/result.json", late, b"third") is False
+    assert where.committed("runs/a/result.json") == b"first"
+    assert where.claims() == []
+
+
+def test_of_eight_processes_that_claim_and_commit_at_once_one_commits(where: Place) -> None:
+    with ExitStack() as stack:
+        writers = [stack.enter_context(talking(WANT, where)) for _ in range(8)]
+        for turn in range(2):
+            for number, writer in enumerate(writers):
+                data = f"{number} ".encode() * 1000
+                writer.send(f"place.commit('result-{turn}', place.claim('result-{turn}', '{number}'), {data!r})")
+            said = [writer.answer() for writer in writers]
+            assert sorted(said) == [False] * 7 + [True]
+            assert where.committed(f"result-{turn}") == f"{said.index(True)} ".encode() * 1000
+
+
+def test_a_later_claim_voids_every_earlier_one_on_s3(on_s3: S3Place) -> None:
+    names = [f"runs/{index}/result.json" for index in range(3)]
+    early = [on_s3.claim(name, "an old driver's") for name in names]
+    on_s3.write("runs/0/metrics.jsonl", b"x" * 512)
+    assert on_s3.commit(names[2], early[2], b"in time") is True
+    assert on_s3.claims("runs/") == names[:2] == on_s3.claims()
+    assert on_s3.claims("runs/1") == names[1:2]
+    late = [on_s3.claim(name, "the new driver's") for name in names]
+    assert [on_s3.commit(name, claim, b"early") for name, claim in zip(names, early, strict=True)] == [False] * 3
+    assert [on_s3.commit(name, claim, b"late") for name, claim in zip(names, late, strict=True)] == [True, True, False]
+    assert [on_s3.committed(name) for name in names] == [b"late", b"late", b"in time"]
+    assert on_s3.claims() == []
+
+
+def test_a_claim_travels(where: Place) -> None:
+    claim = pickle.loads(pickle.dumps(where.claim("result", "é" * 1000 + '"\n')))
+    assert where.commit("result", claim, b"x") is True
+
+
+def test_what_a_reservation_looks_like_is_never_committed(on_s3: S3Place) -> None:
+    claim = on_s3.claim("result", "me")
+    with pytest.raises(ValueError, match="reservation"):
+        on_s3.commit("result", claim, on_s3.read("result"))
+    on_s3.remove("result")
+    assert on_s3.commit("result", claim, b"x") is False
+    assert on_s3.committed("result") is None
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_lost_answers_change_nothing(on_s3: S3Place, s3: S3Server, times: int) -> None:
+    """The first answers get lost: that of the claim, and that of the claim's second try or of the commit."""
+    name = f"result-lost-{times}-times"
+    claim = on_s3.claim(name, "me")
+    assert on_s3.claims() == [name]
+    assert on_s3.commit(name, claim, b"mine") is True
+    assert on_s3.committed(name) == b"mine"
+    other = f"other-lost-{times}-times"
+    s3.client.put_object(Bucket="shards", Key=on_s3.prefix + other, Body=on_s3_reservation(on_s3))
+    stale = on_s3.claim(other, "me")
+    assert on_s3.commit(other, stale, b"mine") is True
+
+
+def on_s3_reservation(place: S3Place) -> bytes:
+    place.claim("elsewhere", "another")
+    found = place.read("elsewhere")
+    place.remove("elsewhere")
+    return found
+
+
+def test_the_answer_of_a_commit_gets_lost(on_s3: S3Place, s3: S3Server) -> None:
+    plain = on_s3.claim("plain", "me")
+    s3.client.copy_object(
+        Bucket="shards", Key=on_s3.prefix + "copied-lost-1-times", CopySource=f"shards/{on_s3.prefix}plain"
+    )
+    copied = type(plain)("copied-lost-1-times", "me", plain.etag)
+    assert on_s3.commit("copied-lost-1-times", copied, b"mine") is True
+    assert on_s3.commit("copied-lost-1-times", copied, b"another's") is False
+
+
+def test_a_place_that_is_gone_is_one_line_for_leases_and_claims(s3: S3Server) -> None:
+    gone = open_place("s3://no-such-bucket/sweep")
+    for call in (lambda: gone.lease(LEASE).__enter__(), lambda: gone.claim("result", "me")):
+        with pytest.raises(BadInput, match="NoSuchBucket"):
+            call()
+
+
+def test_a_local_place_needs_no_reservation(tmp_path: Path) -> None:
+    place = LocalPlace(tmp_path / "sweep")
+    place.claim("result", "me")
+    assert place.names() == {} and place.claims() == []
