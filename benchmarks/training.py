@@ -21,8 +21,8 @@ from machine import machine, say
 from reference_loop import reference_updates
 
 from scaling_ray.execution import choose_stack
-from scaling_ray.sizes import LADDER, training_flops_per_cell
 from scaling_ray.runs import RunSpec, runs_of
+from scaling_ray.sizes import LADDER, training_flops_per_cell
 from scaling_ray.spec import parse_spec
 from scaling_ray.storage import write_json
 from scaling_ray.train.bench import MADE_CELLS, made_cells, made_updates, matmul_rate, rate_of
@@ -114,7 +114,7 @@ def against_reference(
         rates = {"ours": ours(run, options.seconds, device)}
         rates["reference"] = reference(size, options.seconds, device, plain.dropout, plain.batch, accumulation)
         found = ratio(in_turns(rates, options.repeats), "ours", "reference")
-        out[size] = found | {"micro_batch": run.micro_batch, "precision": run.precision}
+        out[size] = found | {"micro_batch": run.execution.micro_batch, "precision": run.execution.precision}
         say(f"{name}, {size}: {out[size]['ratio']:.2f}")
     return out
 
@@ -149,7 +149,7 @@ def share_of_matmul(options: argparse.Namespace, device: torch.device) -> dict[s
             rates["matmul"] = partial(_matmul_cells, device, dtype, flops)
             found = in_turns(rates, options.repeats)
             name = f"{size}-{precision}"
-            out[name] = ratio(found, "ours", "matmul") | {"micro_batch": run.micro_batch}
+            out[name] = ratio(found, "ours", "matmul") | {"micro_batch": run.execution.micro_batch}
             out[name]["matmul_gflops_per_second"] = statistics.median(found["matmul"]) * flops / 1e9
             say(f"share of matmul, {name}: {out[name]['ratio']:.2f}")
     return out
@@ -168,8 +168,8 @@ def stacked(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         out[f"{size}-micro-batch-4"] = ratio(in_turns(rates, options.repeats), "stacked", "alone")
         for cells in (16, 32):
             run = run_of(size, cells_per_step=cells)
-            members = choose_stack(run.shape, run.micro_batch, "cuda" if device.type == "cuda" else "cpu")
-            how: dict[str, Any] = {"members": members, "micro_batch": run.micro_batch}
+            members = choose_stack(run.shape, run.execution.micro_batch, "cuda" if device.type == "cuda" else "cpu")
+            how: dict[str, Any] = {"members": members, "micro_batch": run.execution.micro_batch}
             if members == 1:
                 out[f"{size}-planned-{cells}"] = how | {"ratio": 1.0}
                 continue
@@ -229,7 +229,7 @@ def gpu_targets(options: argparse.Namespace, device: torch.device) -> dict[str, 
     for size in LADDER:
         tries = {}
         for compiled in (False, True):
-            run = run_of(size).model_copy(update={"compile": compiled})
+            run = run_of(size).carried_out(compile=compiled)
             try:
                 tries["compiled" if compiled else "eager"] = ours(run, options.seconds, device)()
             except torch.OutOfMemoryError:

@@ -10,9 +10,9 @@ import time
 from typing import Any
 
 from scaling_ray.cluster import ray, ray_session  # before ray.tune: it sets what ray reads once
+from scaling_ray.runs import RunSpec, runs_of
 from scaling_ray.shards.format import SPLITS, read_manifest, row_groups
 from scaling_ray.shards.stream import read_resident
-from scaling_ray.runs import RunSpec
 from scaling_ray.spec import parse_spec
 from scaling_ray.train.loop import RunData
 
@@ -49,7 +49,7 @@ def main() -> int:
     options = parser.parse_args()
     manifest = read_manifest(options.shards)
     genes = min(512, manifest.genes)
-    runs = parse_spec(SPEC.format(genes=genes, seeds=list(range(TRIALS)))).runs()
+    runs = runs_of(parse_spec(SPEC.format(genes=genes, seeds=list(range(TRIALS)))))
     with ray_session(1):
         from ray import tune
 

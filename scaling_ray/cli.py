@@ -74,10 +74,12 @@ def _shards_verify(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from scaling_ray.execution import device_here
     from scaling_ray.spec import load_spec
     from scaling_ray.sweep.plan import format_plan, make_plan, read_rates
 
-    plan = make_plan(load_spec(options.spec), rates=read_rates(options.rates) if options.rates else None)
+    spec, rates = load_spec(options.spec), read_rates(options.rates) if options.rates else None
+    plan, _ = make_plan(spec, device_here() if spec.resources.device == "auto" else None, rates=rates)
     print(json.dumps(plan, indent=1) if options.json else format_plan(plan))
     return 0
 
@@ -142,16 +144,17 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _track_replay(options: argparse.Namespace) -> int:
-    from scaling_ray.records import ShardManifest
-    from scaling_ray.spec import load_spec
-    from scaling_ray.storage import Lease
-    from scaling_ray.tracking.mlflow import replay, tracking_uri
+    from scaling_ray.results.sweep_files import LEASE, SweepFiles
+    from scaling_ray.runs import runs_of
+    from scaling_ray.storage import fenced
+    from scaling_ray.tracking.mlflow import known_uri, replay
 
-    spec = load_spec(options.sweep / "spec.toml")
-    manifest = ShardManifest.read(options.sweep / "shards_manifest.json")
-    with Lease(options.sweep):
-        replay(options.sweep, spec, manifest, spec.runs())
-    print(tracking_uri(options.sweep))
+    sweep = SweepFiles.at(options.sweep)
+    spec, manifest = sweep.spec(), sweep.known_manifest()
+    known_uri(sweep)
+    with sweep.place.lease(LEASE, say) as lease:
+        replay(SweepFiles(fenced(sweep.place, lease)), spec, manifest, runs_of(spec))
+    print(known_uri(sweep))
     return 0
 
 
@@ -204,13 +207,17 @@ def _bench_train(options: argparse.Namespace) -> int:
     precision = f'precision = "{options.precision}"'
     micro_batch = f"micro_batch = {options.micro_batch}" if options.micro_batch else ""
     lines = f"dropout = {options.dropout}\nthreads = {options.threads}\n{precision}\n{micro_batch}"
-    run = parse_spec(
+    spec = parse_spec(
         f'name = "bench"\n[data]\ngenes = {options.genes}\n[grid]\nsizes = ["{options.size}"]\n'
         f"genes = [{options.genes}]\ncells = ['all']\nseeds = [1]\n[lr]\nrates = [1e-3]\n"
         f"[resources]\ncpus = {options.threads}\n[train]\ncells_per_step = {options.cells_per_step}\n{lines}\n",
         "bench train",
-    ).runs()[0]
+    )
+    from scaling_ray.execution import device_here
+    from scaling_ray.runs import runs_of
     from scaling_ray.train.bench import bench_run
+
+    run = runs_of(spec, device_here())[0]
 
     found = bench_run(run, options.seconds, options.stack)
     print(json.dumps(found) if options.json else _bench_line(found))
@@ -219,20 +226,20 @@ def _bench_train(options: argparse.Namespace) -> int:
 
 def _bench_spec(spec: SweepSpec, options: argparse.Namespace) -> int:
     """Measure every kind of run of a spec, as it would be carried out, for ``plan --rates``."""
+    from scaling_ray.execution import device_here
     from scaling_ray.storage import output_directory, write_json
-    from scaling_ray.sweep.plan import as_planned, make_plan, rate_name
+    from scaling_ray.sweep.plan import make_plan, rate_name
     from scaling_ray.train.bench import bench_run
 
     if options.out is None:
         raise BadInput("--out", None, "name the JSON file for the measured rates")
     output_directory(options.out.parent)
-    plan = make_plan(spec)
-    members = {name: len(stack) for stack in plan["stacks"] for name in stack}
+    _, runs = make_plan(spec, device_here() if spec.resources.device == "auto" else None)
     rates: dict[str, float] = {}
-    for run in as_planned(spec.runs(), plan):
-        name = rate_name(run, members.get(run.run_id, 1))
+    for run in runs:
+        name = rate_name(run, run.execution.stack)
         if name not in rates:
-            found = bench_run(run, options.seconds, members.get(run.run_id, 1))
+            found = bench_run(run, options.seconds, run.execution.stack)
             rates[name] = found["cells_per_second"]
             say(_bench_line(found))
             write_json(options.out, {"version": 1, "cells_per_second": rates})

@@ -148,6 +148,6 @@ def test_shrinkage_is_the_best_on_the_cells_given() -> None:
         assert totals[best] == min(totals.values())
         assert sums.squared_error == pytest.approx(totals[best])
         assert sums.masked_genes == masked.sum()
-        assert sums.mse == pytest.approx(totals[best] / masked.sum())
+        assert sums.mean == pytest.approx(totals[best] / masked.sum())
         chosen[cells] = best
     assert chosen[12] > chosen[2_000]

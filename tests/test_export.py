@@ -18,11 +18,12 @@ from scaling_ray.cli import main
 from scaling_ray.errors import BadInput
 from scaling_ray.model.exported import load_model
 from scaling_ray.records import ModelRecord, RunResult, ShardManifest
+from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import write_table
 from scaling_ray.storage import open_place, write_json
 from scaling_ray.sweep.export import keep_genes
-from scaling_ray.train.checkpoint import prepare_run, publish_winner
+from scaling_ray.train.attempt import publish_winner
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, run_to_result
 
@@ -70,15 +71,15 @@ def trained(shards: Path) -> Path:
     manifest = ShardManifest.read(shards / "manifest.json")
     splits = [read_split(shards, manifest, split, GENES) for split in ("train", "val", "test")]
     for run in RUNS.values():
-        directory = sweep / "runs" / run.run_id
-        prepare_run(directory, run)
+        files = SweepFiles.at(sweep).run(run.run_id)
+        files.prepare(run)
         data = RunData(*splits, manifest.data_hash)
-        assert run_to_result(run, data, PlainEngine(run, torch.device("cpu")), directory)
-        publish_winner(directory)
+        assert run_to_result(run, data, PlainEngine(run, torch.device("cpu")), files)
+        publish_winner(files)
     (sweep / "shards_manifest.json").write_text(manifest.to_json())
-    keep_genes(sweep, manifest, open_place(shards))
+    keep_genes(open_place(sweep), manifest, open_place(shards))
     waiting = small_run(BUDGET, size="XS", genes=GENES)
-    write_json(sweep / "plan.json", {"cells": [{"run_id": run.run_id} for run in [*RUNS.values(), waiting]]})
+    write_json(sweep / "plan.json", {"settings": [{"run_id": run.run_id} for run in [*RUNS.values(), waiting]]})
     return sweep
 
 
@@ -224,8 +225,8 @@ def test_a_checkpoint_still_with_its_attempt_is_found(sweep: Path, tmp_path: Pat
     run = RUNS["corrected"]
     directory = sweep / "runs" / run.run_id
     attempt = directory / "attempts" / RunResult.read(directory / "result.json").attempt
-    attempt.mkdir(parents=True)
-    (directory / "checkpoints").rename(attempt / "checkpoints")
+    (attempt / "checkpoints").mkdir(parents=True)
+    (directory / "checkpoints" / "best").rename(attempt / "checkpoints" / "best-000000000020")
     assert export(sweep, run.run_id, tmp_path / "model") == 0
     load_model(tmp_path / "model")
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import pytest
 
 from scaling_ray.errors import BadInput
-from scaling_ray.execution import choose_micro_batch, choose_precision, choose_stack
-from scaling_ray.runs import runs_of
+from scaling_ray.execution import Execution, choose_micro_batch, choose_precision, choose_stack
+from scaling_ray.runs import RunSpec, runs_of, stack_mates
 from scaling_ray.sizes import LADDER, Shape
 from scaling_ray.spec import SweepSpec, parse_spec
-from scaling_ray.sweep.plan import format_plan, make_plan, rate_name
+from scaling_ray.sweep.plan import as_planned, format_plan, make_plan, rate_name, run_cost
 
 SPEC = """
 name = "plan"
@@ -58,60 +60,65 @@ def test_only_tiny_models_train_as_one() -> None:
         assert choose_stack(LADDER[name], 4, "cpu") == 1
 
 
+def plan_of(spec: SweepSpec, **arguments: Any) -> dict[str, Any]:
+    """The plan alone."""
+    return make_plan(spec, **arguments)[0]
+
+
 def test_stacks_hold_runs_alike_and_leave_no_process_idle() -> None:
-    plan = make_plan(spec())
-    by_id = {cell["run_id"]: cell for cell in plan["cells"]}
+    plan = plan_of(spec())
+    by_id = {setting["run_id"]: setting for setting in plan["settings"]}
     assert [len(stack) for stack in plan["stacks"]] == [3, 3, 3, 3]
     for stack in plan["stacks"]:
         assert len({by_id[name]["size"] for name in stack}) == 1
     assert not any(by_id[name]["size"] == "S" for stack in plan["stacks"] for name in stack)
-    assert make_plan(spec(resources="stack = 1"))["stacks"] == []
-    assert {len(stack) for stack in make_plan(spec(resources="stack = 2"))["stacks"]} == {2}
-    assert len(make_plan(spec(resources="stack = 6\ncpus = 1"))["stacks"][-1]) == 6
+    assert plan_of(spec(resources="stack = 1"))["stacks"] == []
+    assert {len(stack) for stack in plan_of(spec(resources="stack = 2"))["stacks"]} == {2}
+    assert len(plan_of(spec(resources="stack = 6\ncpus = 1"))["stacks"][-1]) == 6
 
 
 def test_workers_never_stack() -> None:
-    plan = make_plan(spec(resources="workers = { TINY = 2 }"))
+    plan = plan_of(spec(resources="workers = { TINY = 2 }"))
     assert not any("TINY" in name for stack in plan["stacks"] for name in stack)
 
 
 def test_an_earlier_plan_is_repeated() -> None:
-    first = make_plan(spec())
-    again = make_plan(spec(resources="stack = 1").model_copy(), earlier=first)
+    first = plan_of(spec())
+    again = plan_of(spec(resources="stack = 1").model_copy(), earlier=first)
     assert again["stacks"] == first["stacks"]
     on_gpu = parse_spec(SPEC.replace('"cpu"', '"cuda"').replace("seeds = [1, 2, 3]", "seeds = [1, 2, 3, 4]"))
-    moved = make_plan(on_gpu, earlier=first)
-    known = {cell["run_id"]: cell for cell in first["cells"]}
-    for cell in moved["cells"]:
-        if cell["run_id"] in known:
-            assert (cell["micro_batch"], cell["precision"]) == tuple(
-                known[cell["run_id"]][name] for name in ("micro_batch", "precision")
-            )
+    moved = plan_of(on_gpu, earlier=first)
+    known = {setting["run_id"]: setting for setting in first["settings"]}
+    for setting in moved["settings"]:
+        if setting["run_id"] in known:
+            free = set(Execution.FOLLOWS_SPEC)
+            before, now = (one["execution"] for one in (known[setting["run_id"]], setting))
+            assert {k: v for k, v in now.items() if k not in free} == {k: v for k, v in before.items() if k not in free}
     assert moved["stacks"][: len(first["stacks"])] == first["stacks"]
 
 
 def test_run_ids_do_not_follow_the_device_or_the_stack() -> None:
-    ids = {cell["run_id"] for cell in make_plan(spec())["cells"]}
+    ids = {setting["run_id"] for setting in plan_of(spec())["settings"]}
     other = SPEC.replace('"cpu"', '"cuda"') + "stack = 4\ncompile = true\ndisk_gib = 100\n"
-    assert ids == {cell["run_id"] for cell in make_plan(parse_spec(other))["cells"]}
+    assert ids == {setting["run_id"] for setting in plan_of(parse_spec(other))["settings"]}
 
 
 def test_checkpoints_beyond_the_disk_are_refused_before_the_first_step() -> None:
     small = spec(resources="disk_gib = 0.01")
     with pytest.raises(BadInput, match=r"resources.disk_gib: 0.01: is less than the 0.\d+ GiB"):
-        make_plan(small)
-    assert make_plan(spec(resources="disk_gib = 1"))["totals"]["disk_bytes"] == 4 * sum(
-        cell["params"] for cell in make_plan(spec())["cells"]
+        plan_of(small)
+    assert plan_of(spec(resources="disk_gib = 1"))["totals"]["disk_bytes"] == 4 * sum(
+        setting["params"] for setting in plan_of(spec())["settings"]
     )
 
 
 def test_measured_rates_make_the_hours() -> None:
     measured = {rate_name(run, 3): 1000.0 for run in runs_of(spec()) if run.size == "XXS"}
-    plan = make_plan(spec(train="max_cells_seen = 3_600_000"), rates=measured)
-    hours = {cell["size"]: (cell["hours"], cell["hours_from"]) for cell in plan["cells"]}
+    plan = plan_of(spec(train="max_cells_seen = 3_600_000"), rates=measured)
+    hours = {setting["size"]: (setting["hours"], setting["hours_from"]) for setting in plan["settings"]}
     assert hours["XXS"] == (pytest.approx(1.0), "measured") and hours["S"][1] == "assumed"
     assert "6 runs at measured rates, the others at 30 GFLOP/s per CPU" in format_plan(plan)
-    assert re.search(r"hours at 30 GFLOP/s per CPU, \d+ MiB on disk", format_plan(make_plan(spec())))
+    assert re.search(r"hours at 30 GFLOP/s per CPU, \d+ MiB on disk", format_plan(plan_of(spec())))
 
 
 def test_a_rule_of_width_makes_rates() -> None:
@@ -120,3 +127,23 @@ def test_a_rule_of_width_makes_rates() -> None:
     assert rates == {"XXS": 4e-3, "TINY": 1e-3, "S": pytest.approx(1e-3 / 8**0.5, rel=5e-3)}
     own = spec(lr="width_exponent = -0.5\nper_size = { S = [7e-4] }")
     assert {run.lr for run in runs_of(own) if run.size == "S"} == {7e-4}
+
+
+def test_a_field_added_to_execution_changes_no_id_and_is_repeated_by_the_plan() -> None:
+    class Wider(Execution):
+        pages: int = 4
+
+    def widened(pages: int) -> list[RunSpec]:
+        return [
+            run.model_copy(update={"execution": Wider(**run.execution.model_dump(), pages=pages)})
+            for run in runs_of(spec())
+        ]
+
+    assert [run.identity for run in widened(8)] == [run.identity for run in runs_of(spec())]
+    assert len({stack_mates(run) for run in widened(8)}) == len({stack_mates(run) for run in runs_of(spec())})
+    assert "pages" in json.loads(widened(8)[0].model_dump_json())["execution"]
+    plan = {"settings": [run_cost(run, 30.0) for run in widened(8)]}
+    again = as_planned(widened(16), json.loads(json.dumps(plan)))
+    assert {run.execution.pages for run in again} == {8}  # type: ignore[attr-defined]
+    free = [run.carried_out(workers=3, engine="ddp", checkpoint_seconds=1.0) for run in widened(16)]
+    assert {(run.execution.workers, run.execution.engine) for run in as_planned(free, plan)} == {(3, "ddp")}

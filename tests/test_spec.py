@@ -10,7 +10,7 @@ import pytest
 
 from scaling_ray.errors import BadInput, DamagedFiles
 from scaling_ray.runs import RunSpec, runs_of
-from scaling_ray.spec import SweepSpec, TrainSpec, load_spec, parse_spec
+from scaling_ray.spec import SweepSpec, TrainingRules, TrainSpec, load_spec, parse_spec
 
 GOLDEN = Path(__file__).parent / "golden" / "run_ids.json"
 
@@ -182,13 +182,12 @@ def test_grid_is_the_product_with_rate_trials_first() -> None:
 
 
 def test_rate_axis_and_fixed_rate() -> None:
-    grid = parse_spec(changed(('rule = "choose"', 'rule = "grid"'))).runs()
+    grid = runs_of(parse_spec(changed(('rule = "choose"', 'rule = "grid"'))))
     assert len(grid) == 2 * 2 * 2 * (2 + 3)
     assert {run.lr for run in grid if run.size == "HALF"} == {3e-3, 3e-2, 1e-1}
     assert {run.lr for run in grid if run.size == "TINY"} == {1e-3, 1e-2}
-    fixed = parse_spec(
-        changed(('rule = "choose"', ""), ("[1e-3, 1e-2]", "[1e-3]"), ("[3e-3, 3e-2, 1e-1]", "[3e-3]"))
-    ).runs()
+    text = changed(('rule = "choose"', ""), ("[1e-3, 1e-2]", "[1e-3]"), ("[3e-3, 3e-2, 1e-1]", "[3e-3]"))
+    fixed = runs_of(parse_spec(text))
     assert [run.role for run in fixed] == ["law"] * 16
     assert {(run.size, run.lr) for run in fixed} == {("TINY", 1e-3), ("HALF", 3e-3)}
 
@@ -197,7 +196,7 @@ def test_budgets_per_size_come_in_whole_updates() -> None:
     text = changed(("default = 3200", "default = 3210"), ("[lr]", "[lr]\nchoose_fraction = 0.25"))
     budgets = {(run.role, run.size): run.train.max_cells_seen for run in runs_of(parse_spec(text))}
     assert budgets == {("law", "TINY"): 6400, ("law", "HALF"): 3200, ("rate", "TINY"): 1600, ("rate", "HALF"): 800}
-    assert TrainSpec(max_cells_seen=1).resolved("TINY").max_cells_seen == 32
+    assert TrainSpec(max_cells_seen=1).rules("TINY").max_cells_seen == 32
 
 
 def test_run_ids_are_the_golden_ones() -> None:
@@ -212,6 +211,7 @@ def test_run_ids_are_the_golden_ones() -> None:
         ("cpus = 2", "cpus = 4\nmax_failures = 9\nworkers = { TINY = 2 }\nengine = 'deepspeed'\nzero_stage = 2"),
         ("cpus = 2", "workers = { TINY = 2 }\nengine = 'deepspeed'\noffload_optimizer = true"),
         ("[train]", "[train]\ncheckpoint_seconds = 1.0"),
+        ("[train]", "[train]\nmicro_batch = 4\nprecision = 'bf16'\nthreads = 2"),
         ("[train]", "[train]\ndropout = 0.0"),
         ("default = 3200", "default = 3200, XL = 10"),
     ],
@@ -220,6 +220,7 @@ def test_run_ids_are_the_golden_ones() -> None:
         "resources",
         "offload",
         "checkpoint_seconds",
+        "execution",
         "a default written out",
         "budget of a size not in the grid",
     ],
@@ -230,7 +231,7 @@ def test_run_ids_do_not_depend_on(pair: tuple[str, str]) -> None:
 
 def test_only_runs_of_several_workers_offload() -> None:
     text = changed(("cpus = 2", "workers = { TINY = 2 }\nengine = 'deepspeed'\noffload_optimizer = true"))
-    assert {(run.size, run.engine, run.offload_optimizer) for run in runs_of(parse_spec(text))} == {
+    assert {(run.size, run.execution.engine, run.execution.offload_optimizer) for run in runs_of(parse_spec(text))} == {
         ("TINY", "deepspeed", True),
         ("HALF", "plain", False),
     }
@@ -247,7 +248,6 @@ OTHER_TRAIN_VALUES = {
     "umi_fraction": "0.5",
     "max_cells_seen": "64000",
     "cells_per_step": "64",
-    "micro_batch": "16",
     "schedule": '"linear"',
     "warmup_fraction": "0.1",
     "final_lr_fraction": "0.1",
@@ -255,18 +255,17 @@ OTHER_TRAIN_VALUES = {
     "adam_beta2": "0.95",
     "grad_clip": "2.0",
     "dropout": "0.1",
-    "precision": '"bf16"',
     "evaluations": "10",
     "curve_cells": "256",
     "smoothing_evaluations": "1",
     "patience_evaluations": "0",
-    "threads": "2",
 }
 
 
 def test_every_training_field_is_covered() -> None:
-    free = {"checkpoint_seconds", "objective"}  # objective has one value so far
-    assert set(OTHER_TRAIN_VALUES) | free == set(TrainSpec.model_fields)
+    execution = {"checkpoint_seconds", "micro_batch", "precision", "threads"}
+    assert execution == set(TrainSpec.model_fields) - set(TrainingRules.model_fields)
+    assert set(OTHER_TRAIN_VALUES) | {"objective"} == set(TrainingRules.model_fields)  # objective has one value so far
 
 
 @pytest.mark.parametrize("field", OTHER_TRAIN_VALUES)

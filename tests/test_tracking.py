@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from conftest import TINY_SWEEP
 
-from scaling_ray.records import RunResult, ShardManifest
+from scaling_ray.records import RunFailure, RunResult, ShardManifest
+from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.runs import RunSpec, runs_of
 from scaling_ray.spec import parse_spec
+from scaling_ray.storage import open_place
 from scaling_ray.tracking.ledger import is_tracked, tracking_uri
 from scaling_ray.tracking.mlflow import PARENT_TAG, Tracker
-from scaling_ray.train.checkpoint import MetricsLog
+from scaling_ray.train.attempt import MetricsLog
 
 mlflow_client = pytest.importorskip("mlflow.tracking").MlflowClient
 
@@ -27,7 +29,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[R
     for index, run in enumerate(runs[:3]):
         place = directory / "runs" / run.run_id
         place.mkdir(parents=True)
-        log = MetricsLog(place / "metrics.jsonl")
+        log = MetricsLog(open_place(place))
         for step in range(1, 4):
             log.write({"kind": "train", "optimizer_steps": step, "cells_seen": 32 * step, "train_loss": 3.0 / step})
             log.write(
@@ -43,8 +45,8 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[R
         if index < 2:
             (place / "result.json").write_text(result_of(run).to_json())
         else:
-            failure = {"run_id": run.run_id, "failure": "bug", "message": "m", "attempts": 1}
-            (place / "failure.json").write_text(json.dumps(failure))
+            failure = RunFailure(run_id=run.run_id, failure="bug", message="m", attempts=1)
+            (place / "failure.json").write_text(failure.to_json())
     return directory, runs
 
 
@@ -60,6 +62,7 @@ def result_of(run: RunSpec) -> RunResult:
         masked_genes_seen=960,
         optimizer_steps=3,
         flops=1e9,
+        loss_unit="mse",
         val_loss=0.5,
         final_val_loss=0.6,
         best_curve_loss=0.5,
@@ -76,6 +79,7 @@ def result_of(run: RunSpec) -> RunResult:
         precision="fp32",
         stacked=1,
         host="h",
+        ended_ms=1_700_000_000_000,
     )
 
 
@@ -102,11 +106,11 @@ def test_a_parent_and_a_child_per_run_with_curves_params_data_and_final_metrics(
     sweep: tuple[Path, list[RunSpec]],
 ) -> None:
     directory, runs = sweep
-    tracker = Tracker(directory, parse_spec(TINY_SWEEP), manifest())
+    tracker = Tracker(SweepFiles.at(directory), parse_spec(TINY_SWEEP), manifest())
     tracker.sync(runs)
     tracker.close(failed=False)
-    assert tracking_uri(directory) == f"sqlite:///{directory.parent / 'mlruns.db'}"
-    client = mlflow_client(tracking_uri(directory))
+    assert tracking_uri(SweepFiles.at(directory)) == f"sqlite:///{directory.parent / 'mlruns.db'}"
+    client = mlflow_client(tracking_uri(SweepFiles.at(directory)))
     experiment = client.get_experiment_by_name("scaling_ray/tiny")
     found = client.search_runs([experiment.experiment_id])
     parents = [run for run in found if PARENT_TAG not in run.data.tags]
@@ -127,27 +131,27 @@ def test_a_parent_and_a_child_per_run_with_curves_params_data_and_final_metrics(
 def test_a_replay_adds_nothing_and_new_rows_are_added_once(sweep: tuple[Path, list[RunSpec]]) -> None:
     directory, runs = sweep
     for _ in range(3):
-        Tracker(directory, parse_spec(TINY_SWEEP), manifest()).sync(runs)
-    client = mlflow_client(tracking_uri(directory))
+        Tracker(SweepFiles.at(directory), parse_spec(TINY_SWEEP), manifest()).sync(runs)
+    client = mlflow_client(tracking_uri(SweepFiles.at(directory)))
     experiment = client.get_experiment_by_name("scaling_ray/tiny")
     assert len(client.search_runs([experiment.experiment_id])) == 4
     place = directory / "runs" / runs[2].run_id
-    MetricsLog(place / "metrics.jsonl").write(
+    MetricsLog(open_place(place)).write(
         {"kind": "eval", "optimizer_steps": 4, "cells_seen": 128, "val_loss": 0.4, "val_loss_smoothed": 0.4}
     )
-    Tracker(directory, parse_spec(TINY_SWEEP), manifest()).sync(runs)
+    Tracker(SweepFiles.at(directory), parse_spec(TINY_SWEEP), manifest()).sync(runs)
     run_id = json.loads((place / "mlflow.json").read_text())["mlflow_run_id"]
     assert [metric.step for metric in client.get_metric_history(run_id, "val_loss_curve")] == [1, 2, 3, 4]
     assert len(client.get_metric_history(run_id, "train_loss")) == 3
-    assert is_tracked(directory, [run.run_id for run in runs[:2]])
-    assert not is_tracked(directory, [run.run_id for run in runs])
+    assert is_tracked(SweepFiles.at(directory), [run.run_id for run in runs[:2]])
+    assert not is_tracked(SweepFiles.at(directory), [run.run_id for run in runs])
 
 
 def test_rows_that_a_failing_server_did_not_take_are_logged_by_the_next_sync(
     sweep: tuple[Path, list[RunSpec]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, runs = sweep
-    tracker = Tracker(directory, parse_spec(TINY_SWEEP), manifest())
+    tracker = Tracker(SweepFiles.at(directory), parse_spec(TINY_SWEEP), manifest())
     whole, left = mlflow_client.log_batch, [3]
 
     def sometimes(self: object, *arguments: object, **named: object) -> object:
@@ -160,7 +164,7 @@ def test_rows_that_a_failing_server_did_not_take_are_logged_by_the_next_sync(
     with pytest.raises(OSError, match="connection lost"):
         tracker.sync(runs)
     tracker.sync(runs)
-    client = mlflow_client(tracking_uri(directory))
+    client = mlflow_client(tracking_uri(SweepFiles.at(directory)))
     for run in runs[:3]:
         run_id = json.loads((directory / "runs" / run.run_id / "mlflow.json").read_text())["mlflow_run_id"]
         assert [metric.step for metric in client.get_metric_history(run_id, "val_loss_curve")] == [1, 2, 3]
@@ -171,10 +175,10 @@ def test_another_server_gets_runs_of_its_own(
     sweep: tuple[Path, list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, runs = sweep
-    Tracker(directory, parse_spec(TINY_SWEEP), manifest()).sync(runs)
+    Tracker(SweepFiles.at(directory), parse_spec(TINY_SWEEP), manifest()).sync(runs)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
-    assert not is_tracked(directory, [run.run_id for run in runs[:2]])
-    Tracker(directory, parse_spec(TINY_SWEEP), manifest()).sync(runs)
-    client = mlflow_client(tracking_uri(directory))
+    assert not is_tracked(SweepFiles.at(directory), [run.run_id for run in runs[:2]])
+    Tracker(SweepFiles.at(directory), parse_spec(TINY_SWEEP), manifest()).sync(runs)
+    client = mlflow_client(tracking_uri(SweepFiles.at(directory)))
     experiment = client.get_experiment_by_name("scaling_ray/tiny")
     assert len(client.search_runs([experiment.experiment_id])) == 4

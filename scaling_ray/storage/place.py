@@ -91,7 +91,7 @@ class Place(ABC):
         """
 
     def copy(self, name: str, target: Place, target_name: str) -> None:
-        """Put a file's bytes under a name of another place, whole or not at all. FileNotFoundError where it is absent."""
+        """Put a file's bytes under a name of another place, whole or not at all; FileNotFoundError without it."""
         with self.local_copy(name) as path, target.scratch(target_name) as folder:
             shutil.copyfile(path, folder / "copy")
             target.put_file(target_name, folder / "copy")

@@ -44,8 +44,10 @@ LAST, BEST = "last", "best"
 class MetricsLog:
     """Appends rows to a metrics.jsonl; a row's time is fixed when it is first written."""
 
-    def __init__(self, place: Place, kept: list[dict[str, Any]]) -> None:
-        self._log = place.log(METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+    def __init__(self, place: Place, kept: list[dict[str, Any]] | None = None) -> None:
+        """``kept`` rows begin it anew; without, it goes on after those that are there."""
+        lines = None if kept is None else "".join(json.dumps(row) + "\n" for row in kept)
+        self._log = place.log(METRICS, lines)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row."""
@@ -69,7 +71,6 @@ class Attempt:
         self.place = files.place.below(f"{ATTEMPTS}/{self.token}")
         self._claim = files.place.claim(RESULT, self.token)
         self.checkpoints = Checkpoints(self.place.below(CHECKPOINTS))
-        self.place.write(METRICS, b"")  # the sign that the try was begun
         self.metrics = MetricsLog(self.place, [])
         self._best_of: dict[int, int] = {}
 
