@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from conftest import TINY_SWEEP, small_run
 
 from scaling_ray.cli import main
 from scaling_ray.sizes import training_flops_per_cell
-from scaling_ray.train import bench
+from scaling_ray.train.bench import fastest_micro_batch, made_updates, probe_micro_batch
+from scaling_ray.train.memory import is_out_of_memory
 
 
 def test_json_holds_what_trusting_a_plan_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,17 +61,68 @@ def test_a_plan_takes_its_hours_from_measured_rates(tmp_path: Path, capsys: pyte
         assert any(cell["hours"] == pytest.approx(640 / rate / 3600) for rate in measured.values())
 
 
-def test_the_probe_stops_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = small_run("cells_per_step = 32")
-    made = bench.made_updates
+def memory_of_a_gpu_ends() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def small(run, members, device):  # type: ignore[no-untyped-def]
-        if run.micro_batch > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return made(run, members, device)
 
-    monkeypatch.setattr(bench, "made_updates", small)
-    assert bench.probe_micro_batch(run, 0.02) in (1, 2, 4)
+MEMORY_ENDS = {
+    "in Python": lambda: bytearray(1 << 60),
+    "in torch": lambda: torch.empty(1 << 50),
+    "on a GPU": memory_of_a_gpu_ends,
+}
+
+
+@pytest.mark.parametrize("where", MEMORY_ENDS)
+@pytest.mark.parametrize(("most", "fastest"), [(0, 1), (1, 1), (2, 2), (4, 2), (32, 16)])
+def test_the_fastest_micro_batch_that_fits_is_found(where: str, most: int, fastest: int) -> None:
+    rates = {1: 10.0, 2: 30.0, 4: 20.0, 8: 20.0, 16: 31.0, 32: 30.0}
+    asked = []
+
+    def cells_per_second(micro_batch: int) -> float:
+        asked.append(micro_batch)
+        if micro_batch > most:
+            MEMORY_ENDS[where]()
+        return rates[micro_batch]
+
+    assert fastest_micro_batch(32, cells_per_second) == fastest
+    assert asked == [size for size in rates if size <= max(1, 2 * most)]
+
+
+def test_an_error_of_another_kind_rises_from_the_probe() -> None:
+    def broken(micro_batch: int) -> float:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        fastest_micro_batch(32, broken)
+
+
+ROOM_BYTES = 128 << 20
+
+
+def probe_in_little_memory(answer: Connection) -> None:
+    """Send what is found where this process may take ROOM_BYTES more than it has, and what a whole update meets."""
+    run = small_run("cells_per_step = 64\nmicro_batch = 1\ndropout = 0.1", size="WIDE", genes=512)
+    whole, device = run.carried_out(micro_batch=64), torch.device("cpu")
+    made_updates(run, 1, device)[0]()
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM_BYTES,) * 2)
+    found = probe_micro_batch(run, 0.01)
+    with pytest.raises(RuntimeError) as met:
+        made_updates(whole, 1, device)[0]()
+    answer.send((found, is_out_of_memory(met.value)))
+
+
+def test_the_probe_stops_where_memory_ends() -> None:
+    """A cell's attention keeps 2.6 MB for the backward pass, 64 of them 168 MB: more than there is room for."""
+    context = torch.multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=probe_in_little_memory, args=(send,))
+    process.start()
+    send.close()
+    found, memory_ended = receive.recv()
+    process.join()
+    assert memory_ended and process.exitcode == 0
+    assert found in (1, 2, 4, 8, 16, 32)
 
 
 @pytest.mark.ray

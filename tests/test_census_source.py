@@ -215,10 +215,8 @@ def test_the_public_buckets_are_read_anonymously_from_their_region(monkeypatch):
 
 
 def test_an_unreachable_or_unknown_release_is_bad_input(monkeypatch):
-    """The directory of releases is asked at a closed port of this machine: no network is needed."""
-    from cellxgene_census import _release_directory
-
-    monkeypatch.setattr(_release_directory, "CELL_CENSUS_MIRRORS_DIRECTORY_URL", "http://127.0.0.1:9/mirrors.json")
+    """Whatever is asked of the network is asked of a closed port of this machine."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     with pytest.raises(BadInput, match="network"):
         Census.open("2025-11-08")
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from scaling_ray.model.dropout import CHUNK_ELEMENTS, attention, dropout, padded_attention
+from scaling_ray.model.network import MaskedGeneTransformer
+from scaling_ray.sizes import Shape
 
 RATES = [0.1, 0.25, 0.5]
 
@@ -68,7 +70,11 @@ def projections(heads: int, asking: int, genes: int, width: int, dtype: torch.dt
 # the second takes several chunks of heads, the last not a whole number of them
 @pytest.mark.parametrize("shape", [(2, 7, 30, 4), (3, 250, 512, 8), (1, 5, 9, 1)], ids=str)
 @pytest.mark.parametrize("rate", RATES)
-def test_attention_and_its_gradients_follow_from_the_entries_it_kept(shape: tuple[int, ...], rate: float) -> None:
+@pytest.mark.parametrize("under_autocast", [False, True])
+def test_attention_and_its_gradients_follow_from_the_entries_it_kept(
+    shape: tuple[int, ...], rate: float, under_autocast: bool
+) -> None:
+    """Against the plain formula in float64; an autocast around it, in either direction, changes nothing."""
     query, key, value = projections(*shape, dtype=torch.float32)
     genes = key.shape[2]
     # With one-hot values the output is the dropped matrix itself.
@@ -83,24 +89,59 @@ def test_attention_and_its_gradients_follow_from_the_entries_it_kept(shape: tupl
     tiny = int(((weights > 0) & (weights < 1e-30)).sum())
     assert abs(int((~kept).sum()) - rate * units) < 5 * math.sqrt(rate * (1 - rate) * units) + tiny
     torch.manual_seed(5)
-    out = attention(query, key, value, rate)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
-    found = torch.autograd.grad(out, (query, key, value), upstream)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast):
+        out = attention(query, key, value, rate)
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
+        found = torch.autograd.grad(out, (query, key, value), upstream)
+    assert out.dtype == torch.float32
     scale = float(dropped[kept][0] / weights[kept][0])
-    plain = functional.softmax(query @ key.mT / math.sqrt(query.shape[3]), -1) * kept * scale
-    expected = torch.autograd.grad(plain @ value, (query, key, value), upstream)
-    assert torch.allclose(out, plain @ value, rtol=1e-4, atol=1e-5)
+    exact = [projection.detach().double().requires_grad_() for projection in (query, key, value)]
+    matrix = functional.softmax(exact[0] @ exact[1].mT / math.sqrt(query.shape[3]), -1) * kept * scale
+    plain = matrix @ exact[2]
+    expected = torch.autograd.grad(plain, exact, upstream.double())
+    assert torch.allclose(out.double(), plain, rtol=1e-4, atol=1e-5)
     for one, other in zip(found, expected, strict=True):
         assert float((one - other).norm()) <= 1e-5 * max(float(other.norm()), 1e-3)
 
 
-def test_attention_takes_bfloat16_and_answers_in_it() -> None:
-    query, key, value = projections(2, 7, 30, 4, torch.bfloat16)
+@pytest.mark.parametrize("under_autocast", [False, True])
+def test_attention_takes_bfloat16_and_answers_in_it(under_autocast: bool) -> None:
+    """As in float32 on the same rounded numbers, rounded once."""
+    rounded = projections(2, 7, 30, 4, torch.bfloat16)
+    exact = [projection.detach().float().requires_grad_() for projection in rounded]
+    upstream = torch.randn(2, 2, 7, 4, generator=torch.Generator().manual_seed(6)).bfloat16()
     torch.manual_seed(7)
-    out = attention(query, key, value, 0.1)
-    out.sum().backward()
-    assert out.dtype == torch.bfloat16
-    assert query.grad is not None and query.grad.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast):
+        out = attention(*rounded, 0.1)
+        found = torch.autograd.grad(out, rounded, upstream)
+    torch.manual_seed(7)
+    plain = attention(*exact, 0.1)
+    expected = torch.autograd.grad(plain, exact, upstream.float())
+    assert torch.equal(out, plain.bfloat16())
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other.bfloat16())
+
+
+def test_a_network_under_autocast_is_near_the_same_in_float32() -> None:
+    """The same units are dropped; loss and gradients differ by the rounding of bfloat16, 2^-8 an operation."""
+    model = MaskedGeneTransformer(Shape(width=32, layers=2, heads=4, feedforward=2), 40, dropout=0.1)
+    model.initialise(9)
+    generator = torch.Generator().manual_seed(10)
+    values, targets = torch.rand(6, 40, generator=generator), torch.rand(6, 8, generator=generator)
+    positions = torch.stack([torch.randperm(40, generator=generator)[:8] for _ in range(6)])
+    hidden = torch.zeros(6, 40, dtype=torch.bool).scatter_(1, positions, True)
+
+    def loss_and_gradients(under_autocast: bool) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(11)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast):
+            loss = (model(values, hidden, positions).float() - targets).square().mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    rounded, exact = loss_and_gradients(True), loss_and_gradients(False)
+    for one, other in zip(rounded, exact, strict=True):
+        difference = float((one - other).norm() / other.norm())
+        assert 0 < difference < 0.02
 
 
 @pytest.mark.parametrize("width", [1, 5, 8, 85])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from conftest import TINY_SWEEP, small_run, synthetic_cells, write_cells_as_shar
 from scaling_ray.errors import BadInput, DamagedFiles
 from scaling_ray.records import ShardManifest
 from scaling_ray.runs import RunSpec
-from scaling_ray.shards import order, stream
 from scaling_ray.shards.format import read_manifest, row_groups
 from scaling_ray.shards.order import RunOrder, RunRows, chosen_donors, donor_rows, keyed_permutation, replicate_rows
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed, read_measured, read_rows, read_split, shards_order
@@ -35,20 +34,14 @@ WINDOW_ROWS = 150
 FILE_CELLS, ROW_GROUP_CELLS = 256, 64
 EDGES = np.array([*range(0, 961, 64), N_TRAIN])
 """Row groups of 1,000 cells in files of 256: the last of 40."""
+PIPELINE_WINDOWS = 20
+"""A pipeline of few windows begins quickly, and a stream is made of several."""
 DONOR = (np.random.default_rng(8).permutation(N_TRAIN) % 9).astype(np.int32)
 
 
-@pytest.fixture
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows of 150 rows, so that 1,000 cells are cut as millions are."""
-    for module in (order, stream):
-        monkeypatch.setattr(module, "WINDOW_ROWS", WINDOW_ROWS)
-
-
-@pytest.fixture
-def short_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pipelines of 20 windows, which begin quickly, so that a stream is made of several."""
-    monkeypatch.setattr(stream, "PIPELINE_WINDOWS", 20)
+def order_of(rows: RunRows, edges: np.ndarray, seed: int) -> RunOrder:
+    """Windows of 150 rows, by which 1,000 cells are cut as millions are."""
+    return RunOrder(rows, edges, seed, WINDOW_ROWS)
 
 
 # Integers only: which row is visited when.
@@ -97,18 +90,16 @@ def chunk_of(rows: RunRows, edges: np.ndarray) -> np.ndarray:
 
 
 @every_run
-def test_every_row_is_visited_once_per_epoch(small_windows: None, rows: RunRows, edges: np.ndarray) -> None:
+def test_every_row_is_visited_once_per_epoch(rows: RunRows, edges: np.ndarray) -> None:
     assert len(rows) > WINDOW_ROWS
-    seen = visits(RunOrder(rows, edges, seed=5), epochs=4)
+    seen = visits(order_of(rows, edges, seed=5), epochs=4)
     assert (np.sort(seen, axis=1) == np.arange(len(rows))).all()
     assert len(np.unique(rows.all())) == len(rows)
 
 
 @every_run
-def test_a_window_is_whole_stored_chunks_and_each_is_read_once(
-    small_windows: None, rows: RunRows, edges: np.ndarray
-) -> None:
-    run = RunOrder(rows, edges, seed=5)
+def test_a_window_is_whole_stored_chunks_and_each_is_read_once(rows: RunRows, edges: np.ndarray) -> None:
+    run = order_of(rows, edges, seed=5)
     seen, chunk = visits(run, epochs=3), chunk_of(rows, edges)
     largest = max(WINDOW_ROWS, int(np.bincount(chunk).max()))
     for epoch in range(3):
@@ -131,9 +122,9 @@ def test_a_window_is_whole_stored_chunks_and_each_is_read_once(
 
 
 @every_run
-def test_windows_are_filled_and_shuffled(small_windows: None, rows: RunRows, edges: np.ndarray) -> None:
+def test_windows_are_filled_and_shuffled(rows: RunRows, edges: np.ndarray) -> None:
     """Neighbours in storage are no neighbours in a run, and neither are the chunks of a window."""
-    run = RunOrder(rows, edges, seed=5)
+    run = order_of(rows, edges, seed=5)
     seen, chunk = visits(run, epochs=3), chunk_of(rows, edges)
     assert ((np.diff(seen, axis=1) == 1).mean(axis=1) < 0.1).all()
     mixed = [
@@ -153,9 +144,9 @@ def test_windows_are_filled_and_shuffled(small_windows: None, rows: RunRows, edg
 
 
 @every_run
-def test_epochs_and_seeds_are_shuffled_apart(small_windows: None, rows: RunRows, edges: np.ndarray) -> None:
+def test_epochs_and_seeds_are_shuffled_apart(rows: RunRows, edges: np.ndarray) -> None:
     """The order of the chunks, what shares a window, and the order within it."""
-    by_seed = {seed: visits(RunOrder(rows, edges, seed), epochs=2) for seed in (5, 6)}
+    by_seed = {seed: visits(order_of(rows, edges, seed), epochs=2) for seed in (5, 6)}
     orders = [seen[epoch] for seen in by_seed.values() for epoch in (0, 1)]
     for i, first in enumerate(orders):
         for second in orders[:i]:
@@ -164,7 +155,7 @@ def test_epochs_and_seeds_are_shuffled_apart(small_windows: None, rows: RunRows,
     first_visits = [list(dict.fromkeys(chunk[seen].tolist())) for seen in orders]
     assert len({tuple(chunks) for chunks in first_visits}) == 4
     compositions = {
-        frozenset(frozenset(window.chunks) for window in RunOrder(rows, edges, seed).windows(epoch))
+        frozenset(frozenset(window.chunks) for window in order_of(rows, edges, seed).windows(epoch))
         for seed in (5, 6)
         for epoch in (0, 1)
     }
@@ -173,35 +164,33 @@ def test_epochs_and_seeds_are_shuffled_apart(small_windows: None, rows: RunRows,
 
 @every_run
 @pytest.mark.parametrize("cells_per_step", [1, 32, 150, 400, 2_300])
-def test_a_batch_depends_on_its_number_alone(
-    small_windows: None, rows: RunRows, edges: np.ndarray, cells_per_step: int
-) -> None:
+def test_a_batch_depends_on_its_number_alone(rows: RunRows, edges: np.ndarray, cells_per_step: int) -> None:
     """Asked forwards, backwards, in between others, of one order or of a new one each time; 400 cells straddle windows
     and epochs, 2,300 whole epochs."""
     steps = list(range(3 * len(rows) // cells_per_step + 1))
     steps = steps if len(steps) < 40 else np.random.default_rng(0).choice(steps, 40, replace=False).tolist()
-    sequence = visits(RunOrder(rows, edges, seed=5), epochs=3 + 2 * 2_300 // len(rows)).ravel()
-    run = RunOrder(rows, edges, seed=5)
+    sequence = visits(order_of(rows, edges, seed=5), epochs=3 + 2 * 2_300 // len(rows)).ravel()
+    run = order_of(rows, edges, seed=5)
     for step in [*steps, *reversed(steps), *np.random.default_rng(1).permutation(steps).tolist()]:
         index, epochs = run.batch(step, cells_per_step)
         positions = np.arange(step * cells_per_step, (step + 1) * cells_per_step)
         assert np.array_equal(index, sequence[positions])
         assert np.array_equal(epochs, positions // len(rows))
         index[:] = -1  # the caller's own
-    alone = RunOrder(rows, edges, seed=5).batch(steps[-1], cells_per_step)[0]
+    alone = order_of(rows, edges, seed=5).batch(steps[-1], cells_per_step)[0]
     assert np.array_equal(alone, sequence[steps[-1] * cells_per_step :][:cells_per_step])
 
 
 @pytest.mark.parametrize("n_cells", [1, 40, 149, 150])
-def test_a_run_of_one_window_is_one_permutation_whatever_the_edges(small_windows: None, n_cells: int) -> None:
+def test_a_run_of_one_window_is_one_permutation_whatever_the_edges(n_cells: int) -> None:
     seed = 4
     whole = [keyed_permutation((seed << 32) ^ epoch, np.arange(n_cells)) for epoch in range(3)]
     listed = RunRows(N_TRAIN, n_cells, listed=np.random.default_rng(0).permutation(N_TRAIN)[:n_cells])
     for rows in (RunRows(N_TRAIN, n_cells, offset=980), RunRows(N_TRAIN, n_cells), listed):
         for edges in (EDGES, irregular_edges(), np.array([0, N_TRAIN])):
-            assert np.array_equal(visits(RunOrder(rows, edges, seed), epochs=3, cells_per_step=7), whole)
+            assert np.array_equal(visits(order_of(rows, edges, seed), epochs=3, cells_per_step=7), whole)
     above = RunRows(N_TRAIN, WINDOW_ROWS + 1)
-    orders = [visits(RunOrder(above, edges, seed), 1) for edges in (EDGES, irregular_edges())]
+    orders = [visits(order_of(above, edges, seed), 1) for edges in (EDGES, irregular_edges())]
     assert not np.array_equal(*orders)
 
 
@@ -279,14 +268,17 @@ class Shards:
     train: Cells
 
     def order(self, run: RunSpec) -> RunOrder:
-        return shards_order(open_place(self.path), self.manifest, run)
+        return shards_order(open_place(self.path), self.manifest, run, WINDOW_ROWS)
 
     def resident(self, run: RunSpec) -> ResidentFeed:
         """Out of the whole split as it was before it was written."""
         return ResidentFeed(self.train.narrowed(run.genes), self.order(run))
 
-    def stream(self, run: RunSpec) -> StreamFeed:
-        return StreamFeed(self.path, self.manifest, run.genes, self.order(run), cpus=0.0)
+    def stream(self, run: RunSpec, pipeline_windows: int = PIPELINE_WINDOWS) -> StreamFeed:
+        return StreamFeed(self.path, self.manifest, run.genes, self.order(run), 0.0, pipeline_windows)
+
+    def feed(self, run: RunSpec, resident_bytes: float) -> Feed:
+        return open_feed(self.path, self.manifest, run, resident_bytes, cpus=0.0, window_rows=WINDOW_ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +323,7 @@ def opened(stack: ExitStack, shards: Shards, run: RunSpec, ranks: int) -> list[F
     return [stack.enter_context(closing(shards.stream(run))) for _ in range(ranks)]
 
 
-def test_the_resident_feed_hands_out_the_rows_of_the_order(small_windows: None, shards: Shards) -> None:
+def test_the_resident_feed_hands_out_the_rows_of_the_order(shards: Shards) -> None:
     """The reference of all that follows, checked against the cells themselves."""
     for run in (run_of(), run_of("700", seed=wrapping_seed(700)), run_of(donors=2)):
         feed, visited = shards.resident(run), shards.order(run)
@@ -357,9 +349,9 @@ each_run = pytest.mark.parametrize("run", RUNS_OF_SHARDS.values(), ids=RUNS_OF_S
 @each_run
 @pytest.mark.parametrize("cells_per_step", [30, 2_310])
 def test_a_runs_own_prefix_gives_the_batches_of_the_whole_split(
-    small_windows: None, shards: Shards, run: RunSpec, cells_per_step: int
+    shards: Shards, run: RunSpec, cells_per_step: int
 ) -> None:
-    prefix = open_feed(shards.path, shards.manifest, run, resident_bytes=2**30)
+    prefix = shards.feed(run, 2**30)
     whole = shards.resident(run)
     for step in (0, 1, 2, 40, 7):
         assert_same(prefix.batch(step, cells_per_step), whole.batch(step, cells_per_step))
@@ -369,9 +361,7 @@ def test_a_runs_own_prefix_gives_the_batches_of_the_whole_split(
 
 @pytest.mark.ray
 @each_run
-def test_a_stream_gives_the_batches_of_the_whole_split(
-    small_windows: None, short_pipelines: None, ray_cluster: None, shards: Shards, run: RunSpec
-) -> None:
+def test_a_stream_gives_the_batches_of_the_whole_split(ray_cluster: None, shards: Shards, run: RunSpec) -> None:
     """Over two epochs and into the third, without a stop."""
     whole = shards.resident(run)
     with closing(shards.stream(run)) as feed:
@@ -384,9 +374,7 @@ def test_a_stream_gives_the_batches_of_the_whole_split(
 @pytest.mark.parametrize(
     "run", [run_of("700", seed=wrapping_seed(700)), run_of(donors=2, genes=40)], ids=["a wrapped replicate", "donors"]
 )
-def test_ranks_share_every_batch_of_a_stream(
-    small_windows: None, short_pipelines: None, ray_cluster: None, shards: Shards, run: RunSpec, ranks: int
-) -> None:
+def test_ranks_share_every_batch_of_a_stream(ray_cluster: None, shards: Shards, run: RunSpec, ranks: int) -> None:
     whole = shards.resident(run)
     with ExitStack() as stack:
         feeds = opened(stack, shards, run, ranks)
@@ -395,9 +383,7 @@ def test_ranks_share_every_batch_of_a_stream(
 
 
 @pytest.mark.ray
-def test_a_stream_goes_on_from_any_batch_with_any_number_of_ranks(
-    small_windows: None, short_pipelines: None, ray_cluster: None, shards: Shards
-) -> None:
+def test_a_stream_goes_on_from_any_batch_with_any_number_of_ranks(ray_cluster: None, shards: Shards) -> None:
     """Stopped in the middle of a window, at its last cell, in the middle of an epoch and across its end."""
     run = run_of("700", seed=wrapping_seed(700))
     whole = shards.resident(run)
@@ -415,9 +401,7 @@ def test_a_stream_goes_on_from_any_batch_with_any_number_of_ranks(
 
 
 @pytest.mark.ray
-def test_one_stream_may_be_asked_for_any_batch(
-    small_windows: None, short_pipelines: None, ray_cluster: None, shards: Shards
-) -> None:
+def test_one_stream_may_be_asked_for_any_batch(ray_cluster: None, shards: Shards) -> None:
     """Ahead, back, the same again, and with another number of cells in a batch."""
     run = run_of("700", seed=wrapping_seed(700), genes=40)
     whole = shards.resident(run)
@@ -428,9 +412,7 @@ def test_one_stream_may_be_asked_for_any_batch(
 
 @pytest.mark.ray
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_batches_larger_than_the_whole_run(
-    small_windows: None, short_pipelines: None, ray_cluster: None, shards: Shards, ranks: int
-) -> None:
+def test_batches_larger_than_the_whole_run(ray_cluster: None, shards: Shards, ranks: int) -> None:
     for run in (run_of(donors=1), run_of("100")):
         whole = shards.resident(run)
         with ExitStack() as stack:
@@ -440,22 +422,17 @@ def test_batches_larger_than_the_whole_run(
 
 
 @pytest.mark.ray
-def test_a_run_longer_than_one_pipeline_goes_on_with_another(
-    small_windows: None, ray_cluster: None, shards: Shards, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stream, "PIPELINE_WINDOWS", 3)
+def test_a_run_longer_than_one_pipeline_goes_on_with_another(ray_cluster: None, shards: Shards) -> None:
     run = run_of()
     whole = shards.resident(run)
-    with closing(shards.stream(run)) as feed:
+    with closing(shards.stream(run, pipeline_windows=3)) as feed:
         assert len(feed.order.windows(0)) > 6
         for step in range(16):
             assert_same(feed.batch(step, 100), whole.batch(step, 100))
 
 
 @pytest.mark.ray
-def test_a_closed_stream_begins_again(
-    small_windows: None, short_pipelines: None, ray_cluster: None, shards: Shards
-) -> None:
+def test_a_closed_stream_begins_again(ray_cluster: None, shards: Shards) -> None:
     run = run_of()
     whole, feed = shards.resident(run), shards.stream(run)
     for _ in range(2):
@@ -465,14 +442,12 @@ def test_a_closed_stream_begins_again(
 
 
 @pytest.mark.ray
-def test_a_run_is_streamed_where_its_cells_take_more_than_the_bound(
-    small_windows: None, ray_cluster: None, shards: Shards
-) -> None:
+def test_a_run_is_streamed_where_its_cells_take_more_than_the_bound(ray_cluster: None, shards: Shards) -> None:
     """700 cells of 40 genes are 56,000 bytes."""
     run = run_of("700", genes=40)
     whole = shards.resident(run)
-    held = open_feed(shards.path, shards.manifest, run, 56_000)
-    streamed = open_feed(shards.path, shards.manifest, run, 55_999, cpus=0.0)
+    held = shards.feed(run, 56_000)
+    streamed = shards.feed(run, 55_999)
     assert isinstance(held, ResidentFeed) and isinstance(streamed, StreamFeed)
     with closing(streamed):
         for step in range(4):
@@ -481,14 +456,12 @@ def test_a_run_is_streamed_where_its_cells_take_more_than_the_bound(
 
 
 @pytest.mark.ray
-def test_a_run_of_one_window_is_read_once(
-    small_windows: None, ray_cluster: None, shards: Shards, tmp_path: Path
-) -> None:
+def test_a_run_of_one_window_is_read_once(ray_cluster: None, shards: Shards, tmp_path: Path) -> None:
     """Its shards may even be gone after the first batch."""
     run = run_of("100")
     whole = shards.resident(run)
     shutil.copytree(shards.path, tmp_path / "shards")
-    with closing(StreamFeed(tmp_path / "shards", shards.manifest, run.genes, shards.order(run), cpus=0.0)) as feed:
+    with closing(replace(shards, path=tmp_path / "shards").stream(run)) as feed:
         assert_same(feed.batch(0, 30), whole.batch(0, 30))
         shutil.rmtree(tmp_path / "shards")
         for step in range(1, 20):
@@ -496,14 +469,13 @@ def test_a_run_of_one_window_is_read_once(
 
 
 @pytest.mark.ray
-def test_damage_is_named_by_the_pipeline_that_meets_it(
-    small_windows: None, short_pipelines: None, ray_cluster: None, shards: Shards, tmp_path: Path
-) -> None:
+def test_damage_is_named_by_the_pipeline_that_meets_it(ray_cluster: None, shards: Shards, tmp_path: Path) -> None:
     """As itself and on one line, though it rose in a task of Ray Data."""
     run = run_of()
     shutil.copytree(shards.path, tmp_path / "shards")
     (tmp_path / "shards" / "train-00002.parquet").write_bytes(b"PAR1")
-    with closing(StreamFeed(tmp_path / "shards", shards.manifest, run.genes, shards.order(run), cpus=0.0)) as feed:
+    damaged = replace(shards, path=tmp_path / "shards")
+    with closing(damaged.stream(run)) as feed:
         with pytest.raises(DamagedFiles, match="train-00002.parquet: ") as streamed:
             for step in range(4):
                 feed.batch(step, 250)
@@ -560,16 +532,16 @@ def cpu_loop(shards: Shards) -> Iterator[object]:
     """A training loop over the shards, fed by what is given."""
     held = {name: read_split(shards.path, shards.manifest, name, GENES) for name in ("val", "test")}
 
-    def loop(run: RunSpec, train: Cells | Feed, edges: np.ndarray | None = None) -> TrainingLoop:
+    def loop(run: RunSpec, train: Feed) -> TrainingLoop:
         val, test = (cells.narrowed(run.genes) for cells in held.values())
-        return TrainingLoop(run, RunData(train, val, test, "the-data", edges), PlainEngine(run, torch.device("cpu")))
+        return TrainingLoop(run, RunData(train, val, test, "the-data"), PlainEngine(run, torch.device("cpu")))
 
     yield loop
 
 
 @pytest.mark.ray
 def test_a_training_run_is_bit_identical_resident_and_streamed(
-    small_windows: None, short_pipelines: None, ray_cluster: None, shards: Shards, cpu_loop: object
+    ray_cluster: None, shards: Shards, cpu_loop: object
 ) -> None:
     """Over the end of an epoch; thinned, so that epochs and cell ids count in what the network sees."""
     for run in (
@@ -578,13 +550,19 @@ def test_a_training_run_is_bit_identical_resident_and_streamed(
             update={"train": small_run("max_cells_seen = 640\numi_fraction = 0.5").train}
         ),
     ):
-        edges = row_groups(shards.manifest, "train")
-        resident = losses(cpu_loop(run, shards.train.narrowed(64), edges), 20)  # type: ignore[operator]
-        prefix = open_feed(shards.path, shards.manifest, run, 2**30)
+        resident = losses(cpu_loop(run, shards.resident(run)), 20)  # type: ignore[operator]
+        prefix = shards.feed(run, 2**30)
         assert losses(cpu_loop(run, prefix), 20) == resident  # type: ignore[operator]
         with closing(shards.stream(run)) as feed:
             assert losses(cpu_loop(run, feed), 20) == resident  # type: ignore[operator]
         assert len({loss for loss, _ in resident}) == 20
+
+
+def test_cells_in_memory_are_visited_in_the_row_groups_they_came_from(shards: Shards) -> None:
+    edges, run = row_groups(shards.manifest, "train"), run_of("700", seed=wrapping_seed(700))
+    held = RunData(shards.train, shards.train, shards.train, "the-data", edges)
+    assert np.array_equal(held.feed(run).order.cuts, shards.order(run).cuts)
+    assert len(shards.order(run).cuts) > 10
 
 
 @pytest.fixture(scope="module")

@@ -171,6 +171,7 @@ class CensusWriter:
         categories: for each column of ``OBS_STRING_COLUMNS`` every value that will occur. Given up front so
             that each range is written with one and the same dictionary.
         build_tag: ISO date or name that stands as the Census build date.
+        schema_version: Census schema that its summary names.
     """
 
     def __init__(
@@ -183,12 +184,13 @@ class CensusWriter:
         n_cells: int,
         categories: Mapping[str, Sequence[str]],
         build_tag: str,
+        schema_version: str = CENSUS_SCHEMA_VERSION,
     ) -> None:
         if presence.shape != (len(datasets), len(var)):
             raise ValueError(f"presence: {presence.shape}: expected {(len(datasets), len(var))}")
         self.out = Path(out)
         self._var, self._datasets, self._presence = var.reset_index(drop=True), list(datasets), presence.astype(bool)
-        self._n_cells, self._build_tag = n_cells, build_tag
+        self._n_cells, self._build_tag, self._schema_version = n_cells, build_tag, schema_version
         self._categories = {name: pa.array(list(categories[name]), pa.large_string()) for name in OBS_STRING_COLUMNS}
         self._codes = {name: pd.Index(values.to_pylist()).astype(object) for name, values in self._categories.items()}
         self._dataset_row = {d.dataset_id: i for i, d in enumerate(datasets)}
@@ -366,7 +368,7 @@ class CensusWriter:
 
     def _info_tables(self) -> dict[str, pa.Table]:
         summary = {
-            "census_schema_version": CENSUS_SCHEMA_VERSION,
+            "census_schema_version": self._schema_version,
             "census_build_date": self._build_tag,
             "dataset_schema_version": DATASET_SCHEMA_VERSION,
             "total_cell_count": str(self._n_cells),

@@ -59,7 +59,11 @@ def dropout(x: Tensor, rate: float) -> Tensor:
 
 
 class _DroppedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(E)) with entries dropped, times v, in float32, some heads at a time."""
+    """softmax(q k^T / sqrt(E)) with entries dropped, times v, in float32, some heads at a time.
+
+    Autocast is off while products are made: it would make bfloat16 ones, which the float32 tensors that wait for them
+    do not take. A backward pass may run under it too.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rate: float) -> Tensor:
@@ -72,11 +76,12 @@ class _DroppedAttention(torch.autograd.Function):
         keep = torch.empty(len(q), asking, genes, dtype=torch.bool)
         out = torch.empty(len(q), asking, value.shape[3])
         ctx.chunk = max(1, CHUNK_ELEMENTS // (asking * genes))
-        for start in range(0, len(q), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            torch.softmax(torch.bmm(q[part], k[part].mT), 2, out=weights[part])
-            keep[part] = _kept(weights[part].shape, threshold)
-            torch.bmm(weights[part] * keep[part], v[part], out=out[part])
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, len(q), ctx.chunk):
+                part = slice(start, start + ctx.chunk)
+                torch.softmax(torch.bmm(q[part], k[part].mT), 2, out=weights[part])
+                keep[part] = _kept(weights[part].shape, threshold)
+                torch.bmm(weights[part] * keep[part], v[part], out=out[part])
         ctx.save_for_backward(q, k, v, weights, keep)
         return out.mul_(ctx.up).unflatten(0, heads).to(query.dtype)
 
@@ -86,15 +91,16 @@ class _DroppedAttention(torch.autograd.Function):
         heads = gradients[0].shape[:2]
         upstream = (gradients[0].float() * ctx.up).flatten(0, 1)
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for start in range(0, len(q), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            dropped = weights[part] * keep[part]
-            torch.bmm(dropped.mT, upstream[part], out=of_v[part])
-            # of softmax: w (dL/dw - sum over genes of w dL/dw), dL/dw being zero where an entry was dropped
-            flow = torch.bmm(upstream[part], v[part].mT).mul_(dropped)
-            flow.addcmul_(weights[part], flow.sum(2, keepdim=True), value=-1)
-            torch.bmm(flow, k[part], out=of_q[part])
-            torch.bmm(flow.mT, q[part], out=of_k[part])
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, len(q), ctx.chunk):
+                part = slice(start, start + ctx.chunk)
+                dropped = weights[part] * keep[part]
+                torch.bmm(dropped.mT, upstream[part], out=of_v[part])
+                # of softmax: w (dL/dw - sum over genes of w dL/dw), dL/dw being zero where an entry was dropped
+                flow = torch.bmm(upstream[part], v[part].mT).mul_(dropped)
+                flow.addcmul_(weights[part], flow.sum(2, keepdim=True), value=-1)
+                torch.bmm(flow, k[part], out=of_q[part])
+                torch.bmm(flow.mT, q[part], out=of_k[part])
         back = (t.unflatten(0, heads).to(ctx.dtype) for t in (of_q.mul_(ctx.scale), of_k, of_v))
         return next(back), next(back), next(back), None
 

@@ -30,7 +30,6 @@ from scaling_ray.errors import BadInput
 from scaling_ray.records import FileEntry, Record, ShardManifest, SplitEntry
 from scaling_ray.shards.format import (
     BLOCK_GENES,
-    FILE_CELLS,
     LARGEST_COUNT,
     MANIFEST,
     ROW_GROUP_CELLS,
@@ -45,6 +44,8 @@ from scaling_ray.shards.format import (
 )
 from scaling_ray.shards.genes import Batch, CountHistogram, GeneRanking, HistogramSum, rank_genes
 from scaling_ray.shards.parts import (
+    DEFAULT_LAYOUT,
+    Layout,
     Range,
     bucket_names,
     convert_range,
@@ -94,7 +95,11 @@ class GatheredFile(Record):
 
 
 def build_shards(
-    spec: SweepSpec, census: str, out: Path | str, progress: Progress = lambda line: None
+    spec: SweepSpec,
+    census: str,
+    out: Path | str,
+    progress: Progress = lambda line: None,
+    layout: Layout = DEFAULT_LAYOUT,
 ) -> ShardManifest:
     """Convert the cells that ``spec.data`` asks for into shards at ``out``; where they are there, verify them.
 
@@ -103,6 +108,7 @@ def build_shards(
         census: directory, URI or release.
         out: a directory or an ``s3://`` URI.
         progress: called with one line of text now and then.
+        layout: of a conversion that begins; one that goes on keeps the layout it began with.
 
     Raises:
         BadInput: rules the Census cannot serve, ``out`` holding something else, a medium that cannot be written.
@@ -118,7 +124,7 @@ def build_shards(
         return _existing(target, spec, census, any(name.startswith(BUILDING) for name in there))
     if there and not any(name.startswith(BUILDING) for name in there):
         read_manifest(target)
-    return _Build(spec, census, target, progress).complete()
+    return _Build(spec, census, target, progress, layout).complete()
 
 
 def _existing(target: Place, spec: SweepSpec, census: str, unswept: bool) -> ShardManifest:
@@ -165,8 +171,8 @@ class _Duplicates:
 class _Build:
     """One call's work on an unfinished target."""
 
-    def __init__(self, spec: SweepSpec, census: str, target: Place, progress: Progress) -> None:
-        self.spec, self.census, self.target, self.progress = spec, census, target, progress
+    def __init__(self, spec: SweepSpec, census: str, target: Place, progress: Progress, layout: Layout) -> None:
+        self.spec, self.census, self.target, self.progress, self.layout = spec, census, target, progress, layout
         self.building = target.below(BUILDING.rstrip("/"))
         self.memory_bytes = int(spec.resources.task_memory_gib * 2**30)
         self.peak_bytes: dict[str, int] = {}
@@ -188,11 +194,11 @@ class _Build:
 
     def _plan(self, lease: ExitStack) -> BuildPlan | None:
         """The plan, made now or by an earlier call, with the target's lease taken; None where another made shards."""
-        check_memory(self.spec.data, self.memory_bytes)
+        check_memory(self.spec.data, self.memory_bytes, self.layout.file_cells)
         if self.building.size(PLAN) is None:
             with Census.open(self.census) as census:
                 self.progress(f"reading cells of {self.census}")
-                prepared = prepare(census, self.census, self.spec.data, self.memory_bytes)
+                prepared = prepare(census, self.census, self.spec.data, self.memory_bytes, self.layout)
                 self._hold(lease)
                 if self.building.size(PLAN) is None:
                     prepared.write(self.building)
@@ -335,7 +341,8 @@ class _Build:
     def _gather(
         self, plan: BuildPlan, facts: _Facts, duplicates: _Duplicates, ranking: GeneRanking
     ) -> list[GatheredFile]:
-        names, sizes = bucket_names(plan.split_cells), _bucket_cells(plan.split_cells)
+        names = bucket_names(plan.split_cells, plan.file_cells)
+        sizes = _bucket_cells(plan.split_cells, plan.file_cells)
         folder = f"files/{content_hash(self.spec.data.model_dump(mode='json'))[:16]}/"
         done = self.building.names("files/")
         for other in {name[: name.rindex("/") + 1] for name in done} - {folder}:
@@ -343,7 +350,8 @@ class _Build:
         waiting = [bucket for bucket, (_, name) in enumerate(names) if f"{folder}{name}.json" not in done]
         by_bucket = facts.pieces[np.argsort(facts.pieces[:, 0], kind="stable")]
         edges = np.searchsorted(by_bucket[:, 0], np.arange(len(names) + 1))
-        common = ray.put((ranking.order, plan.parts, len(plan.feature_ids), len(plan.labels["donor_id"])))
+        donors = len(plan.labels["donor_id"])
+        common = ray.put((ranking.order, plan.parts, len(plan.feature_ids), donors, plan.file_cells))
         arguments = [
             (
                 self.target,
@@ -445,9 +453,9 @@ class _Rate:
         self._progress(f"{self._verb} {done:,} of {self._total:,} cells, {rate:,.0f} cells/s{remaining}")
 
 
-def _bucket_cells(split_cells: Sequence[int]) -> list[int]:
+def _bucket_cells(split_cells: Sequence[int], file_cells: int) -> list[int]:
     """Cells of each shard file before any is left out, in the order of ``bucket_names``."""
-    return [min(FILE_CELLS, cells - first) for cells in split_cells for first in range(0, cells, FILE_CELLS)]
+    return [min(file_cells, cells - first) for cells in split_cells for first in range(0, cells, file_cells)]
 
 
 def _refuse_large_counts(beyond: Ints, order: Ints, plan: BuildPlan) -> None:
@@ -550,14 +558,14 @@ def _gather_task(
     pieces: Ints,
     dropped: Ints,
     min_counts: int,
-    common: tuple[Ints, list[Range], int, int],
+    common: tuple[Ints, list[Range], int, int, int],
 ) -> tuple[None, int]:
     """Write one shard file and leave its entry, which says that it is done."""
     _begin_task()
     split, name = file
-    order, parts, n_genes, donors = common
+    order, parts, n_genes, donors, file_cells = common
     read = (read_piece(building, parts[index], int(start), int(size)) for index, start, size in pieces)
-    found = gather_file(read, order, n_genes, dropped, min_counts)
+    found = gather_file(read, order, n_genes, dropped, min_counts, file_cells)
     entry = write_file(target, name, found.tables(ROW_GROUP_CELLS), len(order))
     donor_cells = np.bincount(found.columns["donor_id"], minlength=donors).tolist()
     done = GatheredFile(split=split, entry=entry, donor_cells=donor_cells, below_min_counts=found.below_min_counts)

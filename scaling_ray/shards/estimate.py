@@ -12,7 +12,7 @@ import numpy as np
 
 from scaling_ray.census.source import Census
 from scaling_ray.shards.format import SPLITS
-from scaling_ray.shards.parts import plan_ranges
+from scaling_ray.shards.parts import DEFAULT_LAYOUT, plan_ranges
 from scaling_ray.shards.prepare import check_memory, choose
 from scaling_ray.spec import SweepSpec
 
@@ -34,12 +34,12 @@ def estimate(spec: SweepSpec, census: str) -> dict[str, Any]:
     Raises:
         BadInput: as the conversion itself would.
     """
-    data, resources = spec.data, spec.resources
+    data, resources, layout = spec.data, spec.resources, DEFAULT_LAYOUT
     memory_bytes = int(resources.task_memory_gib * 2**30)
-    check_memory(data, memory_bytes)
+    check_memory(data, memory_bytes, layout.file_cells)
     with Census.open(census) as source:
         selection, nnz, _ = choose(source, data)
-        parts = plan_ranges(selection.joinid, nnz, source.tile_cells, memory_bytes)
+        parts = plan_ranges(selection.joinid, nnz, source.tile_cells, memory_bytes, layout.range_tiles)
     cells, entries = len(selection.joinid), int(nnz.sum())
     seconds = entries * CPU_SECONDS_PER_NNZ + cells * (CPU_SECONDS_PER_CELL + data.genes * CPU_SECONDS_PER_GENE)
     split_cells = np.bincount(selection.split, minlength=len(SPLITS)).tolist()

@@ -1,7 +1,7 @@
 """The order of cells as a pure function of integers: no state, no Ray, the same on every worker and after any restart.
 
 A run reads the ``n_cells`` rows of the training permutation that start at its replicate's offset. Every epoch visits
-each once: up to WINDOW_ROWS of them in one keyed permutation; more in windows of whole stored row groups, the groups in
+each once: up to a window's rows in one keyed permutation; more in windows of whole stored row groups, the groups in
 a keyed order and the rows of a window in another, so that a stream reads each row group once. (What is stored is itself
 permuted: a window is a random sample of the run's cells.) Batch k is positions [k B, (k+1) B) of the endless sequence
 epoch 0, epoch 1, ...: every row appears once per epoch, the remainder included, and every batch is full.
@@ -147,10 +147,11 @@ class RunOrder:
         rows: those of the run.
         edges: first row of each row group of the training split, and their total.
         seed: of the run.
+        window_rows: rows shuffled together, at most, unless one row group holds more.
     """
 
-    def __init__(self, rows: RunRows, edges: NDArray[np.int64], seed: int) -> None:
-        self.rows, self.cuts, self.seed = rows, rows.cuts(edges), seed
+    def __init__(self, rows: RunRows, edges: NDArray[np.int64], seed: int, window_rows: int = WINDOW_ROWS) -> None:
+        self.rows, self.cuts, self.seed, self.window_rows = rows, rows.cuts(edges), seed, window_rows
         self._windows: tuple[int, list[Window]] = (-1, [])
         self._visits: dict[tuple[int, int], NDArray[np.int64]] = {}
 
@@ -162,14 +163,14 @@ class RunOrder:
 
     def _cut(self, epoch: int) -> Iterator[Window]:
         sizes = np.diff(self.cuts)
-        if len(self.rows) <= WINDOW_ROWS:
+        if len(self.rows) <= self.window_rows:
             yield Window(epoch, 0, 0, len(self.rows), tuple(range(len(sizes))))
             return
         key = int(keyed_hash(_CHUNKS ^ self._key(epoch), np.zeros(1, np.int64))[0])
         first = rows = number = 0
         chunks: list[int] = []
         for chunk in keyed_permutation(key, np.arange(len(sizes))).tolist():
-            if chunks and rows + sizes[chunk] > WINDOW_ROWS:
+            if chunks and rows + sizes[chunk] > self.window_rows:
                 yield Window(epoch, number, first, rows, tuple(chunks))
                 first, rows, number, chunks = first + rows, 0, number + 1, []
             chunks.append(chunk)

@@ -33,8 +33,6 @@ from scaling_ray.shards.genes import CountHistogram
 from scaling_ray.shards.order import keyed_hash
 from scaling_ray.storage import Place
 
-RANGE_TILES = 16
-"""Tiles of X in one range, at most."""
 PROCESS_BYTES = 450 << 20
 """What a task holds before it has read a cell: interpreter, libraries, TileDB's buffers."""
 BYTES_PER_NNZ_READ, BYTES_PER_NNZ_KEPT = 192, 28
@@ -44,6 +42,20 @@ _DUPLICATE_KEY = 0xD0B1E
 
 Arrays = dict[str, NDArray[Any]]
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a conversion cuts what it reads and what it writes.
+
+    range_tiles: tiles of X in one range, at most; file_cells: cells of one shard file, at most.
+    """
+
+    range_tiles: int = 16
+    file_cells: int = FILE_CELLS
+
+
+DEFAULT_LAYOUT = Layout()
 
 
 def pack(arrays: Arrays) -> bytes:
@@ -92,7 +104,7 @@ class Range:
         return f"ranges/{self.index:05d}.facts"
 
 
-def plan_ranges(joinid: Ints, nnz: Ints, tile_cells: int, memory_bytes: int) -> list[Range]:
+def plan_ranges(joinid: Ints, nnz: Ints, tile_cells: int, memory_bytes: int, range_tiles: int) -> list[Range]:
     """Cut the tiles that hold chosen cells into ranges whose rows fit in memory. joinid, nnz: (N,), rising joinid."""
     most_nnz = (memory_bytes - PROCESS_BYTES) // BYTES_PER_NNZ_KEPT
     tile, first, cells = np.unique(joinid // tile_cells, return_index=True, return_counts=True)
@@ -101,26 +113,28 @@ def plan_ranges(joinid: Ints, nnz: Ints, tile_cells: int, memory_bytes: int) -> 
     begun = 0
     for index in range(1, len(tile) + 1):
         whole = index == len(tile)
-        if whole or tile[index] - tile[begun] >= RANGE_TILES or tile_nnz[begun : index + 1].sum() > most_nnz:
+        if whole or tile[index] - tile[begun] >= range_tiles or tile_nnz[begun : index + 1].sum() > most_nnz:
             start, stop = int(tile[begun]) * tile_cells, (int(tile[index - 1]) + 1) * tile_cells
             ranges.append(Range(len(ranges), start, stop, int(cells[begun:index].sum())))
             begun = index
     return ranges
 
 
-def bucket_of(split: NDArray[np.int8], position: Ints, split_cells: Sequence[int]) -> NDArray[np.int32]:
+def bucket_of(
+    split: NDArray[np.int8], position: Ints, split_cells: Sequence[int], file_cells: int
+) -> NDArray[np.int32]:
     """The shard file that each chosen cell goes to, numbered through train, val and test."""
-    files = [-(-cells // FILE_CELLS) for cells in split_cells]
+    files = [-(-cells // file_cells) for cells in split_cells]
     first = np.concatenate([[0], np.cumsum(files)[:-1]])
-    return (first[split] + position // FILE_CELLS).astype(np.int32)
+    return (first[split] + position // file_cells).astype(np.int32)
 
 
-def bucket_names(split_cells: Sequence[int]) -> list[tuple[str, str]]:
+def bucket_names(split_cells: Sequence[int], file_cells: int) -> list[tuple[str, str]]:
     """(split, file name) of every shard file, in the order of ``bucket_of``."""
     return [
         (split, f"{split}-{index:05d}.parquet")
         for split, cells in zip(SPLITS, split_cells, strict=True)
-        for index in range(-(-cells // FILE_CELLS))
+        for index in range(-(-cells // file_cells))
     ]
 
 
@@ -311,7 +325,9 @@ class Gathered:
             yield pa.table(table)
 
 
-def gather_file(pieces: Iterable[Arrays], order: Ints, n_genes: int, dropped: Ints, min_counts: int) -> Gathered:
+def gather_file(
+    pieces: Iterable[Arrays], order: Ints, n_genes: int, dropped: Ints, min_counts: int, file_cells: int
+) -> Gathered:
     """Phase two for one shard file.
 
     Args:
@@ -320,10 +336,11 @@ def gather_file(pieces: Iterable[Arrays], order: Ints, n_genes: int, dropped: In
         n_genes: genes of the Census.
         dropped: places of cells to leave out.
         min_counts: cells with fewer counts over the ranked genes are left out too.
+        file_cells: places in the file.
     """
     rank = np.full(n_genes, -1, dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
-    panel = np.zeros((FILE_CELLS, len(order)), dtype=np.uint16)  # pages that no cell falls on are never touched
+    panel = np.zeros((file_cells, len(order)), dtype=np.uint16)  # pages that no cell falls on are never touched
     there = np.zeros(len(panel), dtype=bool)
     columns: Arrays = {name: np.zeros(len(panel), np.int64) for name in ("joinid", "raw_sum")}
     columns |= {name: np.zeros(len(panel), np.int32) for name in CODE_COLUMNS}
@@ -341,7 +358,8 @@ def gather_file(pieces: Iterable[Arrays], order: Ints, n_genes: int, dropped: In
     before = len(kept)
     if min_counts and before:
         kept = kept[panel[: kept[-1] + 1].sum(axis=1, dtype=np.int64)[kept] >= min_counts]
-    for start in range(0, len(kept), FILE_CELLS >> 4):  # moved up in place, a part at a time: no second panel
-        own = kept[start : start + (FILE_CELLS >> 4)]
+    part = max(1, file_cells >> 4)
+    for start in range(0, len(kept), part):  # moved up in place, a part at a time: no second panel
+        own = kept[start : start + part]
         panel[start : start + len(own)] = panel[own]
     return Gathered(panel[: len(kept)], {n: values[kept] for n, values in columns.items()}, before - len(kept))

@@ -19,7 +19,7 @@ from scaling_ray.errors import BadInput
 from scaling_ray.records import Record, ShardManifest
 from scaling_ray.shards.format import CODE_COLUMNS, FILE_CELLS, MANIFEST, SPLITS
 from scaling_ray.shards.genes import gene_list_order
-from scaling_ray.shards.parts import PROCESS_BYTES, Arrays, Range, bucket_of, pack, plan_ranges
+from scaling_ray.shards.parts import PROCESS_BYTES, Arrays, Layout, Range, bucket_of, pack, plan_ranges
 from scaling_ray.shards.select import Selection, columns_needed, select_cells
 from scaling_ray.spec import DataSpec, content_hash
 from scaling_ray.storage import Place, open_place
@@ -34,7 +34,7 @@ class BuildPlan(Record):
     """What a conversion has decided before it reads a count.
 
     ranges: (start, stop, chosen cells) each; batches: names by batch code, with their training cells and the range each
-    ends in; nnz: non-zeros to read.
+    ends in; nnz: non-zeros to read; file_cells: cells of one shard file, at most.
     """
 
     rules: dict[str, Any]
@@ -51,6 +51,7 @@ class BuildPlan(Record):
     feature_ids: list[str]
     feature_names: list[str]
     split_from: str | None
+    file_cells: int = FILE_CELLS
 
     @property
     def parts(self) -> list[Range]:
@@ -93,9 +94,9 @@ def _local(census: str) -> str:
     return unquote(urlparse(census).path) if census.startswith("file://") else census
 
 
-def check_memory(data: DataSpec, memory_bytes: int) -> None:
+def check_memory(data: DataSpec, memory_bytes: int, file_cells: int) -> None:
     """BadInput where a task could not hold one shard file within its bound."""
-    needed = PROCESS_BYTES + int(1.3 * FILE_CELLS * 2 * data.genes)
+    needed = PROCESS_BYTES + int(1.3 * file_cells * 2 * data.genes)
     if needed > memory_bytes:
         raise BadInput(
             "data.genes",
@@ -153,13 +154,13 @@ class Prepared:
             own = slice(first, first + part.cells)
             first = own.stop
             rows: Arrays = {"joinid": chosen.joinid[own], "split": chosen.split[own], "bucket": self.bucket[own]}
-            rows |= {"place": (chosen.position[own] % FILE_CELLS).astype(np.uint32), "batch": self.batch[own]}
+            rows |= {"place": (chosen.position[own] % self.plan.file_cells).astype(np.uint32), "batch": self.batch[own]}
             building.write(part.slice_name, pack(rows | {name: chosen.codes[name][own] for name in CODE_COLUMNS}))
         building.write(PRESENCE, pack({"measured": np.packbits(self.presence, axis=1)}))
         building.write(PLAN, self.plan.to_json().encode())
 
 
-def prepare(census: Census, uri: str, data: DataSpec, memory_bytes: int) -> Prepared:
+def prepare(census: Census, uri: str, data: DataSpec, memory_bytes: int, layout: Layout) -> Prepared:
     """Read obs, var and the presence matrix, and decide.
 
     Raises:
@@ -167,12 +168,12 @@ def prepare(census: Census, uri: str, data: DataSpec, memory_bytes: int) -> Prep
     """
     if data.genes > census.n_genes:
         raise BadInput("data.genes", data.genes, f"is more than the {census.n_genes} genes of this Census; lower it")
-    check_memory(data, memory_bytes)
+    check_memory(data, memory_bytes, layout.file_cells)
     var = census.var()
     feature_ids = var["feature_id"].astype(str).tolist()
     gene_list_order(feature_ids, data.gene_list)
     selection, nnz, split_from = choose(census, data)
-    parts = plan_ranges(selection.joinid, nnz, census.tile_cells, memory_bytes)
+    parts = plan_ranges(selection.joinid, nnz, census.tile_cells, memory_bytes, layout.range_tiles)
     split_cells = np.bincount(selection.split, minlength=len(SPLITS)).tolist()
     batch = selection.codes["dataset_id"] if data.batch_key else np.zeros(len(nnz), np.int32)
     names = selection.labels["dataset_id"] if data.batch_key else ["all training cells"]
@@ -201,8 +202,9 @@ def prepare(census: Census, uri: str, data: DataSpec, memory_bytes: int) -> Prep
         feature_ids=feature_ids,
         feature_names=var["feature_name"].astype(str).tolist(),
         split_from=split_from,
+        file_cells=layout.file_cells,
     )
-    bucket = bucket_of(selection.split, selection.position, split_cells)
+    bucket = bucket_of(selection.split, selection.position, split_cells, layout.file_cells)
     return Prepared(plan, selection, bucket, batch, _presence(census, selection.labels["dataset_id"]))
 
 

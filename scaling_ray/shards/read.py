@@ -15,7 +15,7 @@ from scaling_ray.errors import BadInput, DamagedFiles
 from scaling_ray.records import ShardManifest
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import BLOCK_GENES, block_name, block_widths, decode_block, row_groups
-from scaling_ray.shards.order import RunOrder, RunRows, donor_rows, replicate_rows
+from scaling_ray.shards.order import WINDOW_ROWS, RunOrder, RunRows, donor_rows, replicate_rows
 from scaling_ray.storage import Place, open_place
 
 Ints = NDArray[np.int64]
@@ -219,7 +219,11 @@ def read_donors(where: Path | str | Place, manifest: ShardManifest) -> NDArray[n
 
 
 def run_order(
-    run: RunSpec, n_train: int, edges: Ints | None = None, donor: NDArray[np.int32] | None = None
+    run: RunSpec,
+    n_train: int,
+    edges: Ints | None = None,
+    donor: NDArray[np.int32] | None = None,
+    window_rows: int = WINDOW_ROWS,
 ) -> RunOrder:
     """The order in which a run visits its training cells.
 
@@ -228,6 +232,7 @@ def run_order(
         n_train: cells of the training split.
         edges: ``row_groups`` of the training split; None for cells that lie in no shards: one group.
         donor: (n_train,) donor codes, where the run takes some donors only.
+        window_rows: as RunOrder.
 
     Raises:
         BadInput: the split, or the run's donors, hold fewer cells than the run asks for.
@@ -241,13 +246,13 @@ def run_order(
         rows = donor_rows(donor, run.donors, run.cells, run.seed)
     else:
         rows = replicate_rows(n_train, run.cells, run.seed)
-    return RunOrder(rows, np.array([0, n_train]) if edges is None else edges, run.seed)
+    return RunOrder(rows, np.array([0, n_train]) if edges is None else edges, run.seed, window_rows)
 
 
-def shards_order(shards: Place, manifest: ShardManifest, run: RunSpec) -> RunOrder:
+def shards_order(shards: Place, manifest: ShardManifest, run: RunSpec, window_rows: int = WINDOW_ROWS) -> RunOrder:
     """``run_order`` of a run on the training split of some shards; donors are read only where the run takes some."""
     donor = read_donors(shards, manifest) if run.donors is not None else None
-    return run_order(run, manifest.splits["train"].cells, row_groups(manifest, "train"), donor)
+    return run_order(run, manifest.splits["train"].cells, row_groups(manifest, "train"), donor, window_rows)
 
 
 class Feed(Protocol):

@@ -130,15 +130,22 @@ class StreamFeed:
         genes: the first V.
         order: of the run.
         cpus: that Ray reserves for each reading task; 0 where the caller's own processes hold them all.
+        pipeline_windows: of one Ray Data pipeline.
     """
 
     def __init__(
-        self, where: Path | str | Place, manifest: ShardManifest, genes: int, order: RunOrder, cpus: float = READ_CPUS
+        self,
+        where: Path | str | Place,
+        manifest: ShardManifest,
+        genes: int,
+        order: RunOrder,
+        cpus: float = READ_CPUS,
+        pipeline_windows: int = PIPELINE_WINDOWS,
     ) -> None:
         check_genes(genes, manifest)
         self._shards, self._manifest, self._genes, self.order = open_place(where, "shards"), manifest, genes, order
         self._measured = read_measured(self._shards, manifest, genes)
-        self._cpus = cpus
+        self._cpus, self._pipeline_windows = cpus, pipeline_windows
         self._next_position = -1
         self._source: Generator[tuple[Window, Cells], None, None] = self._read_windows(iter(()))
         self._window: Window | None = None
@@ -194,13 +201,13 @@ class StreamFeed:
             epoch, first = epoch + 1, 0
 
     def _read_windows(self, windows: Iterator[Window]) -> Generator[tuple[Window, Cells], None, None]:
-        if len(self.order.rows) <= WINDOW_ROWS:
+        if len(self.order.rows) <= self.order.window_rows:
             window = next(windows)
             ((_, cells),) = self._read([window])
             yield window, cells
             for window in windows:
                 yield window, cells
-        while some := list(islice(windows, PIPELINE_WINDOWS)):
+        while some := list(islice(windows, self._pipeline_windows)):
             yield from self._read(some)
 
     def _read(self, windows: list[Window]) -> Generator[tuple[Window, Cells], None, None]:
@@ -226,7 +233,12 @@ class StreamFeed:
 
 
 def open_feed(
-    where: Path | str | Place, manifest: ShardManifest, run: RunSpec, resident_bytes: float, cpus: float = READ_CPUS
+    where: Path | str | Place,
+    manifest: ShardManifest,
+    run: RunSpec,
+    resident_bytes: float,
+    cpus: float = READ_CPUS,
+    window_rows: int = WINDOW_ROWS,
 ) -> Feed:
     """A run's batches straight from the shards: out of this process's memory where its cells fit, else streamed.
 
@@ -236,10 +248,11 @@ def open_feed(
         run: whose batches.
         resident_bytes: most bytes of counts to hold.
         cpus: as StreamFeed.
+        window_rows: as RunOrder.
     """
     check_genes(run.genes, manifest)
     shards = open_place(where, "shards")
-    order = shards_order(shards, manifest, run)
+    order = shards_order(shards, manifest, run, window_rows)
     if len(order.rows) * run.genes * 2 > resident_bytes:
         return StreamFeed(shards, manifest, run.genes, order, cpus)
     measured = read_measured(shards, manifest, run.genes)

@@ -13,6 +13,7 @@ from scaling_ray.records import FailureClass
 from scaling_ray.results.sweep_files import MEMORY, SweepFiles, read_json, write_json
 from scaling_ray.runs import RunSpec
 from scaling_ray.storage import Place
+from scaling_ray.train.memory import is_out_of_memory
 
 
 def classify(error: BaseException) -> FailureClass:
@@ -23,7 +24,7 @@ def classify(error: BaseException) -> FailureClass:
         return "bad_input"
     if isinstance(error, Stalled):
         return "stuck"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "out_of_memory"
     return "bug"
 
@@ -63,7 +64,9 @@ def within_memory(runs: Sequence[RunSpec], place: Place, work: Callable[[list[Ru
         try:
             work(fitting)
             return
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             micro_batch = fitting[0].execution.micro_batch
             if micro_batch == 1:
                 raise

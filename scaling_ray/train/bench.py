@@ -14,6 +14,7 @@ from scaling_ray.shards.read import Cells, ResidentFeed, run_order
 from scaling_ray.sizes import training_flops_per_cell
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, TrainingLoop
+from scaling_ray.train.memory import is_out_of_memory
 from scaling_ray.train.stack_loop import StackedLoop
 
 MADE_CELLS = 4_096
@@ -114,16 +115,30 @@ def bench_run(run: RunSpec, seconds: float, members: int = 1) -> dict[str, Any]:
 
 
 def probe_micro_batch(run: RunSpec, seconds: float = PROBE_SECONDS) -> int:
-    """The fastest of 1, 2, 4, ... cells of a micro-batch that fit into this machine's memory."""
+    """The fastest of 1, 2, 4, ... cells of a micro-batch that fit into this machine's memory, each tried so long."""
     torch.set_num_threads(run.execution.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def cells_per_second(micro_batch: int) -> float:
+        update, wait = made_updates(run.carried_out(micro_batch=micro_batch), 1, device)
+        return rate_of(update, wait, run.train.cells_per_step, seconds)
+
+    return fastest_micro_batch(run.train.cells_per_step, cells_per_second)
+
+
+def fastest_micro_batch(cells_per_step: int, cells_per_second: Callable[[int], float]) -> int:
+    """Of the micro-batches 1, 2, 4, ... up to ``cells_per_step`` the fastest; 1 where memory holds none of them.
+
+    ``cells_per_second`` measures one. None is asked for beyond the first for which memory does not suffice.
+    """
     rates: dict[int, float] = {}
     micro_batch = 1
-    while micro_batch <= run.train.cells_per_step:
+    while micro_batch <= cells_per_step:
         try:
-            update, wait = made_updates(run.carried_out(micro_batch=micro_batch), 1, device)
-            rates[micro_batch] = rate_of(update, wait, run.train.cells_per_step, seconds)
-        except (MemoryError, torch.OutOfMemoryError):
+            rates[micro_batch] = cells_per_second(micro_batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             break
         micro_batch *= 2
     return max(rates, key=lambda size: rates[size]) if rates else 1

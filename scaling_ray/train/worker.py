@@ -27,6 +27,7 @@ from scaling_ray.storage import Place
 from scaling_ray.train.choice import build_engine
 from scaling_ray.train.driver import Signals
 from scaling_ray.train.loop import RunData, run_to_result
+from scaling_ray.train.memory import is_out_of_memory
 from scaling_ray.train.watchdog import Watchdog
 
 CONTROLLER_FAILURES = 3
@@ -145,7 +146,7 @@ def _first_cause(failures: Mapping[int, Exception]) -> Exception | None:
     """
     ranked = [failures[rank] for rank in sorted(failures)]
     for failure in ranked:
-        if isinstance(failure, ScalingRayError | MemoryError | torch.OutOfMemoryError):
+        if isinstance(failure, ScalingRayError) or is_out_of_memory(failure):
             return failure
     consequences = (ray.exceptions.RayError, RayTrainError, torch.distributed.DistError)
     causes = [f for f in ranked if not isinstance(f, consequences) and "closed by peer" not in str(f)]
