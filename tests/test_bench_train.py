@@ -56,8 +56,8 @@ def test_a_plan_takes_its_hours_from_measured_rates(tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert main(["plan", str(spec), "--rates", str(rates), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert {cell["hours_from"] for cell in plan["cells"]} == {"measured"}
-    for cell in plan["cells"]:
+    assert {cell["hours_from"] for cell in plan["settings"]} == {"measured"}
+    for cell in plan["settings"]:
         assert any(cell["hours"] == pytest.approx(640 / rate / 3600) for rate in measured.values())
 
 
@@ -136,13 +136,13 @@ def test_a_sweep_probes_once_and_keeps_to_it(tiny_shards: Path, tmp_path: Path) 
     run_sweep(spec, tiny_shards, tmp_path / "sweep", lines.append)
     assert any(line.startswith("measuring micro-batches of") for line in lines)
     plan = json.loads((tmp_path / "sweep" / "plan.json").read_text())
-    assert sorted(plan["probed"]) == sorted(cell["run_id"] for cell in plan["cells"])
-    for cell in plan["cells"]:
+    assert sorted(plan["probed"]) == sorted(cell["run_id"] for cell in plan["settings"])
+    for cell in plan["settings"]:
         result = json.loads((tmp_path / "sweep" / "runs" / cell["run_id"] / "result.json").read_text())
         assert result["micro_batch"] == cell["micro_batch"]
-    first = plan["cells"][0]["run_id"]
+    first = plan["settings"][0]["run_id"]
     (tmp_path / "sweep" / "runs" / first / "result.json").unlink()
     lines.clear()
     run_sweep(spec, tiny_shards, tmp_path / "sweep", lines.append)
     assert not any(line.startswith("measuring") for line in lines)
-    assert json.loads((tmp_path / "sweep" / "plan.json").read_text())["cells"] == plan["cells"]
+    assert json.loads((tmp_path / "sweep" / "plan.json").read_text())["settings"] == plan["settings"]

@@ -49,8 +49,10 @@ def run_sweep(
     manifest = read_manifest(source)
     check_serves(spec, manifest)
     place = output_place(out)
-    with place.lease(LEASE) as lease:
+    with place.lease(LEASE, progress) as lease:
         files = SweepFiles(fenced(place, lease))
+        for name in files.place.claims("runs/"):  # what an earlier driver's runs may still mean to commit
+            files.place.claim(name, lease.token)
         _check_same_shards(files, manifest, source)
         check_disk(spec, runs_of(spec))
         files.place.write(SPEC, text)
