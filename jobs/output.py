@@ -13,7 +13,7 @@ from scaling_ray.errors import BadInput
 
 
 def run_verb(about: str, verb: str, arguments: list[str]) -> NoReturn:
-    """Run a verb with ``arguments`` and end the process with its exit code; ``--out`` is SCALING_RAY_OUT if left out."""
+    """Run a verb and end the process with its exit code; without ``--out`` results go to SCALING_RAY_OUT."""
     parser = argparse.ArgumentParser(
         description=about,
         epilog=f"Other arguments are those of `scaling-ray {verb}`.",

@@ -13,8 +13,8 @@ from scaling_ray.specs import example_names, example_path
 STARTER = "cells"
 """The example that a new sweep begins as."""
 
-MARGIN = 40
-"""Column beyond which the comment of a long line moves to the right of those above it."""
+MARGIN, LONGEST_PAIR = 40, 60
+"""Column of the comments, and the characters from which on one stands above its key."""
 
 TABLES: dict[str, type[Frozen]] = {
     "data": DataSpec,
@@ -80,7 +80,7 @@ ABOUT_KEYS: dict[str, dict[str, str]] = {
         "threads": "CPU threads of a run",
     },
     "lr": {
-        "rule": "fixed (one rate), grid (an axis of the grid), or choose (per size, on validation)",
+        "rule": "fixed (one rate), grid (an axis), or choose (per size, on validation)",
         "rates": "peak learning rates",
         "per_size": "size -> rates of its own",
         "choose_seed": "seed of the runs that choose a rate; none of grid.seeds",
@@ -112,7 +112,7 @@ EXAMPLES: dict[str, Any] = {
     "data.cap_cells": 10_000,
     "data.split_from": "OLDER_SHARDS/manifest.json",
     "data.batch_key": "dataset_id",
-    "lr.per_size": {"XS": [1e-3, 3e-3]},
+    "lr.per_size": {"XS": [1e-3]},
     "resources.workers": {"L": 4},
     "resources.disk_gib": 100.0,
 }
@@ -157,9 +157,11 @@ def _table(table: str, model: type[Frozen], given: dict[str, Any]) -> list[str]:
             pairs.append((f"# {key} = {_value(shown)}", about))
             continue
         told = field.is_required() or default is None or default == {} or default == given[key]
-        pairs.append((f"{key} = {_value(given[key])}", about if told else f"{about} (default {_value(default)})"))
-    column = min(MARGIN, max(len(pair) for pair, _ in pairs))
-    return [f"{pair:{column}}  # {about}" for pair, about in pairs]
+        pairs.append((f"{key} = {_value(given[key])}", about if told else f"{about}; default {_value(default)}"))
+    lines = []
+    for pair, about in pairs:
+        lines += [f"{pair:{MARGIN}}  # {about}"] if len(pair) <= LONGEST_PAIR else [f"# {about}:", pair]
+    return lines
 
 
 def _value(value: Any) -> str:
