@@ -1,5 +1,5 @@
-# make demo   planted cells -> shards -> sweep -> law -> report; the report's path is the last line printed
-# make cells  the same from your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
+# make demo   scaling-ray run on planted cells: shards, sweep, law, report; the report's path is the last line printed
+# make cells  the same on your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
 # make bench  measures the data plane (half an hour), the training step and the laws into reports/benchmarks/;
 #             make bench-data, bench-train, bench-laws for one, BENCH='--only stream' for a part of it
@@ -20,16 +20,16 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
 	@touch $(READY)
 
 demo: setup
-	@$(BIN)/python jobs/sweep.py jobs/demo.toml --out '$(abspath $(DEMO))'
+	@$(BIN)/scaling-ray run jobs/demo.toml --out '$(abspath $(DEMO))'
 
 cells: setup
 	@test -n '$(H5AD)' -a -n '$(OUT)' || { echo "usage: make cells H5AD=FILE.h5ad OUT=DIR" >&2; exit 2; }
 	@$(BIN)/scaling-ray census import '$(H5AD)' --out '$(abspath $(OUT))/census'
-	@$(BIN)/python jobs/sweep.py jobs/cells.toml --census '$(abspath $(OUT))/census' --out '$(abspath $(OUT))'
+	@$(BIN)/scaling-ray run jobs/cells.toml --census '$(abspath $(OUT))/census' --out '$(abspath $(OUT))'
 
 test: setup
 	@$(BIN)/python -m pytest -m "not slow and not network and not gpu"

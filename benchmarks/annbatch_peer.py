@@ -55,7 +55,7 @@ def check_rows(name: str, batches: Iterable[Any], counts: NDArray[np.uint16], co
         counts: (N, V), what is expected.
         columns: of ``counts``, in the order in which the batches have them.
     """
-    weights = np.random.default_rng(0).integers(1, 2**63, counts.shape[1], dtype=np.uint64)
+    weights = np.random.default_rng(0).integers(1, 2**63, (counts.shape[1],), dtype=np.uint64)
     found = np.concatenate([np.asarray(batch).astype(np.uint64) @ weights[columns] for batch in batches])
     blocks = np.array_split(counts, -(-len(counts) // 4096))
     wanted = np.concatenate([block.astype(np.uint64) @ weights for block in blocks])

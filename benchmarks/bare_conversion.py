@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ def convert(census: Path, out: Path, genes: int) -> tuple[int, float]:
             "soma.init_buffer_bytes": 64 << 20,
         }
     )
+    root: Any  # tiledbsoma types what it opens as no collection
     with soma.open(str(census), context=context) as root:
         experiment = root["census_data"]["homo_sapiens"]
         obs = experiment.obs.read(column_names=COLUMNS, value_filter="is_primary_data == True").concat().to_pandas()

@@ -61,7 +61,8 @@ def main() -> int:
             tune_config=tune.TuneConfig(reuse_actors=True),
             run_config=tune.RunConfig(verbose=0),
         ).fit()
-    metrics = sorted((result.metrics for result in results), key=lambda row: row["at"])
+    ended = [results[index].metrics or {} for index in range(len(results))]
+    metrics = sorted(ended, key=lambda row: row["at"])
     seconds = [row["seconds"] for row in metrics]
     between = [later["at"] - earlier["at"] for earlier, later in zip(metrics, metrics[1:], strict=False)]
     found = {

@@ -1,48 +1,38 @@
-"""Where a job writes, and how it ends. Jobs run in a temporary copy of the repository: places are absolute."""
+"""How a job runs a verb of ``scaling-ray``. Jobs run in a temporary copy of the repository: results go elsewhere."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from scaling_ray.errors import BadInput, ScalingRayError
+from scaling_ray import cli
+from scaling_ray.errors import BadInput
 
 
-def place(given: str | None, s3: bool = False) -> str:
-    """Where results go, from ``--out`` or the environment's SCALING_RAY_OUT.
-
-    Raises:
-        BadInput: none given, relative (a job's working directory is deleted with its package), or on S3 where only
-            directories will do.
-    """
-    value = given or os.environ.get("SCALING_RAY_OUT") or ""
-    if value.startswith("s3://") and s3:
-        return value
-    if value.startswith("s3://"):
-        raise BadInput("--out", value, "results cannot go to S3 yet; name an absolute directory that every node mounts")
-    if not Path(value).is_absolute():
-        remedy = (
-            "name an absolute directory with --out or SCALING_RAY_OUT; a relative one vanishes with the job's package"
-        )
-        raise BadInput("--out", value or None, remedy)
-    return value
-
-
-def say(line: str) -> None:
-    """A line of progress, in the job's log at once and not when a buffer is full."""
-    print(line, flush=True)
-
-
-def run(job: Callable[[list[str]], int]) -> NoReturn:
-    """End the process with the job's exit code; what the package refuses on purpose becomes one line, no traceback."""
+def run_verb(about: str, verb: str, arguments: list[str]) -> NoReturn:
+    """Run a verb and end the process with its exit code; without ``--out`` results go to SCALING_RAY_OUT."""
+    parser = argparse.ArgumentParser(
+        description=about,
+        epilog=f"Other arguments are those of `scaling-ray {verb}`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", help="absolute directory or s3:// URI for results (default: SCALING_RAY_OUT)")
+    options, others = parser.parse_known_args(arguments)
     try:
-        sys.exit(job(sys.argv[1:]))
-    except ScalingRayError as error:
+        out = place_of(options.out or os.environ.get("SCALING_RAY_OUT"))
+    except BadInput as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(cli.main([*verb.split(), *others, "--out", out]))
+
+
+def place_of(given: str | None) -> str:
+    """The place for results; BadInput where none is given, or a relative one, which is deleted with the job's copy."""
+    if given is None or not (given.startswith("s3://") or Path(given).is_absolute()):
+        remedy = "name an absolute directory or an s3:// URI with --out or SCALING_RAY_OUT"
+        raise BadInput("--out", given, f"{remedy}; a relative one vanishes with the job's package")
+    return given

@@ -1,5 +1,7 @@
 """The command line: verbs parse their arguments first and import what is heavy after.
 
+Each verb names the extras it needs where it is declared; ``main`` checks them before its handler imports anything.
+
 Exit codes: 0 ok or complete, 1 some runs failed or files damaged, 2 bad input, 5 another driver holds the directory,
 75 stopped on the way, call again.
 """
@@ -7,289 +9,89 @@ Exit codes: 0 ok or complete, 1 some runs failed or files damaged, 2 bad input, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from scaling_ray import __version__
-from scaling_ray.errors import BadInput, DamagedFiles, ScalingRayError
-
-if TYPE_CHECKING:
-    from scaling_ray.spec import SweepSpec
+from scaling_ray import __version__, verbs
+from scaling_ray.errors import ScalingRayError
+from scaling_ray.extras import require_extras
 
 Handler = Callable[[argparse.Namespace], int]
 
 
-def say(line: str) -> None:
-    """A line of progress on standard error, with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-def _census_plant(options: argparse.Namespace) -> int:
-    from scaling_ray.planted.plant import plant
-
-    print(plant(options.out, n_cells=options.cells, n_genes=options.genes, seed=options.seed, progress=say))
-    return 0
-
-
-def _census_import(options: argparse.Namespace) -> int:
-    from scaling_ray.census.importer import import_h5ad
-
-    print(import_h5ad(options.files, options.out, layer=options.layer, progress=say))
-    return 0
-
-
-def _shards_build(options: argparse.Namespace) -> int:
-    from scaling_ray.spec import load_spec
-
-    spec = load_spec(options.spec)
-    if options.dry_run:
-        from scaling_ray.shards.estimate import estimate, format_estimate
-
-        found = estimate(spec, options.census)
-        print(json.dumps(found, indent=1) if options.json else format_estimate(found))
-        return 0
-    if options.out is None:
-        raise BadInput("--out", None, "name a directory or an s3:// URI for the shards (or ask for --dry-run)")
-    from scaling_ray.shards.convert import build_shards
-
-    manifest = build_shards(spec, options.census, options.out, say)
-    for name, split in manifest.splits.items():
-        say(f"{name}: {split.cells:,} cells ({split.fraction:.1%})")
-    print(options.out)
-    return 0
-
-
-def _shards_verify(options: argparse.Namespace) -> int:
-    from scaling_ray.shards.format import verify
-
-    problems = verify(options.directory)
-    if problems:
-        raise DamagedFiles(problems)
-    print(f"{options.directory}: whole")
-    return 0
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from scaling_ray.execution import device_here
-    from scaling_ray.spec import load_spec
-    from scaling_ray.sweep.plan import format_plan, make_plan, read_rates
-
-    spec, rates = load_spec(options.spec), read_rates(options.rates) if options.rates else None
-    plan, _ = make_plan(spec, device_here() if spec.resources.device == "auto" else None, rates=rates)
-    print(json.dumps(plan, indent=1) if options.json else format_plan(plan))
-    return 0
-
-
-def _sweep(options: argparse.Namespace) -> int:
-    from scaling_ray.spec import load_spec
-
-    load_spec(options.spec)
-    from scaling_ray.sweep.run import run_sweep
-
-    run_sweep(options.spec, options.shards, options.out, say)
-    print(options.out)
-    return 0
-
-
-def _fit(options: argparse.Namespace) -> int:
-    from scaling_ray.laws import fit_table
-    from scaling_ray.results.foreign import read_table
-    from scaling_ray.storage import output_directory, write_json
-
-    output_directory(options.out.parent)
-    found = fit_table(read_table(options.table))
-    write_json(options.out, found)
-    headline = found["headline"]
-    used = {name: column for name, column in found["columns_used"].items() if column is not None}
-    say("columns used: " + ", ".join(n if n == column else f"{n} = {column}" for n, column in used.items()))
-    print(f"{headline['verdict']}: {'; '.join(headline['reasons']) or headline['form']}")
-    return 0
-
-
-def _audit(options: argparse.Namespace) -> int:
-    from scaling_ray.report.audit_page import build_audit
-
-    page, found = build_audit(options.out, options.published)
-    reported, supported = found["published"], found["supported"]
-    print(f"reported: alpha {reported['alpha']!r}, a {reported['a']!r}, c {reported['c']!r}, R2 {reported['r2_log']!r}")
-    low, high = supported["alpha"]["low"], supported["alpha"]["high"]
-    print(f"supported: {supported['verdict']}; alpha {low:.2f} to {high:.2f} over declared choices of the same runs")
-    print(page)
-    return 0
-
-
-def _report(options: argparse.Namespace) -> int:
-    from scaling_ray.report.build import build_report
-
-    print(build_report(options.sweep, options.out, beside=options.beside))
-    return 0
-
-
-def _status(options: argparse.Namespace) -> int:
-    from scaling_ray.report.runs import read_runs
-
-    rows = read_runs(options.sweep)
-    for row in rows:
-        loss = "" if row["test_mse"] is None else f"test_mse {row['test_mse']:.4f}"
-        print(f"{row['status']:8} {row['run_id']:56} {loss}{row['failure'] or ''}")
-    counts = {
-        status: sum(row["status"] == status for row in rows) for status in ("done", "running", "waiting", "failed")
-    }
-    print(", ".join(f"{count} {status}" for status, count in counts.items()))
-    return 0
-
-
-def _track_replay(options: argparse.Namespace) -> int:
-    from scaling_ray.results.sweep_files import LEASE, SweepFiles
-    from scaling_ray.runs import runs_of
-    from scaling_ray.storage import fenced
-    from scaling_ray.tracking.mlflow import known_uri, replay
-
-    sweep = SweepFiles.at(options.sweep)
-    spec, manifest = sweep.spec(), sweep.known_manifest()
-    known_uri(sweep)
-    with sweep.place.lease(LEASE, say) as lease:
-        replay(SweepFiles(fenced(sweep.place, lease)), spec, manifest, runs_of(spec))
-    print(known_uri(sweep))
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from scaling_ray.sweep.export import export_model
-
-    print(export_model(options.sweep, options.run_id, options.out, options.shards))
-    return 0
-
-
-def _embed(options: argparse.Namespace) -> int:
-    from scaling_ray.embed import embed_h5ad
-
-    embed_h5ad(
-        options.model,
-        options.file,
-        options.out,
-        batch_cells=options.batch,
-        layer=options.layer,
-        device=options.device,
-        min_genes=options.min_genes,
-        progress=say,
-    )
-    print(options.out)
-    return 0
-
-
-def _bench_stream(options: argparse.Namespace) -> int:
-    from scaling_ray.shards.bench import bench_stream
-
-    found = bench_stream(options.shards, options.genes, options.batch, options.cells, options.cpus)
-    if options.json:
-        print(json.dumps(found))
-    else:
-        for name in ("pyarrow", "", "resident"):
-            rate = found[f"{name}_cells_per_second" if name else "cells_per_second"]
-            shown = f"{rate:,.0f} cells/s" if rate else "not measured: too much for this machine's memory"
-            print(f"{name or 'stream':9} {shown} of {found['genes']} genes")
-    return 0
-
-
-def _bench_train(options: argparse.Namespace) -> int:
-    from scaling_ray.spec import load_spec, parse_spec
-
-    for field, value in (("--seconds", options.seconds), ("--stack", options.stack)):
-        if value <= 0:
-            raise BadInput(field, value, "must be more than 0")
-    if options.spec is not None:
-        return _bench_spec(load_spec(options.spec), options)
-    precision = f'precision = "{options.precision}"'
-    micro_batch = f"micro_batch = {options.micro_batch}" if options.micro_batch else ""
-    lines = f"dropout = {options.dropout}\nthreads = {options.threads}\n{precision}\n{micro_batch}"
-    spec = parse_spec(
-        f'name = "bench"\n[data]\ngenes = {options.genes}\n[grid]\nsizes = ["{options.size}"]\n'
-        f"genes = [{options.genes}]\ncells = ['all']\nseeds = [1]\n[lr]\nrates = [1e-3]\n"
-        f"[resources]\ncpus = {options.threads}\n[train]\ncells_per_step = {options.cells_per_step}\n{lines}\n",
-        "bench train",
-    )
-    from scaling_ray.execution import device_here
-    from scaling_ray.runs import runs_of
-    from scaling_ray.train.bench import bench_run
-
-    run = runs_of(spec, device_here())[0]
-
-    found = bench_run(run, options.seconds, options.stack)
-    print(json.dumps(found) if options.json else _bench_line(found))
-    return 0
-
-
-def _bench_spec(spec: SweepSpec, options: argparse.Namespace) -> int:
-    """Measure every kind of run of a spec, as it would be carried out, for ``plan --rates``."""
-    from scaling_ray.execution import device_here
-    from scaling_ray.storage import output_directory, write_json
-    from scaling_ray.sweep.plan import make_plan, rate_name
-    from scaling_ray.train.bench import bench_run
-
-    if options.out is None:
-        raise BadInput("--out", None, "name the JSON file for the measured rates")
-    output_directory(options.out.parent)
-    _, runs = make_plan(spec, device_here() if spec.resources.device == "auto" else None)
-    rates: dict[str, float] = {}
-    for run in runs:
-        name = rate_name(run, run.execution.stack)
-        if name not in rates:
-            found = bench_run(run, options.seconds, run.execution.stack)
-            rates[name] = found["cells_per_second"]
-            say(_bench_line(found))
-            write_json(options.out, {"version": 1, "cells_per_second": rates})
-    print(options.out)
-    return 0
-
-
-def _bench_line(found: dict[str, Any]) -> str:
-    stacked = f"{found['stacked']} as one, " if found["stacked"] > 1 else ""
-    return (
-        f"{found['size']:6} {found['cells_per_second']:>12,.1f} cells/s  {stacked}{found['genes']} genes, micro-batch "
-        f"{found['micro_batch']} of {found['cells_per_step']}, {found['precision']}, dropout {found['dropout']:g}, "
-        f"{found['threads']} thread(s): {found['gflops_per_second']:,.1f} GFLOP/s, {found['share_of_matmul']:.0%} of "
-        f"the best matrix product here"
-    )
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from scaling_ray.doctor import check_machine, format_findings
-
-    findings = check_machine(options.write_to)
-    print(format_findings(findings))
-    return int(any(finding.required and not finding.ok for finding in findings))
+def place(text: str) -> str | Path:
+    """A directory, or an ``s3://`` URI as it stands."""
+    return text if "://" in text else Path(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All verbs with their arguments."""
     parser = argparse.ArgumentParser(prog="scaling-ray", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--version", action="version", version=__version__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    top = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(parent: argparse._SubParsersAction, name: str, handler: Handler, about: str) -> argparse.ArgumentParser:
+    def verb(
+        parent: argparse._SubParsersAction, name: str, handler: Handler, about: str, needs: tuple[str, ...] = ()
+    ) -> argparse.ArgumentParser:
+        """A verb that runs ``handler`` and ``needs`` these extras beside a light installation."""
         made: argparse.ArgumentParser = parent.add_parser(
-            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name, help=about, description=about, formatter_class=HelpFormatter
         )
-        made.set_defaults(handler=handler)
+        made.set_defaults(handler=handler, needs=needs, asked=made.prog.removeprefix("scaling-ray "))
         return made
 
     def group(name: str, about: str) -> argparse._SubParsersAction:
-        return verbs.add_parser(name, help=about, description=about).add_subparsers(
+        return top.add_parser(name, help=about, description=about).add_subparsers(
             dest=f"{name}_verb", required=True, metavar="VERB"
         )
 
+    spec_help = "the sweep's spec: a TOML file, or the name of a shipped example (scaling-ray init --list)"
+    sweep_help = "directory or s3:// URI of the sweep"
+    census_help = "directory, URI or version (such as 2025-11-08) of a Census"
+
+    init = verb(top, "init", verbs.init, "write a spec with every key explained: a shipped example, or a new sweep")
+    init.add_argument(
+        "name", nargs="?", metavar="NAME", help="an example, or the name of a new sweep, which begins as `cells`"
+    )
+    init.add_argument("--out", type=Path, default=None, help="TOML file to write, a new one (printed if left out)")
+    init.add_argument("--list", action="store_true", help="name the shipped examples")
+    whole = verb(
+        top,
+        "run",
+        verbs.run,
+        "the whole path: Census, shards, sweep and report below OUT; the same command again goes on",
+        needs=("train", "cluster", "census", "track"),
+    )
+    whole.add_argument("spec", metavar="SPEC.toml", help=spec_help)
+    whole.add_argument(
+        "--out", type=place, required=True, help="directory or s3:// URI for everything: census, shards, sweep, report"
+    )
+    whole.add_argument("--census", default=None, help=f"{census_help}; if left out, OUT/census, planted if not there")
+    whole.add_argument("--shards", default=None, help="directory or s3:// URI of shards; no Census is read then")
+
     census = group("census", "make a local Census")
-    plant = verb(census, "plant", _census_plant, "draw cells whose best possible loss is known, in the Census layout")
+    plant = verb(
+        census,
+        "plant",
+        verbs.census_plant,
+        "draw cells whose best possible loss is known, in the Census layout",
+        needs=("census",),
+    )
     plant.add_argument("--out", type=Path, required=True, help="directory of the Census")
     plant.add_argument("--cells", type=int, default=8_000, help="number of cells")
     plant.add_argument("--genes", type=int, default=2_000, help="number of genes")
     plant.add_argument("--seed", type=int, default=0, help="seed of model and cells")
-    importing = verb(census, "import", _census_import, "raw counts from .h5ad files into the Census layout")
+    importing = verb(
+        census, "import", verbs.census_import, "raw counts from .h5ad files into the Census layout", needs=("census",)
+    )
     importing.add_argument(
         "files", type=Path, nargs="+", metavar="FILE.h5ad", help="files with raw counts, one data set each"
     )
@@ -299,29 +101,46 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     shards = group("shards", "make and check shards")
-    build = verb(shards, "build", _shards_build, "convert the cells a spec asks for into Parquet shards")
-    build.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec; its [data] table is used")
-    build.add_argument("--census", required=True, help="directory, URI or version (such as 2025-11-08) of a Census")
+    build = verb(
+        shards,
+        "build",
+        verbs.shards_build,
+        "convert the cells a spec asks for into Parquet shards",
+        needs=("cluster", "census"),
+    )
+    build.add_argument("spec", metavar="SPEC.toml", help=f"{spec_help}; its [data] table is used")
+    build.add_argument("--census", required=True, help=census_help)
     build.add_argument("--out", default=None, help="directory or s3:// URI of the shards; the same one again goes on")
     build.add_argument("--dry-run", action="store_true", help="say what it would read, write and take; build nothing")
     build.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
-    check = verb(shards, "verify", _shards_verify, "name each missing, damaged or foreign file")
+    check = verb(shards, "verify", verbs.shards_verify, "name each missing, damaged or foreign file")
     check.add_argument("directory", metavar="DIR", help="directory or s3:// URI of the shards")
 
-    plan = verb(verbs, "plan", _plan, "what a sweep will do and cost: grid, parameters, TFLOP, MiB, hours")
-    plan.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec")
+    plan = verb(top, "plan", verbs.plan, "what a sweep will do and cost: grid, parameters, TFLOP, MiB, hours")
+    plan.add_argument("spec", metavar="SPEC.toml", help=spec_help)
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.add_argument("--rates", type=Path, default=None, help="JSON of measured rates: hours follow from them")
-    sweep = verb(verbs, "sweep", _sweep, "run every cell of the grid that has no result yet")
-    sweep.add_argument("spec", type=Path, metavar="SPEC.toml", help="the sweep's spec")
+    sweep = verb(
+        top,
+        "sweep",
+        verbs.sweep,
+        "train every run of the grid that has no result yet",
+        needs=("train", "cluster", "track"),
+    )
+    sweep.add_argument("spec", metavar="SPEC.toml", help=spec_help)
     sweep.add_argument("--shards", required=True, help="directory or s3:// URI of the shards")
-    sweep.add_argument("--out", type=Path, required=True, help="directory of the sweep; the same one again goes on")
-    fit = verb(verbs, "fit", _fit, "fit scaling laws to a sweep or to any table: verdict, intervals, declared choices")
+    sweep.add_argument("--out", type=place, required=True, help=f"{sweep_help}; the same one again goes on")
+    fit = verb(
+        top, "fit", verbs.fit, "fit scaling laws to a sweep or to any table: verdict, intervals, declared choices"
+    )
     fit.add_argument(
-        "table", type=Path, metavar="SWEEP_DIR|TABLE", help="a sweep, or .csv/.parquet with columns params and loss"
+        "table",
+        type=place,
+        metavar="SWEEP_DIR|TABLE",
+        help="directory or s3:// URI of a sweep, or a .csv or .parquet file with columns params and loss",
     )
     fit.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    audit = verb(verbs, "audit", _audit, "re-read the published law: what was reported, what the same runs support")
+    audit = verb(top, "audit", verbs.audit, "re-read the published law: what was reported, what the same runs support")
     audit.add_argument("--out", type=Path, required=True, help="directory of audit.json and audit.html")
     audit.add_argument(
         "--published",
@@ -329,25 +148,43 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="directory of the published run tables (the shipped ones if left out)",
     )
-    report = verb(verbs, "report", _report, "write a sweep's report: report.html, report.json, figures")
-    report.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
-    report.add_argument("--out", type=Path, required=True, help="directory of the report")
+    report = verb(top, "report", verbs.report, "write a sweep's report: report.html, report.json, figures")
+    report.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
+    report.add_argument("--out", type=place, required=True, help="directory or s3:// URI of the report")
     report.add_argument(
-        "--beside", type=Path, default=None, metavar="SWEEP_DIR", help="another sweep, of the other recipe, to compare"
+        "--beside", type=place, default=None, metavar="SWEEP_DIR", help="another sweep, of the other recipe, to compare"
     )
-    status = verb(verbs, "status", _status, "a line per run of a sweep")
-    status.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
+    status = verb(top, "status", verbs.status, "a line per run of a sweep")
+    status.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
     track = group("track", "MLflow tracking of a sweep")
-    replay = verb(track, "replay", _track_replay, "log to MLflow what a sweep's files hold and MLflow does not")
-    replay.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
-    export = verb(verbs, "export", _export, "one trained model as a directory: model.safetensors and model.json")
-    export.add_argument("sweep", type=Path, metavar="SWEEP_DIR", help="directory of the sweep")
+    replay = verb(
+        track,
+        "replay",
+        verbs.track_replay,
+        "log to MLflow what a sweep's files hold and MLflow does not",
+        needs=("track", "train"),
+    )
+    replay.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
+    export = verb(
+        top,
+        "export",
+        verbs.export,
+        "one trained model as a directory: model.safetensors and model.json",
+        needs=("train",),
+    )
+    export.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
     export.add_argument("run_id", metavar="RUN_ID", help="a finished run, as `scaling-ray status` names it")
     export.add_argument("--out", required=True, help="directory of the model; it appears whole or not at all")
     export.add_argument(
         "--shards", default=None, help="directory or s3:// URI of the shards, for a sweep that kept no genes.parquet"
     )
-    embed = verb(verbs, "embed", _embed, "put new cells through a model: a copy of their file with an embedding each")
+    embed = verb(
+        top,
+        "embed",
+        verbs.embed,
+        "put new cells through a model: a copy of their file with an embedding each",
+        needs=("train", "census"),
+    )
     embed.add_argument("model", type=Path, metavar="MODEL", help="directory that `scaling-ray export` made")
     embed.add_argument("file", type=Path, metavar="FILE.h5ad", help="cells with raw counts")
     embed.add_argument(
@@ -366,7 +203,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench = group("bench", "measure this machine")
     stream = verb(
-        bench, "stream", _bench_stream, "cells a second out of shards: streamed, resident, and by bare pyarrow"
+        bench,
+        "stream",
+        verbs.bench_stream,
+        "cells a second out of shards: streamed, from memory, and by bare pyarrow",
+        needs=("cluster",),
     )
     stream.add_argument("shards", metavar="SHARDS", help="directory or s3:// URI of the shards")
     stream.add_argument("--genes", type=int, default=None, help="genes to read (all of the shards' if left out)")
@@ -374,7 +215,13 @@ def build_parser() -> argparse.ArgumentParser:
     stream.add_argument("--cells", type=int, default=1_000_000, help="cells to read, steady state, at the least")
     stream.add_argument("--cpus", type=int, default=2, help="CPUs of the private Ray")
     stream.add_argument("--json", action="store_true", help="as JSON")
-    train = verb(bench, "train", _bench_train, "cells a second that a size trains at on this machine, on made-up cells")
+    train = verb(
+        bench,
+        "train",
+        verbs.bench_train,
+        "cells a second that a size trains at on this machine, on made-up cells",
+        needs=("train",),
+    )
     train.add_argument("--size", default="TINY", help="a size of the ladder: XXS, TINY, XS, S, M, L, XL")
     train.add_argument("--genes", type=int, default=512, help="genes of the panel")
     train.add_argument("--micro-batch", type=int, default=None, help="cells of one pass (by size if left out)")
@@ -385,17 +232,27 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--stack", type=int, default=1, help="models trained as one; cells of all count")
     train.add_argument("--seconds", type=float, default=5.0, help="how long to measure, once warm")
     train.add_argument("--json", action="store_true", help="as JSON")
-    train.add_argument("--spec", type=Path, default=None, help="measure every kind of run of this spec instead")
+    train.add_argument("--spec", default=None, help="measure every kind of run of this spec instead")
     train.add_argument("--out", type=Path, default=None, help="with --spec: JSON file for `plan --rates`")
-    doctor = verb(verbs, "doctor", _doctor, "what this machine has and lacks")
+    doctor = verb(top, "doctor", verbs.doctor, "what this machine has and lacks")
     doctor.add_argument("--write-to", type=Path, default=Path("."), help="a directory that must be writable")
     return parser
+
+
+def _reaches_s3(options: argparse.Namespace) -> bool:
+    """Whether an argument is an ``s3://`` URI. A Census there is read by TileDB, which brings its own client."""
+    return any(
+        isinstance(value, str) and value.startswith("s3://")
+        for name, value in vars(options).items()
+        if name != "census"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; errors of this package become one line and an exit code."""
     options = build_parser().parse_args(arguments)
     try:
+        require_extras(options.asked, *options.needs, *(["s3"] if _reaches_s3(options) else []))
         return int(options.handler(options))
     except ScalingRayError as error:
         print(f"scaling-ray: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a machine has and what it lacks for a sweep, read from the operating system with nothing heavy imported."""
+"""What a machine has and what it lacks for a sweep; nothing heavy is imported for it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from scaling_ray.extras import missing_modules
 
 GIB = 2**30
 
@@ -27,13 +29,22 @@ RAY_OBJECT_STORE_SHARE = 0.3
 
 RAY_OBJECT_STORE_CAP_BYTES = 200 * 10**9
 
-CORE_PACKAGES = ("torch", "ray", "pyarrow", "numpy", "scipy", "pydantic", "tiledbsoma", "cellxgene-census", "mlflow")
-"""Without these no demo runs; every other pinned package is reported too, as a warning."""
+LIGHT_PACKAGES = ("numpy", "scipy", "pyarrow", "pydantic", "jinja2", "resvg-py")
+"""Without these no verb runs."""
+
+USES = {
+    "train": ("torch", "export, embed, bench train, and with cluster and track: sweep, run"),
+    "cluster": ("ray", "shards build, sweep, run"),
+    "census": ("tiledbsoma", "census plant, census import, shards build, run"),
+    "track": ("mlflow", "track replay, sweep, run"),
+    "s3": ("boto3", "results and shards on S3"),
+}
+"""Extra -> the package whose version stands for it, and the verbs that need it."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. ``remedy`` is what to do when it is not ``ok``; ``required``: nothing runs without it."""
+    """One check. ``remedy`` is what to do where it is not ``ok``; ``required``: nothing runs without it."""
 
     name: str
     ok: bool
@@ -43,10 +54,10 @@ class Finding:
 
 
 def check_machine(write_to: Path, constraints: Path | None = None) -> list[Finding]:
-    """Look at this machine.
+    """Check this machine.
 
     Args:
-        write_to: directory results would go to; need not exist, nothing is left behind in it.
+        write_to: directory for results; it need not exist, and nothing is left behind in it.
         constraints: the pins to hold installed versions against; default ``constraints.txt`` of the working directory
             or of the checkout, none if neither exists.
     """
@@ -91,7 +102,7 @@ def _python() -> Finding:
 
 def _cores() -> Finding:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    remedy = f"a sweep wants {NEEDED_CORES}: one trial beside the driver"
+    remedy = f"a sweep needs {NEEDED_CORES}: one for the driver, one for a run"
     return Finding("cores", cores >= NEEDED_CORES, False, f"{cores} usable", remedy)
 
 
@@ -107,7 +118,7 @@ def _memory_bytes() -> int:
 
 
 def _memory(total_bytes: int) -> Finding:
-    remedy = f"Ray and two trials want {NEEDED_MEMORY_BYTES / GIB:.0f} GiB"
+    remedy = f"Ray and two runs need {NEEDED_MEMORY_BYTES / GIB:.0f} GiB"
     return Finding("memory", total_bytes >= NEEDED_MEMORY_BYTES, False, f"{total_bytes / GIB:.1f} GiB", remedy)
 
 
@@ -117,7 +128,7 @@ def _shared_memory(total_bytes: int, directory: Path = Path("/dev/shm")) -> Find
         return Finding("/dev/shm", sys.platform != "linux", False, "none here", "mount a tmpfs there")
     free_bytes = shutil.disk_usage(directory).free
     detail = f"{free_bytes / GIB:.1f} GiB free, Ray's object store takes {wanted_bytes / GIB:.1f} GiB"
-    remedy = f"it falls back to slow disk: in a container set --shm-size={wanted_bytes / GIB:.0f}g or more"
+    remedy = f"the store goes to the slower disk: in a container set --shm-size={wanted_bytes / GIB:.0f}g or more"
     return Finding("/dev/shm", free_bytes >= wanted_bytes, False, detail, remedy)
 
 
@@ -135,7 +146,7 @@ def _gpu() -> Finding:
 
 
 def _tool(name: str, purpose: str, remedy: str) -> Finding:
-    # A console script of this very environment counts: it need not be on PATH to be found by pip-installed packages.
+    # A program of this environment counts without being on PATH: Python packages find it there.
     beside = Path(sys.executable).with_name(name)
     found = shutil.which(name) or (str(beside) if os.access(beside, os.X_OK) else None)
     return Finding(name, found is not None, False, found or f"not found; {purpose}", remedy)
@@ -176,15 +187,20 @@ def _normal(name: str) -> str:
 
 
 def _versions(constraints: Path | None) -> list[Finding]:
-    """One finding for what nothing runs without, one for the rest, so that a warning never hides in a long list."""
+    """The light packages, each extra, and what differs from the pins."""
     pins = read_pins(constraints) if constraints else {}
     # A mapping, not a call per package: reading each distribution's metadata anew is what takes the time.
     installed = {_normal(each.name): each.version for each in metadata.distributions() if each.name}
-    core = [_normal(name) for name in CORE_PACKAGES]
-    missing = [name for name in core if name not in installed]
-    shown = ", ".join(f"{name} {installed[name]}" for name in core if name in installed)
+    missing = [name for name in LIGHT_PACKAGES if name not in installed]
+    shown = ", ".join(f"{name} {installed[name]}" for name in LIGHT_PACKAGES if name in installed)
     detail = f"missing {', '.join(missing)}" if missing else shown
-    findings = [Finding("packages", not missing, True, detail, "make setup")]
+    findings = [Finding("packages", not missing, True, detail, "pip install scaling-ray")]
+    for extra, (package, verbs) in USES.items():
+        lacking = missing_modules(extra)
+        detail = f"needed by {verbs}; missing {', '.join(lacking)}"
+        if not lacking:
+            detail = f"{package} {installed.get(package, 'of unknown version')}"
+        findings.append(Finding(f"[{extra}]", not lacking, False, detail, f"pip install 'scaling-ray[{extra}]'"))
     if not pins:
         findings.append(Finding("versions", True, False, "no constraints.txt at hand to compare with"))
         return findings
@@ -212,7 +228,7 @@ def _existing(path: Path) -> Path:
 def _writable(write_to: Path) -> Finding:
     place = _existing(write_to)
     try:
-        # Permission bits do not tell (read-only mounts, quotas, root): write.
+        # Permission bits do not show read-only mounts and quotas, so a file is written.
         with tempfile.NamedTemporaryFile(dir=place, prefix=".scaling-ray-doctor-") as stream:
             stream.write(b"0")
             stream.flush()

@@ -7,6 +7,7 @@ import pytest
 
 from scaling_ray.model.baselines import (
     SHRINKAGES,
+    Moments,
     choose_shrinkage,
     gaussian_errors,
     gene_mean_errors,
@@ -16,7 +17,7 @@ from scaling_ray.model.baselines import (
 GENES = 30
 
 
-def moments_of(values, measured):
+def moments_of(values: np.ndarray, measured: np.ndarray) -> Moments:
     """Moments of values in one piece."""
     return training_moments(lambda: [(values, measured)])
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import anndata
 import cellxgene_census
@@ -23,7 +25,9 @@ REAL_CELLS = Path(
 )
 
 
-def cells(n: int = 40, ids=("ENSG01", "ENSG02", "ENSG03", "ENSG04", "ENSG05"), seed: int = 0, **obs) -> anndata.AnnData:
+def cells(
+    n: int = 40, ids: Sequence[str] = ("ENSG01", "ENSG02", "ENSG03", "ENSG04", "ENSG05"), seed: int = 0, **obs: object
+) -> anndata.AnnData:
     """n cells of sparse raw counts."""
     counts = sp.random(n, len(ids), 0.4, format="csr", random_state=seed, dtype=np.float32)
     counts.data = np.ceil(counts.data * 9).astype(np.float32)
@@ -36,7 +40,7 @@ def write(adata: anndata.AnnData, path: Path) -> Path:
     return path
 
 
-def imported(files, out, **options):
+def imported(files: list[Path], out: Path, **options: Any) -> tuple[Any, ...]:
     """The whole content of an import, and what it said."""
     said: list[str] = []
     with Census.open(import_h5ad(files, out, progress=said.append, **options)) as census:
@@ -49,33 +53,33 @@ def log(adata: anndata.AnnData) -> sp.csr_matrix:
     return adata.X.log1p()
 
 
-def in_x(adata):
+def in_x(adata: anndata.AnnData) -> anndata.AnnData:
     return adata
 
 
-def in_x_dense(adata):
+def in_x_dense(adata: anndata.AnnData) -> anndata.AnnData:
     adata.X = adata.X.toarray()
     return adata
 
 
-def in_x_by_columns(adata):
+def in_x_by_columns(adata: anndata.AnnData) -> anndata.AnnData:
     adata.X = adata.X.tocsc()
     return adata
 
 
-def in_raw(adata):
+def in_raw(adata: anndata.AnnData) -> anndata.AnnData:
     adata.raw = adata.copy()
     adata.X = log(adata)
     return adata
 
 
-def in_a_layer(adata):
+def in_a_layer(adata: anndata.AnnData) -> anndata.AnnData:
     adata.layers["counts"] = adata.X.copy()
     adata.X = log(adata)
     return adata
 
 
-def in_two_places_alike(adata):
+def in_two_places_alike(adata: anndata.AnnData) -> anndata.AnnData:
     adata.layers["counts"] = adata.X.copy()
     return adata
 
@@ -91,7 +95,9 @@ def in_two_places_alike(adata):
         (in_two_places_alike, "X"),
     ],
 )
-def test_raw_counts_are_found_wherever_they_are(tmp_path, arrange, place):
+def test_raw_counts_are_found_wherever_they_are(
+    tmp_path: Path, arrange: Callable[[anndata.AnnData], anndata.AnnData], place: str
+) -> None:
     adata = cells()
     want = adata.X.toarray().copy()
     file = write(arrange(adata), tmp_path / "some.h5ad")
@@ -107,7 +113,7 @@ def test_raw_counts_are_found_wherever_they_are(tmp_path, arrange, place):
 @pytest.mark.parametrize(
     ("value", "reason"), [(-1.0, "negative"), (0.5, "fractional"), (float("nan"), "not finite"), (3e8, "beyond")]
 )
-def test_what_is_no_count_is_refused_with_the_reason_for_each_place(tmp_path, value, reason):
+def test_what_is_no_count_is_refused_with_the_reason_for_each_place(tmp_path: Path, value: float, reason: str) -> None:
     adata = cells()
     adata.layers["logged"] = log(adata)
     adata.X = adata.X.copy()
@@ -120,7 +126,7 @@ def test_what_is_no_count_is_refused_with_the_reason_for_each_place(tmp_path, va
     assert {p.name for p in tmp_path.iterdir()} == {"bad.h5ad"}, "something half-written was left"
 
 
-def test_differing_candidates_need_a_choice(tmp_path):
+def test_differing_candidates_need_a_choice(tmp_path: Path) -> None:
     adata = cells()
     adata.layers["spliced"] = adata.X.copy()
     adata.layers["spliced"].data[0] += 1
@@ -134,7 +140,7 @@ def test_differing_candidates_need_a_choice(tmp_path):
         import_h5ad([file], tmp_path / "other", layer="nonesuch")
 
 
-def test_files_are_joined_on_gene_ids_and_remember_what_they_measured(tmp_path):
+def test_files_are_joined_on_gene_ids_and_remember_what_they_measured(tmp_path: Path) -> None:
     first = cells(30, ids=("ENSG03", "ENSG01", "ENSG02"), seed=1, patient="p1")
     second = cells(20, ids=("ENSG02", "ENSG04"), seed=2, patient="p2")
     files = [write(first, tmp_path / "first.h5ad"), write(second, tmp_path / "second.h5ad")]
@@ -150,7 +156,7 @@ def test_files_are_joined_on_gene_ids_and_remember_what_they_measured(tmp_path):
     np.testing.assert_array_equal(obs["n_measured_vars"], [3] * 30 + [2] * 20)
 
 
-def test_columns_go_by_their_common_names_and_what_is_missing_is_said(tmp_path):
+def test_columns_go_by_their_common_names_and_what_is_missing_is_said(tmp_path: Path) -> None:
     adata = cells(4, CellType=["a", "b", None, "a"], gender="female", is_primary_data=[True, False, True, True])
     adata.var = pd.DataFrame({"gene_ids": [f"ENSG{i}" for i in range(5)]}, index=list("vwxyz"))
     _, obs, var, _, said = imported([write(adata, tmp_path / "f.h5ad")], tmp_path / "census")
@@ -164,7 +170,7 @@ def test_columns_go_by_their_common_names_and_what_is_missing_is_said(tmp_path):
         assert len(cellxgene_census.get_obs(root, "homo_sapiens", value_filter="cell_type == 'a'")) == 2
 
 
-def test_a_second_import_finds_it_done_and_another_is_refused(tmp_path):
+def test_a_second_import_finds_it_done_and_another_is_refused(tmp_path: Path) -> None:
     file = write(cells(), tmp_path / "f.h5ad")
     imported([file], tmp_path / "census")
     *_, said = imported([file], tmp_path / "census")
@@ -174,7 +180,7 @@ def test_a_second_import_finds_it_done_and_another_is_refused(tmp_path):
         import_h5ad([other], tmp_path / "census")
 
 
-def test_files_that_are_none_are_refused(tmp_path):
+def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.h5ad").write_text("no")
     whole = write(cells(), tmp_path / "f.h5ad").read_bytes()
     (tmp_path / "cut.h5ad").write_bytes(whole[: len(whole) // 2])
@@ -191,7 +197,7 @@ def test_files_that_are_none_are_refused(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL_CELLS.is_file(), reason="the real cells are not on this machine")
-def test_every_count_of_the_real_cells_arrives(tmp_path):
+def test_every_count_of_the_real_cells_arrives(tmp_path: Path) -> None:
     adata = anndata.read_h5ad(REAL_CELLS)
     counts, obs, var, _, said = imported([REAL_CELLS], tmp_path / "census")
     assert "raw counts from X;" in said

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import cellxgene_census
 import numpy as np
@@ -21,12 +23,12 @@ CELLS, GENES = 2500, 400
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("plant") / "census", n_cells=CELLS, n_genes=GENES, seed=7)
 
 
 @pytest.mark.filterwarnings("ignore:Transforming to str index")
-def test_the_public_package_reads_it_like_the_live_census(planted):
+def test_the_public_package_reads_it_like_the_live_census(planted: Path) -> None:
     with cellxgene_census.open_soma(uri=str(planted)) as root, Census.open(planted) as census:
         assert set(root["census_info"]) == {"summary", "summary_cell_counts", "datasets", "organisms"}
         summary = root["census_info"]["summary"].read().concat().to_pandas().set_index("label")["value"]
@@ -82,16 +84,17 @@ def test_the_public_package_reads_it_like_the_live_census(planted):
         assert by_type.to_dict() == obs["cell_type"].astype(str).value_counts().to_dict()
 
 
-def test_x_is_float32_with_the_row_tiles_of_the_live_census(planted):
+def test_x_is_float32_with_the_row_tiles_of_the_live_census(planted: Path) -> None:
+    root: Any
     with soma.open(str(planted)) as root:
         raw = root["census_data"]["homo_sapiens"].ms["RNA"].X["raw"]
         assert str(raw.schema.field("soma_data").type) == "float"
         assert json.loads(raw.schema_config_options().dims)["soma_dim_0"]["tile"] == "2048"
 
 
-def test_the_same_parameters_find_it_done_and_others_are_refused(planted):
+def test_the_same_parameters_find_it_done_and_others_are_refused(planted: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in planted.rglob("*")}
-    said = []
+    said: list[str] = []
     assert plant(planted, n_cells=CELLS, n_genes=GENES, seed=7, progress=said.append) == planted
     assert said == [f"{planted}: already there"]
     assert {p: p.stat().st_mtime_ns for p in planted.rglob("*")} == before
@@ -100,7 +103,7 @@ def test_the_same_parameters_find_it_done_and_others_are_refused(planted):
     assert not [p for p in planted.parent.iterdir() if p != planted], "something half-written was left"
 
 
-def test_a_smaller_plant_is_the_beginning_of_a_larger_one(planted, tmp_path):
+def test_a_smaller_plant_is_the_beginning_of_a_larger_one(planted: Path, tmp_path: Path) -> None:
     smaller = plant(tmp_path / "small", n_cells=300, n_genes=GENES, seed=7)
     with Census.open(smaller) as few, Census.open(planted) as many:
         assert (few.counts(0, 300) != many.counts(0, 300)).nnz == 0
@@ -108,7 +111,7 @@ def test_a_smaller_plant_is_the_beginning_of_a_larger_one(planted, tmp_path):
         assert few.obs()["is_primary_data"].sum() < 300
 
 
-def test_copies_repeat_an_earlier_primary_cell(planted):
+def test_copies_repeat_an_earlier_primary_cell(planted: Path) -> None:
     with Census.open(planted) as census:
         obs, counts = census.obs(), census.counts(0, CELLS)
     cells = {counts[i].toarray().tobytes() for i in np.flatnonzero(obs["is_primary_data"])}
@@ -117,7 +120,7 @@ def test_copies_repeat_an_earlier_primary_cell(planted):
     assert all(counts[i].toarray().tobytes() in cells for i in copies)
 
 
-def test_what_was_cut_short_is_never_taken_for_whole(planted, tmp_path):
+def test_what_was_cut_short_is_never_taken_for_whole(planted: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(planted, broken)
     with Census.open(broken) as whole:
@@ -131,7 +134,7 @@ def test_what_was_cut_short_is_never_taken_for_whole(planted, tmp_path):
         plant(broken, n_cells=CELLS, n_genes=GENES, seed=7)
 
 
-def test_a_plant_that_dies_leaves_nothing(tmp_path):
+def test_a_plant_that_dies_leaves_nothing(tmp_path: Path) -> None:
     def dies(line: str) -> None:
         raise KeyboardInterrupt
 
@@ -140,7 +143,7 @@ def test_a_plant_that_dies_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_truth_comes_back_from_its_json_alone(planted, tmp_path):
+def test_truth_comes_back_from_its_json_alone(planted: Path, tmp_path: Path) -> None:
     truth = load_truth(planted)
     assert truth.n_cells == CELLS and truth.spec == PlantSpec(n_genes=GENES, seed=7)
     assert (planted / "plant.json").stat().st_size < 4000
@@ -170,7 +173,7 @@ def test_truth_comes_back_from_its_json_alone(planted, tmp_path):
         load_truth(tmp_path / "nowhere")
 
 
-def test_counts_follow_the_truth():
+def test_counts_follow_the_truth() -> None:
     """Gene totals of deep and shallow cells against their expectation under the truth's weights."""
     from scaling_ray.planted.draw import draw_range
     from scaling_ray.planted.truth import PlantedTruth
@@ -199,7 +202,7 @@ def test_counts_follow_the_truth():
 
 
 @pytest.mark.slow
-def test_the_default_plant_is_realistic(tmp_path):
+def test_the_default_plant_is_realistic(tmp_path: Path) -> None:
     with Census.open(plant(tmp_path / "census")) as census:
         obs, counts = census.obs(), census.counts(0, census.n_cells)
     assert counts.shape == (8000, 2000)
@@ -219,7 +222,7 @@ def test_the_default_plant_is_realistic(tmp_path):
 @pytest.mark.parametrize(
     ("field", "change"), [("cells", {"n_cells": 0}), ("genes", {"n_genes": 1}), ("seed", {"seed": -1})]
 )
-def test_sizes_out_of_range_are_refused(tmp_path, field, change):
+def test_sizes_out_of_range_are_refused(tmp_path: Path, field: str, change: dict[str, Any]) -> None:
     with pytest.raises(BadInput) as refusal:
         plant(tmp_path / "census", **change)
     assert refusal.value.field == field and not list(tmp_path.iterdir())

@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import boto3
 import numpy as np
@@ -27,12 +29,12 @@ CELLS, GENES = 2200, 120
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plant(tmp_path_factory.mktemp("source") / "census", n_cells=CELLS, n_genes=GENES)
 
 
 @pytest.fixture(scope="module")
-def s3_service():
+def s3_service() -> Iterator[str]:
     # a process of its own: TileDB holds the interpreter's lock while it waits for an answer
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,7 +55,7 @@ def s3_service():
         server.wait(timeout=20)
 
 
-def write_small(out, values, n_cells=4):
+def write_small(out: Path, values: Sequence[Sequence[float]], n_cells: int = 4) -> Path:
     """A Census of four cells and three genes with the given csr values."""
     obs = pd.DataFrame({name: ["unknown"] * n_cells for name in OBS_STRING_COLUMNS})
     obs["is_primary_data"], obs["observation_joinid"] = True, [str(i) for i in range(n_cells)]
@@ -73,7 +75,7 @@ def write_small(out, values, n_cells=4):
         return writer.publish(about={})
 
 
-def test_obs_is_plain_sorted_and_filtered(planted):
+def test_obs_is_plain_sorted_and_filtered(planted: Path) -> None:
     with Census.open(planted) as census:
         assert (census.n_cells, census.n_genes, census.tile_cells) == (CELLS, GENES, 2048)
         assert census.schema_version == "2.4.0" and census.uri == str(planted)
@@ -91,7 +93,7 @@ def test_obs_is_plain_sorted_and_filtered(planted):
         assert list(var["soma_joinid"]) == list(range(GENES)) and var["feature_id"].dtype == object
 
 
-def test_ranges_put_together_are_the_whole(planted):
+def test_ranges_put_together_are_the_whole(planted: Path) -> None:
     with Census.open(planted) as census:
         whole = census.counts(0, CELLS)
         assert whole.dtype == np.int32 and whole.shape == (CELLS, GENES)
@@ -111,7 +113,7 @@ def _sum_of_counts(uri: str) -> int:
         return int(census.counts(0, census.n_cells).sum())
 
 
-def test_its_uri_opens_it_in_another_process(planted):
+def test_its_uri_opens_it_in_another_process(planted: Path) -> None:
     with Census.open(planted) as census:
         handle = pickle.loads(pickle.dumps(census.uri))  # noqa: S301
         here = int(census.counts(0, CELLS).sum())
@@ -130,16 +132,24 @@ def test_its_uri_opens_it_in_another_process(planted):
         (None, "((", "value_filter"),
     ],
 )
-def test_a_bad_query_is_one_line_of_bad_input(planted, columns, condition, field):
+def test_a_bad_query_is_one_line_of_bad_input(
+    planted: Path, columns: list[str] | None, condition: str | None, field: str
+) -> None:
     with Census.open(planted) as census, pytest.raises(BadInput) as refusal:
         census.obs(columns, condition)
     assert refusal.value.field == field and "\n" not in str(refusal.value)
 
 
-def test_what_is_no_census_is_bad_input(planted, tmp_path):
+def test_what_is_no_census_is_bad_input(planted: Path, tmp_path: Path) -> None:
     (tmp_path / "a-file").write_text("x")
     soma.Collection.create(str(tmp_path / "collection")).close()
-    wrong = [tmp_path / "missing", tmp_path, tmp_path / "a-file", tmp_path / "collection", "gs://bucket/census"]
+    wrong: list[str | Path] = [
+        tmp_path / "missing",
+        tmp_path,
+        tmp_path / "a-file",
+        tmp_path / "collection",
+        "gs://bucket/census",
+    ]
     for uri in wrong:
         with pytest.raises(BadInput) as refusal:
             Census.open(uri)
@@ -152,7 +162,7 @@ def test_what_is_no_census_is_bad_input(planted, tmp_path):
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.5, 1e10, float("nan")])
-def test_values_that_are_no_counts_are_refused(tmp_path, value):
+def test_values_that_are_no_counts_are_refused(tmp_path: Path, value: float) -> None:
     uri = write_small(tmp_path / "census", [[1, 0, 2], [0, 0, 0], [3, 0, 0], [0, 4, 0]])
     with Census.open(uri) as census:
         np.testing.assert_array_equal(census.counts(1, 4).toarray(), [[0, 0, 0], [3, 0, 0], [0, 4, 0]])
@@ -169,7 +179,7 @@ def test_values_that_are_no_counts_are_refused(tmp_path, value):
     assert refusal.value.field == "X/raw"
 
 
-def test_the_same_cells_come_over_s3(planted, s3_service, monkeypatch):
+def test_the_same_cells_come_over_s3(planted: Path, s3_service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_service)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "for-the-test-server")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "for-the-test-server")
@@ -202,7 +212,7 @@ def test_the_same_cells_come_over_s3(planted, s3_service, monkeypatch):
         Census.open(uri)
 
 
-def test_the_public_buckets_are_read_anonymously_from_their_region(monkeypatch):
+def test_the_public_buckets_are_read_anonymously_from_their_region(monkeypatch: pytest.MonkeyPatch) -> None:
     from scaling_ray.census.source import _s3_config
 
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
@@ -214,7 +224,7 @@ def test_the_public_buckets_are_read_anonymously_from_their_region(monkeypatch):
     assert own == {"vfs.s3.region": "eu-central-1", "vfs.s3.no_sign_request": "false"}
 
 
-def test_an_unreachable_or_unknown_release_is_bad_input(monkeypatch):
+def test_an_unreachable_or_unknown_release_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is asked of the network is asked of a closed port of this machine."""
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     with pytest.raises(BadInput, match="network"):
@@ -222,7 +232,7 @@ def test_an_unreachable_or_unknown_release_is_bad_input(monkeypatch):
 
 
 @pytest.mark.network
-def test_a_few_cells_of_the_live_census():
+def test_a_few_cells_of_the_live_census() -> None:
     with Census.open("2025-11-08") as census:
         assert census.census_version == "2025-11-08" and census.n_cells > 150_000_000
         counts = census.counts(0, 64)

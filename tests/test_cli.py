@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
@@ -14,8 +16,6 @@ import pytest
 from conftest import TINY_SWEEP
 
 from scaling_ray.cli import build_parser, main
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def h5ad(path: Path, counts: np.ndarray) -> Path:
@@ -64,6 +64,8 @@ def test_what_are_no_counts_is_refused(values: list[float], tmp_path: Path, caps
         ["plan", "absent.toml"],
         ["shards", "verify", "absent"],
         ["sweep", "SPEC", "--shards", "absent", "--out", "out"],
+        ["run", "absent.toml", "--out", "out"],
+        ["run", "SPEC", "--shards", "absent", "--out", "out"],
         ["shards", "build", "SPEC", "--census", "no-census-at-all", "--out", "out"],
         ["fit", "absent.csv", "--out", "fit.json"],
         ["report", "absent", "--out", "report"],
@@ -113,27 +115,35 @@ def test_a_plan_counts_runs_parameters_and_flops(tmp_path: Path, capsys: pytest.
     )
 
 
-@pytest.mark.parametrize("spec", sorted((REPOSITORY / "jobs").glob("*.toml")), ids=lambda path: path.name)
-def test_every_spec_of_the_repository_has_a_plan(spec: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(spec)]) == 0
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Every verb's own parser, found from the command line's: a group of verbs has parsers below it."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield parser
+    for group in groups:
+        for below in group.choices.values():
+            yield from parsers(below)
 
 
-def test_every_verb_has_help() -> None:
-    for verb in (
-        "census plant",
-        "census import",
-        "shards build",
-        "shards verify",
-        "plan",
-        "sweep",
-        "fit",
-        "report",
-        "export",
-        "embed",
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            build_parser().parse_args([*verb.split(), "--help"])
-        assert stopped.value.code == 0
+VERBS = {parser.prog.removeprefix("scaling-ray "): parser for parser in parsers(build_parser())}
+
+
+def test_the_verbs_are_these() -> None:
+    assert sorted(VERBS) == sorted(
+        "init, run, census plant, census import, shards build, shards verify, plan, sweep, fit, audit, report, "
+        "status, track replay, export, embed, bench stream, bench train, doctor".split(", ")
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*verb.split(), "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"scaling-ray {verb}" in shown
+    for action in VERBS[verb]._actions:
+        assert action.help, f"{verb} does not say what {action.dest} is"
 
 
 def test_the_installed_command_answers() -> None:

@@ -172,7 +172,6 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     [
         (["jobs/sweep.py", "jobs/demo.toml", "--out", "results"], "--out: 'results'", "absolute"),
         (["jobs/sweep.py", "jobs/demo.toml"], "--out: None", "SCALING_RAY_OUT"),
-        (["jobs/sweep.py", "jobs/demo.toml", "--out", "s3://bucket/results"], "--out: 's3://bucket", "absolute"),
         (
             ["jobs/shards.py", "jobs/demo.toml", "--census", "stable", "--out", "./shards"],
             "--out: './shards'",
@@ -194,10 +193,20 @@ def test_a_place_that_would_vanish_is_refused_on_one_line(arguments: list[str], 
     assert not (REPOSITORY / "results").exists() and not (REPOSITORY / "s3:").exists()
 
 
+def test_a_job_ends_as_its_verb_does(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "SCALING_RAY_OUT": str(tmp_path / "out")}
+    command = [sys.executable, "jobs/sweep.py", "jobs/absent.toml"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("scaling-ray: spec: 'jobs/absent.toml'")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["shards", "sweep", "report"])
 def test_a_job_stays_thin_and_says_what_it_takes(name: str) -> None:
     path = REPOSITORY / "jobs" / f"{name}.py"
-    assert len(path.read_text().splitlines()) <= 60
+    assert len(path.read_text().splitlines()) <= 15
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, path, "--help"], env=env, capture_output=True, text=True, timeout=60, check=False
@@ -239,7 +248,7 @@ def test_a_submitted_sweep_runs_to_its_report_and_is_done_the_second_time(head: 
         rows = list(csv.DictReader(stream))
     assert {row["size"] for row in rows} == {"XXS", "TINY"}
     assert {row["status"] for row in rows} == {"done"}
-    assert all(float(row["test_mse"]) > 0 and int(row["cells_seen"]) == 640 for row in rows)
+    assert all(int(row["cells_seen"]) == 640 for row in rows)
     assert (out / "report" / "report.html").is_file()
     json.loads((out / "report" / "report.json").read_text())
 

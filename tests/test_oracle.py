@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,10 @@ from scaling_ray.errors import BadInput
 from scaling_ray.planted.draw import draw_range
 from scaling_ray.planted.oracle import oracle
 from scaling_ray.planted.truth import PlantedTruth, PlantSpec
+from scaling_ray.recipe import Recipe
+
+Planted = tuple[PlantedTruth, dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
+"""Truth, a batch of cells, their effects; counts and data sets of other cells."""
 
 TINY = PlantSpec(
     n_genes=6,
@@ -63,7 +68,16 @@ def panel_sum_probability(truth: PlantedTruth, dataset: int, weights_in_panel: f
     return float(np.sum(share * np.exp(log_choose) * theta**total * (1 - theta) ** weights_in_panel))
 
 
-def enumerated(truth, counts, panel, raw_sum, masked, dataset, effect, recipe):
+def enumerated(
+    truth: PlantedTruth,
+    counts: np.ndarray,
+    panel: np.ndarray,
+    raw_sum: int,
+    masked: np.ndarray,
+    dataset: int,
+    effect: int | None,
+    recipe: Recipe,
+) -> dict[str, Any]:
     """Posterior and predictive by summing the joint law over every hidden configuration of all genes."""
     components = len(truth.component_prior)
     measured = truth.measured[dataset]
@@ -113,7 +127,7 @@ def enumerated(truth, counts, panel, raw_sum, masked, dataset, effect, recipe):
 
 @pytest.mark.parametrize("recipe", ["corrected", "published"])
 @pytest.mark.parametrize("known_effect", [False, True])
-def test_agrees_with_enumeration_of_every_hidden_configuration(recipe, known_effect):
+def test_agrees_with_enumeration_of_every_hidden_configuration(recipe: Recipe, known_effect: bool) -> None:
     truth = PlantedTruth(TINY)
     cells = draw_range(truth, 0)
     counts = cells.counts.toarray()
@@ -153,7 +167,7 @@ def test_agrees_with_enumeration_of_every_hidden_configuration(recipe, known_eff
 
 
 @pytest.fixture(scope="module")
-def planted():
+def planted() -> Planted:
     """The default plant's own truth, 400 of its cells, a panel of variable genes and 15% of it masked."""
     truth = PlantedTruth(PlantSpec())
     first, second = draw_range(truth, 0), draw_range(truth, 1)
@@ -186,7 +200,7 @@ def _within(difference: np.ndarray, standard_errors: float) -> bool:
 
 
 @pytest.mark.parametrize("recipe", ["corrected", "published"])
-def test_on_planted_cells_it_is_calibrated_and_in_order(planted, recipe):
+def test_on_planted_cells_it_is_calibrated_and_in_order(planted: Planted, recipe: Recipe) -> None:
     truth, batch, effect, reference, reference_dataset = planted
     bound = oracle(truth, **batch, effect=effect, recipe=recipe)
     attainable = oracle(truth, **batch, recipe=recipe)
@@ -219,7 +233,7 @@ def test_on_planted_cells_it_is_calibrated_and_in_order(planted, recipe):
     assert attainable.posterior_entropy_nats.mean() > 0.2
 
 
-def test_the_best_prediction_ignores_what_is_masked(planted):
+def test_the_best_prediction_ignores_what_is_masked(planted: Planted) -> None:
     truth, batch, _, _, _ = planted
     some = {k: v if k == "panel" else v[:40] for k, v in batch.items()}
     before = oracle(truth, **some, recipe="corrected")
@@ -234,9 +248,10 @@ def test_the_best_prediction_ignores_what_is_masked(planted):
     np.testing.assert_allclose(after.prediction, before.prediction, rtol=0, atol=1e-9)
 
 
-def test_a_cell_without_counts_is_certain():
+def test_a_cell_without_counts_is_certain() -> None:
     truth = PlantedTruth(TINY)
-    for recipe in ("corrected", "published"):
+    recipes: tuple[Recipe, ...] = ("corrected", "published")
+    for recipe in recipes:
         found = oracle(
             truth,
             counts=np.zeros((1, 3), int),
@@ -260,7 +275,7 @@ def test_a_cell_without_counts_is_certain():
         ({"dataset": np.zeros(2, int)}, "dataset"),
     ],
 )
-def test_cells_that_do_not_fit_the_truth_are_refused(change, field):
+def test_cells_that_do_not_fit_the_truth_are_refused(change: dict[str, Any], field: str) -> None:
     batch = {
         "counts": np.array([[1, 2, 0]]),
         "panel": np.array([0, 1, 2]),

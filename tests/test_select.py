@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -66,7 +68,7 @@ def obs_of(cells: int, donors: int) -> tuple[np.ndarray, dict[str, Coded]]:
 
 
 @pytest.mark.parametrize("split_by", ["donor_id", "cell"])
-def test_each_split_is_permuted_once_and_groups_stay_together(split_by: str) -> None:
+def test_each_split_is_permuted_once_and_groups_stay_together(split_by: Literal["donor_id", "cell"]) -> None:
     joinid, columns = obs_of(1000, 10)
     selection = select_cells(joinid, columns, DataSpec(split_by=split_by, genes=2), 1200)
     assert selection.dropped == {"value_filter": 200}

@@ -1,0 +1,308 @@
+"""What each verb of the command line does: parsed arguments in, exit code out. Heavy imports stand in the functions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from scaling_ray.errors import BadInput, DamagedFiles
+
+if TYPE_CHECKING:
+    from scaling_ray.spec import SweepSpec
+
+
+def say(line: str) -> None:
+    """A line of progress on standard error, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def _spec_of(options: argparse.Namespace) -> SweepSpec:
+    """The spec of a verb that takes one; ``options.spec`` becomes the path of its file."""
+    from scaling_ray.spec import load_spec
+    from scaling_ray.specs import spec_path
+
+    options.spec = spec_path(options.spec)
+    return load_spec(options.spec)
+
+
+def init(options: argparse.Namespace) -> int:
+    """Write, print or list specs with every key explained."""
+    from scaling_ray.specs import about_example, example_names
+
+    if options.list:
+        print("\n".join(f"{name:17} {about_example(name)}" for name in example_names()))
+        return 0
+    if options.name is None:
+        remedy = f"name an example ({', '.join(example_names())}), or a new sweep"
+        raise BadInput("NAME", None, remedy)
+    from scaling_ray.specs.annotated import annotated_spec
+    from scaling_ray.storage import create_if_absent, output_directory
+
+    text = annotated_spec(options.name)
+    if options.out is None:
+        print(text, end="")
+        return 0
+    output_directory(options.out.parent)
+    if not create_if_absent(options.out, text):
+        raise BadInput("--out", str(options.out), "exists; name another file, or remove it")
+    say(f"next: scaling-ray plan {options.out}, then scaling-ray run {options.out} --out DIR")
+    print(options.out)
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    """The whole path, from cells to a report."""
+    _spec_of(options)
+    from scaling_ray.pipeline import run_pipeline
+
+    print(run_pipeline(options.spec, options.out, census=options.census, shards=options.shards, progress=say))
+    return 0
+
+
+def census_plant(options: argparse.Namespace) -> int:
+    """Plant a Census."""
+    from scaling_ray.planted.plant import plant
+
+    print(plant(options.out, n_cells=options.cells, n_genes=options.genes, seed=options.seed, progress=say))
+    return 0
+
+
+def census_import(options: argparse.Namespace) -> int:
+    """Import .h5ad files into a Census."""
+    from scaling_ray.census.importer import import_h5ad
+
+    print(import_h5ad(options.files, options.out, layer=options.layer, progress=say))
+    return 0
+
+
+def shards_build(options: argparse.Namespace) -> int:
+    """Build shards, or say what that would take."""
+    spec = _spec_of(options)
+    if options.dry_run:
+        from scaling_ray.shards.estimate import estimate, format_estimate
+
+        found = estimate(spec, options.census)
+        print(json.dumps(found, indent=1) if options.json else format_estimate(found))
+        return 0
+    if options.out is None:
+        raise BadInput("--out", None, "name a directory or an s3:// URI for the shards (or ask for --dry-run)")
+    from scaling_ray.shards.convert import build_shards
+
+    manifest = build_shards(spec, options.census, options.out, say)
+    for name, split in manifest.splits.items():
+        say(f"{name}: {split.cells:,} cells ({split.fraction:.1%})")
+    print(options.out)
+    return 0
+
+
+def shards_verify(options: argparse.Namespace) -> int:
+    """Check every file of some shards."""
+    from scaling_ray.shards.format import verify
+
+    problems = verify(options.directory)
+    if problems:
+        raise DamagedFiles(problems)
+    print(f"{options.directory}: whole")
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Say what a sweep will do and cost."""
+    from scaling_ray.execution import device_here
+    from scaling_ray.sweep.plan import format_plan, make_plan, read_rates
+
+    spec, rates = _spec_of(options), read_rates(options.rates) if options.rates else None
+    plan, _ = make_plan(spec, device_here() if spec.resources.device == "auto" else None, rates=rates)
+    print(json.dumps(plan, indent=1) if options.json else format_plan(plan))
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Train what a sweep lacks."""
+    _spec_of(options)
+    from scaling_ray.sweep.run import run_sweep
+
+    run_sweep(options.spec, options.shards, options.out, say)
+    print(options.out)
+    return 0
+
+
+def fit(options: argparse.Namespace) -> int:
+    """Fit laws to a table."""
+    from scaling_ray.laws import fit_table
+    from scaling_ray.results.foreign import read_table
+    from scaling_ray.storage import output_directory, write_json
+
+    output_directory(options.out.parent)
+    found = fit_table(read_table(options.table))
+    write_json(options.out, found)
+    headline = found["headline"]
+    used = {name: column for name, column in found["columns_used"].items() if column is not None}
+    say("columns used: " + ", ".join(n if n == column else f"{n} = {column}" for n, column in used.items()))
+    print(f"{headline['verdict']}: {'; '.join(headline['reasons']) or headline['form']}")
+    return 0
+
+
+def audit(options: argparse.Namespace) -> int:
+    """Re-read the published law."""
+    from scaling_ray.report.audit_page import build_audit
+
+    page, found = build_audit(options.out, options.published)
+    reported, supported = found["published"], found["supported"]
+    print(f"reported: alpha {reported['alpha']!r}, a {reported['a']!r}, c {reported['c']!r}, R2 {reported['r2_log']!r}")
+    low, high = supported["alpha"]["low"], supported["alpha"]["high"]
+    print(f"supported: {supported['verdict']}; alpha {low:.2f} to {high:.2f} over declared choices of the same runs")
+    print(page)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write a sweep's report."""
+    from scaling_ray.report.build import build_report
+
+    print(build_report(options.sweep, options.out, beside=options.beside))
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    """Say how each run of a sweep stands."""
+    from scaling_ray.report.runs import read_runs
+
+    rows = read_runs(options.sweep)
+    for row in rows:
+        loss = "" if row["test_mse"] is None else f"test_mse {row['test_mse']:.4f}"
+        print(f"{row['status']:8} {row['run_id']:56} {loss}{row['failure'] or ''}")
+    counts = {
+        status: sum(row["status"] == status for row in rows) for status in ("done", "running", "waiting", "failed")
+    }
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    return 0
+
+
+def track_replay(options: argparse.Namespace) -> int:
+    """Log to MLflow what it lacks."""
+    from scaling_ray.results.sweep_files import LEASE, SweepFiles
+    from scaling_ray.runs import runs_of
+    from scaling_ray.storage import fenced
+    from scaling_ray.tracking.mlflow import known_uri, replay
+
+    sweep = SweepFiles.at(options.sweep)
+    spec, manifest, uri = sweep.spec(), sweep.known_manifest(), known_uri(sweep)
+    with sweep.place.lease(LEASE, say) as lease:
+        replay(SweepFiles(fenced(sweep.place, lease)), spec, manifest, runs_of(spec))
+    print(uri)
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write one trained model."""
+    from scaling_ray.sweep.export import export_model
+
+    print(export_model(options.sweep, options.run_id, options.out, options.shards))
+    return 0
+
+
+def embed(options: argparse.Namespace) -> int:
+    """Embed new cells."""
+    from scaling_ray.embed import embed_h5ad
+
+    embed_h5ad(
+        options.model,
+        options.file,
+        options.out,
+        batch_cells=options.batch,
+        layer=options.layer,
+        device=options.device,
+        min_genes=options.min_genes,
+        progress=say,
+    )
+    print(options.out)
+    return 0
+
+
+def bench_stream(options: argparse.Namespace) -> int:
+    """Measure reading."""
+    from scaling_ray.shards.bench import bench_stream
+
+    found = bench_stream(options.shards, options.genes, options.batch, options.cells, options.cpus)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for name in ("pyarrow", "", "resident"):
+            rate = found[f"{name}_cells_per_second" if name else "cells_per_second"]
+            shown = f"{rate:,.0f} cells/s" if rate else "not measured: too much for this machine's memory"
+            print(f"{name or 'stream':9} {shown} of {found['genes']} genes")
+    return 0
+
+
+def bench_train(options: argparse.Namespace) -> int:
+    """Measure training."""
+    from scaling_ray.spec import parse_spec
+
+    for field, value in (("--seconds", options.seconds), ("--stack", options.stack)):
+        if value <= 0:
+            raise BadInput(field, value, "must be more than 0")
+    if options.spec is not None:
+        return _bench_spec(_spec_of(options), options)
+    precision = f'precision = "{options.precision}"'
+    micro_batch = f"micro_batch = {options.micro_batch}" if options.micro_batch else ""
+    lines = f"dropout = {options.dropout}\nthreads = {options.threads}\n{precision}\n{micro_batch}"
+    spec = parse_spec(
+        f'name = "bench"\n[data]\ngenes = {options.genes}\n[grid]\nsizes = ["{options.size}"]\n'
+        f"genes = [{options.genes}]\ncells = ['all']\nseeds = [1]\n[lr]\nrates = [1e-3]\n"
+        f"[resources]\ncpus = {options.threads}\n[train]\ncells_per_step = {options.cells_per_step}\n{lines}\n",
+        "bench train",
+    )
+    from scaling_ray.execution import device_here
+    from scaling_ray.runs import runs_of
+    from scaling_ray.train.bench import bench_run
+
+    run = runs_of(spec, device_here())[0]
+    found = bench_run(run, options.seconds, options.stack)
+    print(json.dumps(found) if options.json else _bench_line(found))
+    return 0
+
+
+def _bench_spec(spec: SweepSpec, options: argparse.Namespace) -> int:
+    """Measure every kind of run of a spec, as it would be carried out, for ``plan --rates``."""
+    from scaling_ray.execution import device_here
+    from scaling_ray.storage import output_directory, write_json
+    from scaling_ray.sweep.plan import make_plan, rate_name
+    from scaling_ray.train.bench import bench_run
+
+    if options.out is None:
+        raise BadInput("--out", None, "name the JSON file for the measured rates")
+    output_directory(options.out.parent)
+    _, runs = make_plan(spec, device_here() if spec.resources.device == "auto" else None)
+    rates: dict[str, float] = {}
+    for run in runs:
+        name = rate_name(run, run.execution.stack)
+        if name not in rates:
+            found = bench_run(run, options.seconds, run.execution.stack)
+            rates[name] = found["cells_per_second"]
+            say(_bench_line(found))
+            write_json(options.out, {"version": 1, "cells_per_second": rates})
+    print(options.out)
+    return 0
+
+
+def _bench_line(found: dict[str, Any]) -> str:
+    stacked = f"{found['stacked']} as one, " if found["stacked"] > 1 else ""
+    return (
+        f"{found['size']:6} {found['cells_per_second']:>12,.1f} cells/s  {stacked}{found['genes']} genes, micro-batch "
+        f"{found['micro_batch']} of {found['cells_per_step']}, {found['precision']}, dropout {found['dropout']:g}, "
+        f"{found['threads']} thread(s): {found['gflops_per_second']:,.1f} GFLOP/s, {found['share_of_matmul']:.0%} of "
+        f"the best matrix product here"
+    )
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Look at this machine."""
+    from scaling_ray.doctor import check_machine, format_findings, lacks_required
+
+    findings = check_machine(options.write_to)
+    print(format_findings(findings))
+    return int(lacks_required(findings))
