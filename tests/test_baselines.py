@@ -147,7 +147,7 @@ def test_shrinkage_is_the_best_on_the_cells_given() -> None:
         best, sums = choose_shrinkage(moments, values, masked, hidden)
         totals = {s: gaussian_errors(moments, s, values, masked, hidden).sum() for s in SHRINKAGES}
         assert totals[best] == min(totals.values())
-        assert sums.squared_error == pytest.approx(totals[best])
+        assert sums.loss == pytest.approx(totals[best])
         assert sums.masked_genes == masked.sum()
         assert sums.mean == pytest.approx(totals[best] / masked.sum())
         chosen[cells] = best

@@ -108,10 +108,10 @@ def test_a_plan_counts_runs_parameters_and_flops(tmp_path: Path, capsys: pytest.
     (tmp_path / "spec.toml").write_text(TINY_SWEEP)
     assert main(["plan", str(tmp_path / "spec.toml"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["totals"]["runs"] == len(plan["cells"]) == 8
-    assert plan["totals"]["flops"] == pytest.approx(sum(cell["flops"] for cell in plan["cells"]))
+    assert plan["totals"]["runs"] == len(plan["settings"]) == 8
+    assert plan["totals"]["flops"] == pytest.approx(sum(setting["flops"] for setting in plan["settings"]))
     assert {"run_id", "size", "params", "genes", "cells", "seed", "lr", "flops", "bytes", "workers", "hours"} <= set(
-        plan["cells"][0]
+        plan["settings"][0]
     )
 
 

@@ -37,7 +37,7 @@ def save(
     facts |= {"run_id": "law-test", "size": "TEST", "params": sum(p.numel() for p in network.parameters())}
     facts |= {"feature_ids": feature_ids, "feature_names": feature_ids, "recipe": recipe, "mask_fraction": 0.15}
     facts |= {"umi_fraction": 1.0, "precision": "fp32", "seed": 1, "lr": 0.01, "val_loss": 1.0, "test_loss": None}
-    facts |= {"data_hash": "hash", "census": {}, "scaling_ray_version": "0"}
+    facts |= {"objective": "mse", "loss_unit": "mse", "data_hash": "hash", "census": {}, "scaling_ray_version": "0"}
     save_model(directory, dict(network.state_dict()), facts)
     return directory, network
 
@@ -110,7 +110,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: Path | str) -> str:
 def test_the_head_on_the_encoded_genes_is_the_prediction() -> None:
     network = network_of(WIDE)
     values, hidden = torch.rand(4, GENES), torch.rand(4, GENES) < 0.3
-    everywhere = network.head(network.encode(values, hidden))[:, :, 0]
+    everywhere = network.head(network.encode(values, hidden))
     positions = torch.arange(GENES).expand(4, GENES)
     torch.testing.assert_close(everywhere, network(values, hidden, positions), rtol=1e-5, atol=1e-6)
 

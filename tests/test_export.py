@@ -119,7 +119,7 @@ for model in sys.argv[2:]:
     measured = torch.from_numpy(cells.measured[cells.dataset])
     masks = draw_masks(record.recipe, record.mask_fraction, EVALUATION_MASK_SEED, torch.zeros_like(ids), ids, measured)
     with torch.no_grad():
-        predictions = network(values, masks.hidden, masks.positions)
+        predictions = network(values, masks.hidden, masks.positions)[..., 0]
     errors = (predictions - values.gather(1, masks.positions)).double() ** 2 * masks.weights
     found.append(float(errors.sum() / masks.weights.sum().double()))
 print(json.dumps([found, sorted({name.split(".")[0] for name in sys.modules} & {"ray", "mlflow", "tiledbsoma"})]))
@@ -174,8 +174,15 @@ def checkpoint_cut_short(sweep: Path, run: RunSpec) -> None:
 
 
 def checkpoint_of_another(sweep: Path, run: RunSpec) -> None:
-    best = Path("checkpoints") / "best" / "state.safetensors"
-    shutil.copy(sweep / "runs" / RUNS["published"].run_id / best, sweep / "runs" / run.run_id / best)
+    best = Path("checkpoints") / "best"
+    shutil.rmtree(sweep / "runs" / run.run_id / best)
+    shutil.copytree(sweep / "runs" / RUNS["published"].run_id / best, sweep / "runs" / run.run_id / best)
+
+
+def checkpoint_with_a_flipped_bit(sweep: Path, run: RunSpec) -> None:
+    path = sweep / "runs" / run.run_id / "checkpoints" / "best" / "state.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def genes_damaged(sweep: Path, run: RunSpec) -> None:
@@ -196,7 +203,8 @@ def without_manifest(sweep: Path, run: RunSpec) -> None:
         (without_result, "has no result yet"),
         (without_checkpoint, "checkpoint: "),
         (checkpoint_cut_short, "is damaged"),
-        (checkpoint_of_another, "does not fit"),
+        (checkpoint_with_a_flipped_bit, "is damaged"),
+        (checkpoint_of_another, "is of another run"),
         (genes_damaged, "genes.parquet"),
         (without_genes, "--shards"),
         (without_manifest, "holds no shards_manifest.json"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scaling_ray.model.masking import draw_masks
 from scaling_ray.model.network import MaskedGeneTransformer
-from scaling_ray.model.objectives import squared_error_sums
+from scaling_ray.model.objectives import objective_named
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells
 from scaling_ray.sizes import LADDER, Shape
@@ -160,7 +160,7 @@ def test_objective_is_a_sum_over_real_targets() -> None:
     predictions = torch.tensor([[1.0, 2.0, 7.0], [0.0, 0.0, 0.0]], dtype=torch.bfloat16)
     targets = torch.tensor([[0.0, 4.0, 1.0], [3.0, 1.0, 9.0]])
     weights = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    sums = squared_error_sums(predictions, targets, weights)
+    sums = objective_named("mse").losses(predictions[..., None], targets, weights).sum(1)
     assert sums.dtype == torch.float32
     assert sums.tolist() == [5.0, 9.0]
 

@@ -524,7 +524,7 @@ def test_rows_are_read_in_the_order_asked_for(shards: Shards, genes: int) -> Non
 
 def losses(loop: TrainingLoop, updates: int) -> list[tuple[float, float]]:
     rows = [loop.train_one_update() for _ in range(updates)]
-    return [(sums.squared_error, norm) for sums, _, norm in rows]
+    return [(sums.loss, norm) for sums, _, norm in rows]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from scaling_ray.model.exported import read_record, save_model
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.records import RunResult, ShardManifest
 from scaling_ray.results.sweep_files import ATTEMPTS, CHECKPOINTS, GENES, RunFiles, SweepFiles
-from scaling_ray.runs import RunSpec
+from scaling_ray.runs import RunSpec, differing
 from scaling_ray.shards.format import read_manifest
 from scaling_ray.storage import Place, open_place, output_directory, partial_directory, publish_directory
 from scaling_ray.train.attempt import BEST
@@ -133,11 +133,15 @@ def _chosen_weights(files: RunFiles, run: RunSpec, result: RunResult) -> dict[st
     where = f"{files.place}/{CHECKPOINTS}/{BEST}"
     try:
         chosen = _chosen_checkpoint(files, result)
+        if other := differing(chosen.facts["identity"], run.identity):
+            raise BadInput(f"checkpoint.{other[0]}", where, f"is of another run; {remedy}")
         weights = model_tensors(chosen.tensors())
         load_weights(MaskedGeneTransformer(run.shape, run.genes, outputs_per_gene=run.outputs_per_gene), weights)
     except FileNotFoundError as error:
         raise BadInput("checkpoint", where, f"is missing; {remedy}") from error
     except UNREADABLE as error:
+        if isinstance(error, BadInput) and error.field.startswith("checkpoint."):
+            raise
         raise BadInput("checkpoint", where, f"is damaged ({error}); {remedy}") from error
     broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if broken:

@@ -376,7 +376,7 @@ def stack_to_results(
     began, signals = time.monotonic(), signals or Signals()
     earlier = [_checkpoints(place, name) for name in AttemptName.all_of(place)]
     own = _checkpoints(place, AttemptName.next_of(place))
-    attempts = [Attempt(one) for one in files]
+    attempts = [Attempt(one, run) for one, run in zip(files, runs, strict=True)]
     loop = StackedLoop(runs, feeds, val, test, device, attempts, own, signals.beat)
     loop.resume(earlier)
     train(loop, signals)
