@@ -226,7 +226,10 @@ def test_the_public_buckets_are_read_anonymously_from_their_region(monkeypatch: 
 
 def test_an_unreachable_or_unknown_release_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is asked of the network is asked of a closed port of this machine."""
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(BadInput, match="network"):
         Census.open("2025-11-08")
 

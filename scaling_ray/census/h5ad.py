@@ -1,7 +1,7 @@
 """Raw counts of an .h5ad file: found, checked value by value, never guessed, read in bounded memory.
 
-They are looked for in ``X``, ``raw.X`` and every layer; where more than one holds different counts the choice is left
-to the user. Of the rest of the file only ``obs`` and ``var`` are read.
+The search covers ``X``, ``raw.X`` and every layer. Where several of them hold different raw counts, the user chooses.
+Only ``obs`` and ``var`` are read besides the counts.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CHUNK_VALUES = 2**24
 
 @dataclass(frozen=True)
 class RawCounts:
-    """Where one file keeps raw counts, and of what.
+    """The place of a file's raw counts, with their genes and cells.
 
-    place ``X``, ``raw.X`` or a layer's name; feature_id, feature_name (G,) of its columns; ids_from says where the ids
-    were taken from, ids holds all that the file offers, by where they stand; obs has a row per cell.
+    place: ``X``, ``raw.X`` or a layer's name; feature_id, feature_name: (G,) of its columns; ids_from: the source of
+    feature_id; ids: every source of gene ids in the file, by its name; obs: one row per cell.
     """
 
     path: Path
@@ -62,7 +62,7 @@ def find_raw_counts(path: Path, layer: str | None = None) -> RawCounts:
     if shape != (len(obs), len(var)):
         raise BadInput(f"{path.name}:{place}", shape, f"does not fit {len(obs)} cells and {len(var)} genes")
     ids = _gene_ids(var)
-    # stable ids where there are some, wherever they stand; else the index
+    # Ensembl ids are preferred, from any column; the index is the fallback
     ids_from = next((name for name, values in ids.items() if _looks_ensembl(values)), next(iter(ids)))
     return RawCounts(path, place, ids[ids_from], _gene_names(var), ids_from, ids, obs)
 
@@ -70,7 +70,7 @@ def find_raw_counts(path: Path, layer: str | None = None) -> RawCounts:
 def count_chunks(path: Path, place: str) -> Iterator[tuple[int, sp.csr_matrix]]:
     """(first cell, rows as csr) of one matrix of the file, in order.
 
-    A matrix stored by columns is turned in memory once; all others are read a chunk at a time.
+    A matrix stored by columns is transposed in memory once; all others are read a chunk at a time.
     """
     with ExitStack() as stack:
         file = stack.enter_context(h5py.File(path, "r"))
@@ -92,7 +92,7 @@ def count_chunks(path: Path, place: str) -> Iterator[tuple[int, sp.csr_matrix]]:
 
 
 def fault_of(block: sp.csr_matrix) -> str:
-    """Why some rows are no raw counts, or the empty text."""
+    """The reason why some rows are no raw counts, or the empty text."""
     values = block.data
     if not len(values):
         return ""
@@ -165,7 +165,7 @@ def _find_counts(path: Path, layer: str | None) -> str:
 
 
 def _first_fault(path: Path, place: str) -> str:
-    """Why a place holds no raw counts, or the empty text. Reads until the first fault."""
+    """The reason why a place holds no raw counts, or the empty text. Reads until the first fault."""
     total = 0.0
     for _, block in count_chunks(path, place):
         wrong = fault_of(block)
@@ -183,7 +183,7 @@ def _same(path: Path, first: str, second: str) -> bool:
 
 
 def _gene_ids(var: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Columns of ``var`` that may name genes, by where they stand: the index first."""
+    """Columns of ``var`` that may name genes, by their name there; the index comes first."""
     folded = {str(c).lower(): c for c in var.columns}
     found = {"the var index": var.index.to_numpy().astype(str).astype(object)}
     for name in ("feature_id", "gene_ids", "gene_id", "ensembl_id", "ensembl", "ensembl_gene_id"):

@@ -1,6 +1,6 @@
 """Makes a local Census out of .h5ad files with raw counts: each file a data set, genes joined on feature_id.
 
-Which place of a file the counts came from (see ``census.h5ad``), and what its columns were taken for, is reported.
+Progress lines report the place of the counts in each file (see ``census.h5ad``) and the meaning given to its columns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PRIMARY = ("is_primary_data", "is_primary")
 
 @dataclass(frozen=True)
 class _Source:
-    """One checked file: where its counts are and what its columns mean."""
+    """One checked file: the place of its counts and the meaning of its columns."""
 
     path: Path
     place: str
@@ -61,7 +61,7 @@ def import_h5ad(
         files: each becomes one data set, named after the file.
         out: directory to appear; ``Census.open(out)`` reads it. A complete import of the same files is left as is.
         layer: ``X``, ``raw.X`` or the name of a layer, where more than one place holds raw counts.
-        progress: called with one line of text now and then, among them what was used for what.
+        progress: called with one line of text now and then; some lines say which column was used for which.
 
     Raises:
         BadInput: not an .h5ad, no raw counts (with the reason for each place), differing candidates, gene ids
@@ -83,7 +83,7 @@ def import_h5ad(
         raise BadInput("out", str(out), "holds another Census; remove it or name a new directory")
 
     sources = [_inspect(f, layer, say) for f in files]
-    # one file keeps its order of genes; several are joined in the order of the ids, whatever the order of the files
+    # one file keeps its order of genes; genes of several files are sorted by id, so the order of files does not matter
     genes = pd.Index(sources[0].feature_id)
     for source in sources[1:]:
         genes = genes.union(source.feature_id)
@@ -154,7 +154,7 @@ def _inspect(path: Path, layer: str | None, say: Callable[[str], None]) -> _Sour
 
 
 def _map_obs(given: pd.DataFrame, dataset_id: str) -> tuple[pd.DataFrame, dict[str, str], tuple[str, ...]]:
-    """Obs columns of the Census from those of a file; which were recognised, and which are unknown."""
+    """(obs columns of the Census, the file's column for each recognised one, the names of unknown ones)."""
     folded: dict[str, str] = {}
     for column in given.columns:
         folded.setdefault(str(column).lower().replace(" ", "_").replace("-", "_").replace(".", "_"), str(column))

@@ -103,7 +103,7 @@ _X_CONFIG = {
 
 @dataclass(frozen=True)
 class Dataset:
-    """One row of ``census_info/datasets``: where a group of cells came from."""
+    """One row of ``census_info/datasets``: the origin of a group of cells."""
 
     dataset_id: str
     title: str
@@ -113,7 +113,7 @@ class Dataset:
 
 
 def existing(out: Path) -> dict[str, Any] | None:
-    """The record of the complete local Census at ``out``, or None where nothing is there yet.
+    """The record of the complete local Census at ``out``, or None where ``out`` is absent or empty.
 
     Raises:
         BadInput: ``out`` holds something that is not a complete Census written by this package.
@@ -160,7 +160,7 @@ def _tree_size(root: Path) -> tuple[int, int]:
 class CensusWriter:
     """Writes one organism's cells range by range; ``publish`` makes the result appear, whole or not at all.
 
-    Used as a context manager; leaving it without ``publish`` (an error on the way) removes what was written.
+    It is a context manager: leaving it without ``publish``, as an error does, removes the files written so far.
 
     Args:
         out: directory to appear at the end; must not exist, or be empty.
@@ -170,7 +170,7 @@ class CensusWriter:
         n_cells: number of obs rows to come.
         categories: for each column of ``OBS_STRING_COLUMNS`` every value that will occur. Given up front so
             that each range is written with one and the same dictionary.
-        build_tag: ISO date or name that stands as the Census build date.
+        build_tag: ISO date or name, written as the Census build date.
         schema_version: Census schema that its summary names.
     """
 
@@ -311,7 +311,7 @@ class CensusWriter:
         """Writes the tables over all cells, checks the result and renames it into place.
 
         Args:
-            about: what this Census was made from; kept in ``census.json`` and returned by ``existing``.
+            about: the origin of this Census; kept in ``census.json`` and returned by ``existing``.
             documents: further JSON texts to lie beside it, by file name.
         """
         if self._written != self._n_cells:
@@ -333,7 +333,7 @@ class CensusWriter:
         record = {"about": about, "cells": self._n_cells, "genes": len(self._var), "files": files, "bytes": size}
         (self.partial / RECORD_NAME).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
         if self.out.is_dir():
-            self.out.rmdir()  # fails unless empty, which is what is wanted
+            self.out.rmdir()  # fails unless it is empty, on purpose
         os.rename(self.partial, self.out)
         return self.out
 

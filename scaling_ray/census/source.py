@@ -1,9 +1,9 @@
 """Reads cells out of a Census: planted, imported or live, all through ``cellxgene_census.open_soma``.
 
-Where a Census lies is one string, good enough to open it again in another process: a local path, a ``file://``
-or ``s3://`` URI, or a release name such as ``2025-11-08`` or ``stable``. On S3 the public Census buckets are
-read anonymously from the region in their name; any other bucket with the usual AWS credentials and region of the
-environment. ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL`` names another S3 service (MinIO, a test server).
+One string locates a Census and opens it again in another process: a local path, a ``file://`` or ``s3://`` URI, or a
+release name such as ``2025-11-08`` or ``stable``. The public Census buckets on S3 are read anonymously from the region
+in their name; any other bucket is read with the usual AWS credentials and region of the environment.
+``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL`` names another S3 service (MinIO, a test server).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from scaling_ray.errors import BadInput
 from scaling_ray.storage import patiently
 
 SCHEMA_MAJOR = 2
-"""The Census schema this reader knows; its tables and columns are those of 2.x."""
+"""The Census schema that this reader knows: the tables and columns of 2.x."""
 
 _RELEASE = re.compile(r"stable|latest|\d{4}-\d{2}-\d{2}")
 _PUBLIC_BUCKET = re.compile(r"cellxgene-census-public-(?P<region>[a-z]+-[a-z]+-\d)")
@@ -41,7 +41,7 @@ class Census:
     """One organism of one Census, open for reading. A context manager; ``uri`` alone opens it again.
 
     Attributes:
-        uri: where it lies; plain text, so it travels to other processes.
+        uri: its location; plain text, so it travels to other processes.
         census_version: build date or name out of the Census's own summary.
         schema_version: version of the Census schema it was written in.
         n_cells: obs rows (N); joinids run from 0 to N - 1.
@@ -95,11 +95,11 @@ class Census:
             uri_or_version: local path, ``file://`` or ``s3://`` URI, or a release name.
             organism: name of the experiment inside ``census_data``.
             threads: compute threads of TileDB; the default suits a task that was given one CPU.
-            buffer_bytes: read buffer per column; what one read holds in memory is a small multiple of it
-                beside its result.
+            buffer_bytes: read buffer per column; one read holds a small multiple of it in memory, beside its
+                result.
             region: AWS region, where it is neither in the bucket's name nor in the environment.
             anonymous: send unsigned requests; default: only to the public Census buckets.
-            check: look whether a local Census has lost files.
+            check: check whether a local Census has lost files.
 
         Raises:
             BadInput: nothing there, not a Census, an incomplete local one, or an unknown release.
@@ -219,7 +219,7 @@ class Census:
             ) from error
 
     def nnz(self, value_filter: str | None = None) -> np.ndarray:
-        """Genes with a count, (N,) int64 by rising soma_joinid, as the Census itself tells it."""
+        """Genes with a count, (N,) int64 by rising soma_joinid, from the Census's own column."""
         tables = list(self._obs_tables(["soma_joinid", "nnz"], value_filter))
         joinid = np.concatenate([np.empty(0, np.int64), *(table["soma_joinid"].to_numpy() for table in tables)])
         nnz = np.concatenate([np.empty(0, np.int64), *(table["nnz"].to_numpy() for table in tables)])
@@ -240,14 +240,14 @@ class Census:
             columns = list(dict.fromkeys(["soma_joinid", *columns]))
         table = pa.concat_tables(list(self._obs_tables(columns, value_filter)))
         frame = _plain(table.to_pandas())
-        return frame if columns is None else frame[list(columns)]  # the condition's own columns come along
+        return frame if columns is None else frame[list(columns)]  # SOMA adds the columns of the condition
 
     def var(self) -> pd.DataFrame:
         """Gene metadata (soma_joinid, feature_id, feature_name, ...), sorted by ``soma_joinid``."""
         return _plain(self._rna.var.read().concat().to_pandas())
 
     def presence(self) -> tuple[list[str], sp.csr_matrix]:
-        """Which dataset measured which gene.
+        """The presence matrix: the genes that each dataset measured.
 
         Returns:
             The dataset_id of each row, and a (datasets, G) bool matrix whose columns are var joinids.
@@ -297,8 +297,8 @@ class Census:
 
 
 def _as_counts(values: np.ndarray, where: str) -> np.ndarray:
-    """The same as int32; BadInput for what is negative, fractional, infinite or beyond int32."""
-    with np.errstate(invalid="ignore"):  # nan and what is beyond become the smallest int32
+    """The same as int32; BadInput for a value that is negative, fractional, infinite or beyond int32."""
+    with np.errstate(invalid="ignore"):  # nan and values beyond int32 become the smallest int32
         counts = values.astype(np.int32)
     wrong = counts.astype(values.dtype) != values
     if wrong.any() or (len(counts) and counts.min() < 0):

@@ -32,9 +32,9 @@ class Moments:
 def training_moments(chunks: Callable[[], Iterable[tuple[NDArray[np.floating], Bools]]]) -> Moments:
     """Moments of training values, each pair of genes over the cells that measured both (0 where none did).
 
-    ``chunks`` is gone through twice and gives (values, measured), both (cells of the chunk, V), over all cells.
-    Pairwise covariances need not belong to any distribution; where they do not, negative eigenvalues are set to zero
-    and the variances restored. Where every cell measured every gene they are the plain sample moments.
+    ``chunks`` is called twice and yields (values, measured), both (cells of the chunk, V), over all cells. Pairwise
+    covariances need not be a valid covariance matrix; negative eigenvalues are then set to zero and the variances
+    restored. Where every cell measured every gene, the moments are the plain sample moments.
     """
     total = cells = products = pairs = np.zeros(())
     for values, measured in chunks():

@@ -1,9 +1,8 @@
-"""Dropout whose draws cost little on a CPU, and attention with it or without.
+"""Dropout with cheap draws on a CPU, and attention with or without it.
 
-torch draws one 64-bit number per dropped unit and walks the whole attention matrix in memory several times. Here one
-draw serves four units (16 bits each: the rate is exact to 2^-16, and what is kept is scaled by the rate that was drawn)
-and the matrix is made head by head, in the cache. On a GPU, and where nothing is dropped, torch's fused kernels are
-used as they are.
+torch draws one 64-bit number per unit and walks the whole attention matrix in memory several times. Here one draw
+serves four units (16 bits each: the rate is exact to 2^-16, and kept units are scaled by the rounded rate) and the
+matrix is made head by head, in the cache. On a GPU, and where nothing is dropped, torch's fused kernels are used.
 
 Shape legend: B cells, H heads, Q asking tokens, G genes, E width of a head.
 """
@@ -18,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 CHUNK_ELEMENTS = 1 << 18
-"""Entries of attention matrices made together: a megabyte of float32."""
+"""Entries of the attention matrices that are made together: a megabyte of float32."""
 GPU_HEAD_MULTIPLE = 8
-"""Fused attention on a GPU wants heads of a multiple of this width."""
+"""Fused attention on a GPU needs head widths that are multiples of this."""
 CPU_HEAD_WIDTH = 16
-"""Fused attention on a CPU takes 0.6 of the time at this width of what it takes at 2 to 8 (at 1 it is fastest)."""
+"""Fused attention on a CPU takes 0.6 of the time at this head width as at widths of 2 to 8 (at 1 it is fastest)."""
 
 _STEPS = 1 << 16
 
@@ -61,8 +60,7 @@ def dropout(x: Tensor, rate: float) -> Tensor:
 class _DroppedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(E)) with entries dropped, times v, in float32, some heads at a time.
 
-    Autocast is off while products are made: it would make bfloat16 ones, which the float32 tensors that wait for them
-    do not take. A backward pass may run under it too.
+    Autocast is off in both directions: it would turn the products into bfloat16, which float32 buffers refuse.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Which genes of a cell are masked: an integer counter hash of (seed, epoch, cell id, gene), the same on CPU and GPU.
+"""The choice of masked genes: an integer counter hash of (seed, epoch, cell id, gene), the same on CPU and GPU.
 
-`corrected` masks exactly K = round(fraction x measured genes) per cell, those of smallest hash; `published` masks each
-gene on its own with that probability. Unmeasured genes are hidden from the network and never targets.
+`corrected` masks exactly K = round(fraction x measured genes) per cell, the genes of smallest hash; `published` masks
+each gene independently with that probability. Unmeasured genes are hidden from the network and are never targets.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Masks:
         return self.through(lambda part: part[start:stop])
 
     def repeated(self, times: int) -> Masks:
-        """The same masks so many times, one after the other."""
+        """The same masks repeated, one after the other."""
         return self.through(lambda part: part.repeat(times, 1))
 
     def through(self, change: Callable[[Tensor], Tensor]) -> Masks:
-        """Every part changed alike."""
+        """The same change of every part."""
         return Masks(change(self.positions), change(self.weights), change(self.hidden))
 
 

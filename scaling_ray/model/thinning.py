@@ -1,8 +1,8 @@
 """Cells as a shallower sequencing run would have seen them: each molecule kept with one probability, on any device.
 
-Draws come from the counter hash of the masks and from integer tables of binomial distribution functions, so CPU and GPU
-thin alike and a cell is thinned alike wherever its batch is made. A count is drawn as the sum of its low byte and of
-each higher bit, every one a binomial draw of its own; the law is exact but for the 2^-32 steps of the tables.
+Draws come from the counter hash of the masks and from integer tables of binomial distribution functions, so a cell is
+thinned in the same way on CPU and GPU and in any process. A count is drawn as the sum of its low byte and of each
+higher bit, every one an independent binomial draw; the law is exact but for the 2^-32 steps of the tables.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from scaling_ray.model.masking import gene_hash, mix32
 
 LOW_VALUES = 256
-"""Counts below this have a table of their own; what is above is drawn bit by bit."""
+"""Counts below this have a table each; larger counts are drawn bit by bit."""
 HIGHEST_BIT = 15
 """Above this bit a count is a number of draws of the highest table."""
 
@@ -68,7 +68,7 @@ def thin(
     cells: Tensor,
     most: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
-    """Keep each molecule of B cells with probability ``fraction``; those outside the panel count in the library too.
+    """Keep each molecule of B cells with probability ``fraction``; the library includes molecules outside the panel.
 
     Args:
         counts: (B, V) int64.

@@ -1,4 +1,4 @@
-"""Draws the cells of a planted Census, range by range; a range depends on the spec and its own number only."""
+"""Draws the cells of a planted Census, range by range; a range depends only on the spec and its own number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CellRange:
     Attributes:
         state, effect, dataset: (B,) latent integers.
         donor: (B,) index into ``PlantedTruth.donor_ids``.
-        copy_of: (B,) row within the range that this row repeats, -1 for a cell of its own.
+        copy_of: (B,) row within the range that this row repeats, -1 for an original.
         counts: (B, G) int32.
     """
 
@@ -49,7 +49,7 @@ def draw_range(truth: PlantedTruth, index: int) -> CellRange:
         rows = np.flatnonzero(dataset == t)
         weights[rows] = truth.weights(t)[state[rows] * spec.n_effects + effect[rows]]
     theta = size / (size + truth.concentration)
-    # inversion starts from the chance of a zero, which must not underflow, and walks up to the count
+    # inversion starts at the probability of a zero, which must not underflow, and walks up to the count
     deep = (size > 2 * truth.concentration) | (weights.max(axis=1) > 300)
     shallow_rows, deep_rows = np.flatnonzero(~deep), np.flatnonzero(deep)
     parts = [
@@ -82,7 +82,7 @@ def _choice(rng: np.random.Generator, probability: np.ndarray | tuple[float, ...
 
 
 def _by_inversion(rng: np.random.Generator, shape: np.ndarray, theta: np.ndarray) -> sp.csr_matrix:
-    """Negative binomials of (B, G) shapes: one uniform each; only the non-zero ones are worked out."""
+    """Negative binomials of (B, G) shapes, from one uniform each; only non-zero counts are computed."""
     uniform = rng.random(shape.shape)
     at_zero = np.exp(shape * np.log1p(-theta)[:, None])
     row, gene = np.nonzero(uniform > at_zero)

@@ -1,10 +1,10 @@
-"""The exact floor of a planted Census: what the best possible predictor of masked genes would do on given cells.
+"""The exact floor of a planted Census: the loss of the best possible predictor of masked genes on given cells.
 
 Given its state, effect and total, a cell's counts are Dirichlet-multinomial. So the posterior over (state, effect)
 from the visible counts is closed, with all hidden genes pooled into one category, and a masked count is then a
-mixture of beta-binomials over what the visible counts leave of the total. No sampling, no approximation but the
-two stated here: components of posterior weight below ``PRUNE`` are left out, and the sums over counts end when
-less than ``TAIL`` of the probability is left.
+mixture of beta-binomials over the rest of the total beside the visible counts. There is no sampling and no
+approximation but these two: components of posterior weight below ``PRUNE`` are left out, and the sums over counts end
+when less than ``TAIL`` of the probability is left.
 
 ``corrected`` conditions on the full library: its hidden genes are the masked ones and all measured genes outside of
 the panel. ``published`` normalises by the panel's sum and sees no more than that: its hidden genes are the masked
@@ -39,11 +39,11 @@ class OracleResult:
 
     Attributes:
         squared_error_sum: (B,) realised (x - m)^2 of the best prediction m.
-        variance_sum: (B,) what it is in expectation over cells with the same visible part.
+        variance_sum: (B,) its expectation over cells with the same visible part.
         entropy_bits_sum: (B,) sum of the per-gene conditional entropies of the count.
         nll_bits_sum: (B,) realised -log2 of the predictive probability of the count.
         masked_genes: (B,) how many were masked.
-        posterior_entropy_nats: (B,) of (state, effect), or of the state where the effect was given.
+        posterior_entropy_nats: (B,) of the pair (state, effect), or of the state where the effect was given.
         prediction: (B, V) m, nan where not masked.
         tail_mass: (B,) largest probability left out of any gene's sums, rounding included.
     """
@@ -80,9 +80,10 @@ def oracle(
         masked: (B, V) bool; masked genes must be measured.
         measured: (B, V) bool.
         dataset: (B,) rows of ``truth.measured`` (``truth.dataset_index(dataset_ids)``).
-        effect: (B,) the cells' effects (``truth.effect_of_donor(donor_ids)``): the bound, which no predictor
-            passes. None: effects marginalised over their prior: the floor attainable from the cell alone.
-        recipe: which total scales the counts, x = log1p(count * 1e4 / total), and is known to the predictor.
+        effect: (B,) the cells' effects (``truth.effect_of_donor(donor_ids)``): the answer is then the bound, which no
+            predictor passes. None: effects are marginalised over their prior, and the answer is the floor attainable
+            from the cell alone.
+        recipe: chooses the total that scales the counts, x = log1p(count * 1e4 / total), and is known to the predictor.
 
     Raises:
         BadInput: shapes, masks or totals that do not fit the truth.
@@ -170,9 +171,9 @@ class _Evidence:
     def posterior(
         self, log_prior: np.ndarray, counts: np.ndarray, visible: np.ndarray, masked: np.ndarray, total: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weights of the components kept, which they are, and (C,) the pooled weight of all hidden genes.
+        """(weights of the components kept, their indices, (C,) pooled weight of all hidden genes).
 
-        With a_g the weights and h what is left of the total for the hidden genes, whose weights sum to b,
+        With weights a_g, and h counts of the total left for the hidden genes, whose weights sum to b,
         P(visible counts, total) is, up to factors that no component changes,
         prod_g Gamma(a_g + x_g) / Gamma(a_g) * Gamma(b + h) / Gamma(b) * P(total) * Gamma(A) / Gamma(A + total).
         In the full library A is the same everywhere. In the panel, P(total) is a mixture over depths of negative
@@ -220,7 +221,7 @@ def _mixture_moments(
     mass, first, second, entropy = (np.zeros(genes) for _ in range(4))
     chance = np.zeros(genes)
     if only_one_hidden or hidden == 0:
-        # nothing is left to chance: the one hidden gene holds all that is missing
+        # nothing is random: the one hidden gene holds all missing counts
         value = np.full(genes, _scaled(np.array([hidden]), total)[0])
         right = observed == hidden
         nll = np.where(right, 0.0, np.inf)
@@ -260,7 +261,7 @@ def _mixture_moments(
 
 
 def _log_steps_to_the_end(a: np.ndarray, b: np.ndarray, count: np.ndarray, hidden: int) -> np.ndarray:
-    """Log ratios of a block that holds the last count, after which there is no further step."""
+    """Log ratios of the block that ends with the last count; no step follows it."""
     inner = count[:-1]
     steps = np.log(
         (a[:, :, None] + inner) * ((hidden - inner) / (inner + 1.0)) / (b[:, :, None] + (hidden - 1.0 - inner))

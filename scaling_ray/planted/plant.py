@@ -16,7 +16,7 @@ from scaling_ray.planted.truth import TRUTH_NAME, PlantedTruth, PlantSpec
 DEFAULT_CELLS = 8000
 DEFAULT_GENES = 2000
 
-# Labels are real ontology terms, so that what reads a planted Census meets the forms of the live one.
+# Labels are real ontology terms, so that a reader of a planted Census meets the forms of the live one.
 _CELL_CLASSES = (
     (("CD4-positive, alpha-beta T cell", "CL:0000624"), ("CD8-positive, alpha-beta T cell", "CL:0000625"),
      ("natural killer cell", "CL:0000623"), ("B cell", "CL:0000236")),
@@ -110,7 +110,7 @@ def plant(
 
 def _genes(truth: PlantedTruth) -> pd.DataFrame:
     number = np.arange(truth.spec.n_genes)
-    # a name now and then stands for two genes, as in the live Census, where only feature_id is unique
+    # some names are shared by two genes, as in the live Census, where only feature_id is unique
     name = np.where((number % 500 == 499) & (number > 0), number - 1, number)
     return pd.DataFrame(
         {
@@ -194,7 +194,7 @@ def _obs(truth: PlantedTruth, cells: CellRange, index: int) -> pd.DataFrame:
 
 
 def _from_the_end(dataset: np.ndarray, n_datasets: int) -> np.ndarray:
-    """The last data set is the one that reads whole transcripts, however many there are."""
+    """Index of each data set's assay: the last data set, whatever their number, reads whole transcripts."""
     return np.where(dataset == n_datasets - 1, 3, dataset % 3)
 
 

@@ -1,11 +1,11 @@
-"""What a planted Census was drawn from, and how to have it again from ``plant.json`` alone.
+"""The model that a planted Census was drawn from, derived again from ``plant.json`` alone.
 
 The model. A cell has a *state* (one leaf of a tree of gene programs), an *effect* (its donor carries one of a few
 shifts of expression), a *depth* (one level of a grid that belongs to its dataset) and a dataset, which measured
 some of the genes. With alpha[s, e, g] the Dirichlet weights of the measured genes, scaled to the same sum A in
 every state and effect, the counts of gene g are independent negative binomials of shape alpha[s, e, g] and one
-common probability theta, so that given their total they are Dirichlet-multinomial, and the total itself says
-nothing about state or effect.
+common probability theta. So given their total the counts are Dirichlet-multinomial, and the total itself carries no
+information about state or effect.
 
 The weights are kept as whole multiples of 2^-20. Floating-point libraries differ in their last bit between
 machines; rounded weights do not, and a hash over them tells whether this machine derives the same truth.
@@ -35,7 +35,7 @@ WEIGHT_UNIT = 2.0**-20
 
 @dataclass(frozen=True)
 class PlantSpec:
-    """Everything the truth follows from. Strengths are natural-log fold changes."""
+    """All parameters of the truth. Strengths are natural-log fold changes."""
 
     n_genes: int = 2000
     seed: int = 0
@@ -71,7 +71,7 @@ class PlantSpec:
         if not (datasets == len(self.unmeasured_fraction) == len(self.depth_per_gene)):
             raise ValueError("dataset_share, unmeasured_fraction and depth_per_gene: one entry per dataset each")
         if self.donors_per_dataset % self.n_effects:
-            # otherwise a dataset would tell something about the effect, and the posterior would need it
+            # otherwise the dataset would be evidence about the effect, and the posterior would need it
             raise ValueError(f"donors_per_dataset: {self.donors_per_dataset}: must be a multiple of n_effects")
 
     @property
@@ -92,7 +92,7 @@ class PlantedTruth:
 
     Attributes:
         spec: the parameters.
-        n_cells: cells of the Census this truth lies beside (0 where none was drawn yet).
+        n_cells: cells of the Census beside this truth (0 where none was drawn yet).
         state_prior: (S,) probabilities.
         effect_prior: (E,) probabilities.
         measured: (T, G) bool.
@@ -155,7 +155,7 @@ class PlantedTruth:
     def depth_grid(self, dataset: int) -> tuple[np.ndarray, np.ndarray]:
         """Expected library sizes (J,) of a dataset's cells and their probabilities (J,).
 
-        The levels are the mid-quantiles of a log-normal; one more level stands for empty droplets.
+        The levels are the mid-quantiles of a log-normal; one more level represents empty droplets.
         """
         spec = self.spec
         quantiles = (np.arange(spec.depth_levels) + 0.5) / spec.depth_levels
@@ -207,7 +207,7 @@ class PlantedTruth:
 
 
 class _Normals:
-    """Numbers for the table out of uniform bits alone, the part of numpy's generators least likely to change."""
+    """Numbers for the table, from uniform bits alone: of numpy's generators that part is the least likely to change."""
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 0x7AB1E])))

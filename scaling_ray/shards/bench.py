@@ -20,13 +20,13 @@ from scaling_ray.shards.stream import StreamFeed, read_resident
 from scaling_ray.storage import Place, open_place
 
 WARM_CELLS = 10 * WINDOW_ROWS
-"""Cells read before a clock starts: with fewer, a second reading worker is still importing, on the CPUs that read."""
+"""Cells read before a clock starts: after fewer, a second reading worker would still import and take CPU time."""
 LARGEST_SHARE = 0.2
 """Of this machine's memory, for cells that are held; reading them takes twice as much."""
 
 
 def pyarrow_rate(shards: Place, manifest: ShardManifest, genes: int, cells: int) -> float:
-    """Cells a second of one thread that reads and decodes row group after row group, and does nothing else."""
+    """Cells a second of one thread that only reads and decodes row group after row group."""
     measured = read_measured(shards, manifest, genes)
     done, began = 0, time.perf_counter()
     while done < cells:

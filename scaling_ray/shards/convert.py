@@ -1,8 +1,8 @@
 """From a Census to shards under Ray: one pass over the Census, then a gather into the permutation.
 
-Each step is a function of files (``prepare``, ``parts``) and leaves one; what is there is never made again, so a call
-after a kill goes on where the last one stopped, and ends with the same bytes. The manifest, written last, makes shards
-of a directory or an S3 prefix.
+Each step is a function of files (``prepare``, ``parts``) and leaves one. A file that exists is never made again, so a
+call after a kill goes on where the last one stopped, and ends with the same bytes. The manifest is written last: a
+directory or an S3 prefix holds shards once it has one.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ from scaling_ray.spec import SweepSpec, content_hash
 from scaling_ray.storage import LocalPlace, Place, open_place, output_directory, patiently, sweep_partial_files
 
 BUILDING = "building/"
-"""Below the target: what an unfinished conversion has made so far."""
+"""Below the target: the files of an unfinished conversion."""
 TASK_RETRIES = 20
-"""Lost processes or nodes that one task outlives within a call."""
+"""Losses of its process or node after which one task is tried again within a call."""
 WAITING_TASKS = 64
 """Tasks handed to Ray beyond what it can run at once: the demand an autoscaler sees."""
 REPORT_SECONDS = 5.0
 TASK_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
-"""Of the processes that run tasks. TileDB's threads else leave memory behind in arenas of glibc's allocator, up to
-eight for each core of the machine, and a task's memory grows with the tasks before it."""
+"""Of the processes that run tasks. Without it TileDB's threads leave memory behind in arenas of glibc's allocator, up
+to eight for each core of the machine, and a task's memory grows with the tasks before it."""
 MADE_WITH = ("scaling-ray", "pyarrow", "tiledbsoma", "cellxgene-census", "numpy", "scikit-misc", "ray")
 SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
@@ -101,17 +101,17 @@ def build_shards(
     progress: Progress = lambda line: None,
     layout: Layout = DEFAULT_LAYOUT,
 ) -> ShardManifest:
-    """Convert the cells that ``spec.data`` asks for into shards at ``out``; where they are there, verify them.
+    """Convert the cells that ``spec.data`` asks for into shards at ``out``; verify shards that exist already.
 
     Args:
         spec: its ``data`` and ``resources`` count.
         census: directory, URI or release.
         out: a directory or an ``s3://`` URI.
         progress: called with one line of text now and then.
-        layout: of a conversion that begins; one that goes on keeps the layout it began with.
+        layout: of a new conversion; one that goes on keeps the layout that it began with.
 
     Raises:
-        BadInput: rules the Census cannot serve, ``out`` holding something else, a medium that cannot be written.
+        BadInput: the Census cannot serve the rules, ``out`` holds something else or cannot be written.
         LeaseHeld: another conversion writes to ``out``.
     """
     target = open_place(out)
@@ -149,7 +149,7 @@ def _existing(target: Place, spec: SweepSpec, census: str, unswept: bool) -> Sha
 
 @dataclass
 class _Facts:
-    """What the ranges say, put together: cells in the order of the selection, pieces by shard file."""
+    """The facts of all ranges together: cells in the order of the selection, pieces by shard file."""
 
     key: NDArray[np.uint64]
     raw_sum: Ints
@@ -160,7 +160,7 @@ class _Facts:
 
 @dataclass
 class _Duplicates:
-    """Cells left out because another has the same counts; their places by bucket, their histograms by range."""
+    """Cells left out because another cell has the same counts: places by bucket, histograms by range."""
 
     cells: int = 0
     places: dict[int, list[Ints]] = field(default_factory=dict)
@@ -291,7 +291,7 @@ class _Build:
     def _duplicates(self, plan: BuildPlan, facts: _Facts) -> _Duplicates:
         order = np.argsort(facts.key, kind="stable")
         key, raw_sum = facts.key[order], facts.raw_sum[order]
-        # cells without a count are alike for want of evidence, and left to min_counts
+        # cells without a count show no evidence of being copies; min_counts decides on them
         again = np.flatnonzero((key[1:] == key[:-1]) & (raw_sum[1:] == raw_sum[:-1]) & (raw_sum[1:] > 0)) + 1
         repeated = np.sort(order[again])
         found = _Duplicates(cells=len(repeated))
@@ -326,7 +326,7 @@ class _Build:
         return rank_genes(self._batches(plan, duplicates), len(plan.feature_ids), self.spec.data, plan.feature_ids)
 
     def _batches(self, plan: BuildPlan, duplicates: _Duplicates) -> Iterator[Batch]:
-        """The training cells of each batch, handed on as soon as the last range that holds some was added."""
+        """The training cells of each batch, yielded as soon as the last range with any of them was added."""
         sums: dict[int, HistogramSum] = {}
         for part in plan.parts:
             arrays = unpack(self.building.read(part.counts_name), part.counts_name)
@@ -346,7 +346,7 @@ class _Build:
         folder = f"files/{content_hash(self.spec.data.model_dump(mode='json'))[:16]}/"
         done = self.building.names("files/")
         for other in {name[: name.rindex("/") + 1] for name in done} - {folder}:
-            self.building.remove(other)  # by other rules of genes: their shard files are about to be written over
+            self.building.remove(other)  # made by other rules on genes: their shard files are about to be replaced
         waiting = [bucket for bucket, (_, name) in enumerate(names) if f"{folder}{name}.json" not in done]
         by_bucket = facts.pieces[np.argsort(facts.pieces[:, 0], kind="stable")]
         edges = np.searchsorted(by_bucket[:, 0], np.arange(len(names) + 1))
@@ -374,7 +374,7 @@ class _Build:
     def _publish(
         self, plan: BuildPlan, duplicates: _Duplicates, ranking: GeneRanking, gathered: list[GatheredFile]
     ) -> ShardManifest:
-        """Write the tables and, last, the manifest; then remove what is no longer needed."""
+        """Write the tables and, last, the manifest; then remove the files of the build."""
         dropped = dict(plan.dropped)
         if self.spec.data.drop_duplicates:
             dropped["drop_duplicates"] = duplicates.cells
@@ -417,7 +417,7 @@ class _Build:
         )
         wanted = {entry.path for split in splits.values() for entry in split.files}
         for name in self.target.names():
-            if SHARD_FILE.fullmatch(name) and name not in wanted:  # of an earlier call with other genes
+            if SHARD_FILE.fullmatch(name) and name not in wanted:  # written by an earlier call with other genes
                 self.target.remove(name)
         self.target.write(MANIFEST, manifest.to_json().encode())
         self.target.remove(BUILDING)
@@ -432,7 +432,7 @@ class _Build:
 
 
 class _Rate:
-    """Lines of progress with a rate and the time that is left, now and then and at the end."""
+    """Lines of progress with a rate and the remaining time, every few seconds and at the end."""
 
     def __init__(self, done: str, cells: int, of: int, progress: Progress) -> None:
         self._verb, self._left, self._total, self._progress = done, cells, of, progress
@@ -440,7 +440,7 @@ class _Rate:
         self._cells = 0
 
     def add(self, cells: int) -> None:
-        """So many more cells are done."""
+        """Count cells that are done."""
         self._cells += cells
         self._left -= cells
         now = time.monotonic()
@@ -459,7 +459,7 @@ def _bucket_cells(split_cells: Sequence[int], file_cells: int) -> list[int]:
 
 
 def _refuse_large_counts(beyond: Ints, order: Ints, plan: BuildPlan) -> None:
-    """BadInput where a ranked gene has a count that its two bytes cannot hold; nothing is ever wrapped."""
+    """BadInput where a ranked gene has a count beyond its two bytes; no count is ever wrapped."""
     wrong = beyond[np.isin(beyond[:, 1], order)]
     if len(wrong):
         cell, gene, count = (int(value) for value in wrong[np.argmax(wrong[:, 2])])
@@ -508,14 +508,14 @@ def _genes_table(plan: BuildPlan, ranking: GeneRanking) -> pa.Table:
 
 
 def _begin_task() -> None:
-    """Give back what earlier tasks of this process left unused, and begin to measure: its high-water mark falls."""
+    """Release memory that earlier tasks of this process left unused, and reset its high-water mark."""
     pa.default_memory_pool().release_unused()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_bytes() -> int:
-    """Most memory this process has held since ``_begin_task``; over its whole life where the kernel does not say."""
+    """Most memory of this process since ``_begin_task``; over its whole life where the kernel has no such mark."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -524,7 +524,7 @@ def _peak_bytes() -> int:
 
 
 def _range_task(census: str, building: Place, part: Range, memory_bytes: int) -> tuple[None, int]:
-    """Read one range and leave its files; the facts come last and say that it is done."""
+    """Read one range and write its files, the facts last; a range with facts is done."""
     _begin_task()
     cells = unpack(building.read(part.slice_name), part.slice_name)
     rows, counts, facts = convert_range(_open_census(census), part, cells, memory_bytes)
@@ -536,8 +536,8 @@ def _range_task(census: str, building: Place, part: Range, memory_bytes: int) ->
 
 @lru_cache(maxsize=1)
 def _open_census(census: str) -> Census:
-    """The Census, opened once in each process; the driver has looked whether it is whole."""
-    # The driver has opened it too: where a task cannot, the store is away for a while.
+    """The Census, opened once in each process; the driver has checked that it is whole."""
+    # The driver has opened it too, so where a task cannot, the store is away for a while.
     away = (lambda error: isinstance(error, BadInput)) if "://" in census else (lambda error: False)
     return patiently(lambda: Census.open(census, check=False), away)
 
@@ -560,7 +560,7 @@ def _gather_task(
     min_counts: int,
     common: tuple[Ints, list[Range], int, int, int],
 ) -> tuple[None, int]:
-    """Write one shard file and leave its entry, which says that it is done."""
+    """Write one shard file and then its entry; a file with an entry is done."""
     _begin_task()
     split, name = file
     order, parts, n_genes, donors, file_cells = common

@@ -1,7 +1,7 @@
-"""What a conversion will read, write and take, from obs alone: ``scaling-ray shards build --dry-run``.
+"""The cells, bytes and hours of a conversion, estimated from obs alone: ``scaling-ray shards build --dry-run``.
 
-Times are those of reports/benchmarks/data-plane.json's machine, one CPU of a small server and a local disk; from S3 a
-conversion may wait for the network instead.
+Times were measured on the machine of reports/benchmarks/data-plane.json: one CPU of a small server and a local disk.
+From S3 a conversion may wait for the network instead.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from scaling_ray.shards.prepare import check_memory, choose
 from scaling_ray.spec import SweepSpec
 
 CPU_SECONDS_PER_NNZ = 1.1e-7
-"""Read, counted, hashed, cut into pieces and gathered again."""
+"""To read, count, hash, cut into pieces and gather again."""
 CPU_SECONDS_PER_CELL, CPU_SECONDS_PER_GENE = 4e-6, 1e-8
-"""Of a shard: for a cell, and for each gene of its panel."""
+"""To write a shard: for each cell, and for each gene of its panel."""
 PART_BYTES_PER_NNZ = 2.0
-"""Of what is kept between the two phases, and removed at the end."""
+"""Of the files between the two phases, which are removed at the end."""
 CENSUS_BYTES_PER_NNZ = 2.5
 """Of X in the Census."""
 SHARD_BYTES_PER_GENE = 0.3
@@ -29,7 +29,7 @@ SHARD_BYTES_PER_GENE = 0.3
 
 
 def estimate(spec: SweepSpec, census: str) -> dict[str, Any]:
-    """Cells by split, cells each rule on obs takes, non-zeros, bytes and hours of a conversion.
+    """Cells by split, cells dropped by each rule on obs, non-zeros, bytes and hours of a conversion.
 
     Raises:
         BadInput: as the conversion itself would.

@@ -1,4 +1,4 @@
-"""Which genes: ranked on training cells from histograms of counts, which add up over ranges without a second read."""
+"""The ranking of genes, from histograms of training cells' counts, which add up over ranges without a second read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scaling_ray.errors import BadInput
 from scaling_ray.spec import DataSpec
 
 SMALL_COUNTS = 64
-"""Counts below this have a place of their own in a dense table; the rarer larger ones are listed."""
+"""Counts below this are kept in a dense table; the rarer larger ones are listed."""
 LEAST_VARYING_GENES = 10
 """A trend of variance on mean is not fitted to fewer genes."""
 
@@ -58,9 +58,9 @@ class HistogramSum:
         self.small = np.zeros(self.n_genes * SMALL_COUNTS, dtype=np.int64)
 
     def add(self, other: CountHistogram, sign: int = 1) -> None:
-        """Add a histogram, or take away (sign -1) one that was added before."""
+        """Add a histogram, or subtract (sign -1) one that was added before."""
         small = other.count < SMALL_COUNTS
-        # a histogram names each (gene, count) once, so plain indexing adds right
+        # each (gene, count) occurs once in a histogram, so plain indexing adds correctly
         self.small[other.gene[small] * SMALL_COUNTS + other.count[small]] += sign * other.cells[small]
         if not small.all():
             self.large.append(CountHistogram(other.gene[~small], other.count[~small], sign * other.cells[~small]))
@@ -91,7 +91,7 @@ class HistogramSum:
 
 @dataclass(frozen=True)
 class Batch:
-    """Training cells that are ranked together: all, or those of one data set."""
+    """Training cells that are ranked together: all of them, or the cells of one data set."""
 
     name: str
     histogram: CountHistogram
@@ -132,7 +132,7 @@ def rank_genes(batches: Iterable[Batch], n_genes: int, data: DataSpec, feature_i
     ``by_mean``: highest mean first; ``first_n``: the order of var (as arXiv 2602.15253 did); ``list``: data.gene_list.
 
     Args:
-        batches: each is let go before the next is asked for.
+        batches: each is released before the next is requested.
         n_genes: genes of the Census (G).
         data: the rules.
         feature_ids: (G,), for ``list``.
@@ -188,7 +188,7 @@ def _per_gene(gene: Ints, weights: NDArray[np.number], n_genes: int) -> Floats:
 
 
 def _standardised_variance(histogram: CountHistogram, mean: Floats, n_cells: int) -> Floats | None:
-    """(G,) scores; None where too few genes vary, or too few cells stand behind them, for a trend to be fitted."""
+    """(G,) scores; None where too few genes vary, or there are too few cells, for a trend to be fitted."""
     n_genes = len(mean)
     if n_cells < 2:
         return None

@@ -1,10 +1,10 @@
-"""The order of cells as a pure function of integers: no state, no Ray, the same on every worker and after any restart.
+"""The order of cells. It is deterministic and depends only on integers: every worker and every restart finds the same.
 
 A run reads the ``n_cells`` rows of the training permutation that start at its replicate's offset. Every epoch visits
 each once: up to a window's rows in one keyed permutation; more in windows of whole stored row groups, the groups in
-a keyed order and the rows of a window in another, so that a stream reads each row group once. (What is stored is itself
-permuted: a window is a random sample of the run's cells.) Batch k is positions [k B, (k+1) B) of the endless sequence
-epoch 0, epoch 1, ...: every row appears once per epoch, the remainder included, and every batch is full.
+a keyed order and the rows of a window in another, so that a stream reads each row group once. (Stored cells are
+permuted already: a window is a random sample of the run's cells.) Batch k is positions [k B, (k+1) B) of the endless
+sequence epoch 0, epoch 1, ...: every row appears once per epoch, the remainder included, and every batch is full.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from scaling_ray.errors import BadInput
 
 WINDOW_ROWS = 65_536
-"""Rows shuffled together, at most: four row groups, which a stream holds at a time."""
+"""Rows shuffled together, at most: four row groups, which a stream holds in memory together."""
 KEPT_WINDOWS = 3
-"""Windows whose order is kept between batches; a batch may straddle two."""
+"""Windows that keep their order between batches; a batch may straddle two."""
 
 _CHUNKS = 0xC4A27
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -51,9 +51,9 @@ def keyed_permutation(key: int, ids: NDArray[np.integer]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class RunRows:
-    """Which rows of the training permutation a run reads, by their number in the run: i -> row.
+    """The rows of the training permutation that a run reads, by their number in the run: i -> row.
 
-    Either ``n_cells`` rows from ``offset`` on, wrapping round ``n_train``, or the rows in ``listed``.
+    They are ``n_cells`` rows from ``offset`` on, wrapping round ``n_train``, or else the rows in ``listed``.
     """
 
     n_train: int
@@ -73,7 +73,7 @@ class RunRows:
         return self.at(np.arange(self.n_cells, dtype=np.int64))
 
     def cuts(self, edges: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the run's rows pass from one row group (``edges``) to another: rising from 0 to ``n_cells``."""
+        """Numbers at which the run's rows enter another row group (``edges``): rising from 0 to ``n_cells``."""
         if self.listed is None:
             inner = (edges - self.offset) % self.n_train
         else:
@@ -83,7 +83,7 @@ class RunRows:
 
 
 def replicate_rows(n_train: int, n_cells: int | None, seed: int) -> RunRows:
-    """The rows that replicate ``seed`` reads: ``n_cells`` from its own offset, wrapping; all where it asks for all."""
+    """The rows that replicate ``seed`` reads: ``n_cells`` from its own offset, wrapping, or all of them."""
     if n_cells is None or n_cells >= n_train:
         return RunRows(n_train, n_train)
     return RunRows(n_train, n_cells, _offset(n_train, seed))
@@ -94,7 +94,7 @@ def _offset(n_train: int, seed: int) -> int:
 
 
 def chosen_donors(n_donors: int, present: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """The ``n_donors`` donors that replicate ``seed`` reads, of the codes in ``present``; fewer are a part of more."""
+    """The ``n_donors`` donors that replicate ``seed`` reads, out of ``present`` codes; fewer are a subset of more."""
     return np.sort(present[keyed_permutation(0xD0405 ^ (seed << 20), present)][:n_donors])
 
 
@@ -108,7 +108,7 @@ def donor_rows(donor: NDArray[np.int32], n_donors: int, n_cells: int | None, see
         seed: of the replicate.
 
     Raises:
-        BadInput: those donors hold fewer cells.
+        BadInput: the chosen donors hold fewer cells.
     """
     n_train = len(donor)
     chosen = chosen_donors(n_donors, np.unique(donor).astype(np.int64), seed)
@@ -141,10 +141,10 @@ class Window:
 
 
 class RunOrder:
-    """The endless sequence of a run's rows, epoch by epoch; what is asked of it depends on nothing asked before.
+    """The endless sequence of a run's rows, epoch by epoch. No answer depends on earlier questions.
 
     Args:
-        rows: those of the run.
+        rows: of the run.
         edges: first row of each row group of the training split, and their total.
         seed: of the run.
         window_rows: rows shuffled together, at most, unless one row group holds more.
@@ -186,7 +186,7 @@ class RunOrder:
         return np.concatenate(parts)
 
     def shuffle(self, window: Window) -> NDArray[np.int64]:
-        """In which order the window's stored rows are visited: (rows,) indices into ``stored``."""
+        """(rows,) indices into ``stored``: the order in which the window's rows are visited."""
         key = self._key(window.epoch)
         if window.number:
             key = int(keyed_hash(key, np.array([window.number]))[0])

@@ -1,8 +1,9 @@
-"""What a conversion keeps between its two phases: each range of the Census as sparse rows, cut by the shard they go to.
+"""The files between the two phases of a conversion: each range of the Census as sparse rows, cut by shard file.
 
-Phase one reads a contiguous range once and writes ``ranges/NNNNN.rows`` (a piece per shard file) and, as the sign that
-the range is done, ``ranges/NNNNN.facts`` (where the pieces lie, histograms of training cells, a key per cell by which
-duplicates are found). Phase two gathers the pieces of one shard file. Both are functions of their input: no Ray.
+Phase one reads a contiguous range once. It writes ``ranges/NNNNN.rows`` (a piece per shard file),
+``ranges/NNNNN.counts`` (histograms of training cells) and, last, ``ranges/NNNNN.facts`` (offsets of the pieces, and a
+key per cell by which duplicates are found): a range with facts is done. Phase two gathers the pieces of one shard file.
+Both phases are functions of their input and know no Ray.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from scaling_ray.shards.order import keyed_hash
 from scaling_ray.storage import Place
 
 PROCESS_BYTES = 450 << 20
-"""What a task holds before it has read a cell: interpreter, libraries, TileDB's buffers."""
+"""Memory of a task before it has read a cell: interpreter, libraries, TileDB's buffers."""
 BYTES_PER_NNZ_READ, BYTES_PER_NNZ_KEPT = 192, 28
-"""Memory per non-zero of what is read at a time (a third of the bound goes to it), and of a range being cut."""
+"""Memory per non-zero of one read (a third of the bound is for it), and of a range being cut."""
 
 _DUPLICATE_KEY = 0xD0B1E
 
@@ -46,7 +47,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a conversion cuts what it reads and what it writes.
+    """The sizes of a conversion's parts.
 
     range_tiles: tiles of X in one range, at most; file_cells: cells of one shard file, at most.
     """
@@ -66,7 +67,7 @@ def pack(arrays: Arrays) -> bytes:
 
 
 def unpack(data: bytes, name: str) -> Arrays:
-    """What ``pack`` made; DamagedFiles naming ``name`` where the bytes are not that."""
+    """The inverse of ``pack``; DamagedFiles naming ``name`` where the bytes are damaged."""
     try:
         length = int.from_bytes(data[:8], "little")
         return safetensors.numpy.load(pa.Codec("zstd").decompress(memoryview(data)[8:], length, asbytes=True))
@@ -76,7 +77,7 @@ def unpack(data: bytes, name: str) -> Arrays:
 
 @dataclass(frozen=True)
 class Range:
-    """Part ``index`` of the Census: joinids start..stop in whole tiles, and how many of its cells are chosen."""
+    """Part ``index`` of the Census: joinids start..stop in whole tiles, and its number of chosen cells."""
 
     index: int
     start: int
@@ -195,7 +196,7 @@ def convert_range(census: Census, part: Range, cells: Arrays, memory_bytes: int)
         census: open for reading.
         part: the range.
         cells: rows of the selection: joinid, split, bucket, place, batch and the code columns, each (cells,).
-        memory_bytes: what the task may hold.
+        memory_bytes: bound on the task's memory.
     """
     # A random weight per gene: cells share a sum (mod 2^64) by having the same counts, or by a chance of 2^-64.
     weights = np.stack([keyed_hash(_DUPLICATE_KEY, np.arange(census.n_genes)), np.ones(census.n_genes, np.uint64)], 1)
@@ -218,7 +219,7 @@ def convert_range(census: Census, part: Range, cells: Arrays, memory_bytes: int)
 
 
 def _cut(read: Read, cells: Arrays) -> tuple[bytes, Arrays]:
-    """The rows cut by bucket: all pieces one after the other, and where each lies."""
+    """The rows cut by bucket: (all pieces one after the other, bucket, offset and size of each)."""
     pieces: list[bytes] = []
     buckets = np.unique(cells["bucket"])
     for bucket in buckets:
@@ -306,7 +307,7 @@ def histograms_of_cells(pieces: Iterator[Arrays], joinids: Ints, n_genes: int) -
 class Gathered:
     """The cells of one shard file in the order of the permutation, over the ranked genes.
 
-    panel (N, V) uint16; columns (N,): joinid, raw_sum and the codes; below_min_counts: cells that were too poor.
+    panel (N, V) uint16; columns (N,): joinid, raw_sum and the codes; below_min_counts: cells with too few counts.
     """
 
     panel: NDArray[np.uint16]
@@ -340,7 +341,7 @@ def gather_file(
     """
     rank = np.full(n_genes, -1, dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
-    panel = np.zeros((file_cells, len(order)), dtype=np.uint16)  # pages that no cell falls on are never touched
+    panel = np.zeros((file_cells, len(order)), dtype=np.uint16)  # memory pages without a cell are never touched
     there = np.zeros(len(panel), dtype=bool)
     columns: Arrays = {name: np.zeros(len(panel), np.int64) for name in ("joinid", "raw_sum")}
     columns |= {name: np.zeros(len(panel), np.int32) for name in CODE_COLUMNS}

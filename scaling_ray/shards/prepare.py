@@ -1,4 +1,4 @@
-"""The first step of a conversion: obs and var are read once and written down; all later steps work from files.
+"""The first step of a conversion: it reads obs and var once and writes them down; all later steps work from files.
 
 ``building/`` inside the target holds everything unfinished. Its ``plan.json`` is written last here and never changes.
 """
@@ -27,11 +27,11 @@ from scaling_ray.storage import Place, open_place
 PLAN = "plan.json"
 PRESENCE = "presence"
 RULES_OF_GENES = ("genes", "gene_rule", "gene_list", "min_counts")
-"""Rules that act on what was read; an unfinished build may go on with others."""
+"""Rules that act after the Census was read; an unfinished build may go on with others."""
 
 
 class BuildPlan(Record):
-    """What a conversion has decided before it reads a count.
+    """The decisions of a conversion before it reads a count.
 
     ranges: (start, stop, chosen cells) each; batches: names by batch code, with their training cells and the range each
     ends in; nnz: non-zeros to read; file_cells: cells of one shard file, at most.
@@ -65,12 +65,12 @@ class BuildPlan(Record):
 
 
 def reading_rules(data: DataSpec) -> dict[str, Any]:
-    """The rules that decide what is read and kept of the Census."""
+    """The rules that choose the cells to read and keep."""
     return {key: value for key, value in data.model_dump(mode="json").items() if key not in RULES_OF_GENES}
 
 
 def census_identity(census: str) -> dict[str, Any]:
-    """What tells one Census from another: a local one by the record of its making, any other by its URI or version."""
+    """The identity of a Census: of a local one the record of its making, of any other its URI or version."""
     record = beside(census, "census.json")
     if record is None:
         return {"uri": census, "about_sha256": None}
@@ -78,14 +78,14 @@ def census_identity(census: str) -> dict[str, Any]:
 
 
 def other_census(facts: dict[str, Any], census: str) -> str | None:
-    """The name of the Census that ``facts`` tell of, where it is not ``census``. Moved or renamed it stays the same."""
+    """The name of the Census in ``facts`` where it is not ``census``. A moved or renamed Census stays the same."""
     wanted = census_identity(census)
     key = "uri" if wanted["about_sha256"] is None else "about_sha256"
     return None if facts.get(key) == wanted[key] else str(facts.get("uri"))
 
 
 def beside(census: str, name: str) -> bytes | None:
-    """A file that lies beside a local Census, None where there is none."""
+    """A file beside a local Census, None where there is none."""
     path = Path(_local(census)) / name
     return path.read_bytes() if path.is_file() else None
 
@@ -128,7 +128,7 @@ def carried_groups(data: DataSpec) -> tuple[dict[str, str], str | None]:
 
 
 def choose(census: Census, data: DataSpec) -> tuple[Selection, NDArray[np.int64], str | None]:
-    """The selection, the non-zeros of each chosen cell, and the data_hash of shards whose split was carried over."""
+    """The selection, the non-zeros of each chosen cell, and the data_hash of the shards that the split comes from."""
     carried, split_from = carried_groups(data)
     joinid, columns = census.obs_codes(columns_needed(data), data.value_filter)
     selection = select_cells(joinid, columns, data, census.n_cells, carried)
@@ -147,7 +147,7 @@ class Prepared:
     presence: NDArray[np.bool_]
 
     def write(self, building: Place) -> None:
-        """Write each range's rows, which genes were measured and, last, the plan."""
+        """Write each range's rows, the measured genes and, last, the plan."""
         chosen = self.selection
         first = 0
         for part in self.plan.parts:
@@ -161,10 +161,10 @@ class Prepared:
 
 
 def prepare(census: Census, uri: str, data: DataSpec, memory_bytes: int, layout: Layout) -> Prepared:
-    """Read obs, var and the presence matrix, and decide.
+    """Read obs, var and the presence matrix, and make the plan.
 
     Raises:
-        BadInput: rules that this Census cannot serve.
+        BadInput: this Census cannot serve the rules.
     """
     if data.genes > census.n_genes:
         raise BadInput("data.genes", data.genes, f"is more than the {census.n_genes} genes of this Census; lower it")
@@ -178,7 +178,7 @@ def prepare(census: Census, uri: str, data: DataSpec, memory_bytes: int, layout:
     batch = selection.codes["dataset_id"] if data.batch_key else np.zeros(len(nnz), np.int32)
     names = selection.labels["dataset_id"] if data.batch_key else ["all training cells"]
     train = np.flatnonzero(selection.split == 0)
-    # joinids rise, so of the ranges written for a batch the last one stays
+    # joinids rise, so the last range that is assigned to a batch stays
     last = np.full(len(names), -1)
     last[batch[train]] = np.searchsorted(np.cumsum([part.cells for part in parts]), train, side="right")
     plan = BuildPlan(
@@ -209,7 +209,7 @@ def prepare(census: Census, uri: str, data: DataSpec, memory_bytes: int, layout:
 
 
 def _presence(census: Census, dataset_ids: list[str]) -> NDArray[np.bool_]:
-    """(data sets of the selection, G): which genes each measured."""
+    """(data sets of the selection, G) bool: True where the data set measured the gene."""
     known, presence = census.presence()
     row_of = {name: row for row, name in enumerate(known)}
     for name in dataset_ids:

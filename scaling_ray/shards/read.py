@@ -26,7 +26,7 @@ class Cells:
     """Raw counts of some cells over the first V genes.
 
     counts (N, V) uint16; raw_sum (N,) int64 over all genes of the Census; cell (N,) int64 soma_joinids; dataset and
-    donor (N,) int32 codes; measured (datasets, V) bool: which of these genes each dataset measured.
+    donor (N,) int32 codes; measured (datasets, V) bool: True where the dataset measured the gene.
     """
 
     counts: NDArray[np.uint16]
@@ -73,7 +73,7 @@ ID_COLUMNS = ("cell", "raw_sum", "dataset_id", "donor_id")
 
 
 def columns_for(genes: int) -> list[str]:
-    """Parquet columns that hold the first ``genes`` genes and what a batch needs besides."""
+    """Parquet columns with the first ``genes`` genes and the identifiers that a batch needs."""
     return [*ID_COLUMNS, *(block_name(i) for i in range(len(block_widths(genes))))]
 
 
@@ -102,7 +102,7 @@ def read_measured(where: Path | str | Place, manifest: ShardManifest, genes: int
 
 
 class _ShardFile:
-    """A Parquet file of a shard directory; what is wrong with it rises as DamagedFiles with its name."""
+    """A Parquet file of a shard directory; faults in it rise as DamagedFiles with its name."""
 
     def __init__(self, shards: Place, name: str) -> None:
         self.name = name
@@ -173,7 +173,7 @@ def read_rows(
 ) -> Cells:
     """The cells at ``rows`` of a split's permutation, in the order given; each row group they touch is read once.
 
-    Rows that run on within a row group cost least.
+    Consecutive rows of a row group cost least.
     """
     groups = groups_of(manifest, split)
     edges = np.array([group.start for group in groups] + [groups[-1].stop if groups else 0])
@@ -205,7 +205,7 @@ def read_rows(
 
 
 def _as_slice(index: Ints) -> Ints | slice:
-    """The same selection as a slice where it runs on without a gap."""
+    """The same selection as a slice where it has no gap."""
     if len(index) and index[-1] - index[0] + 1 == len(index) and (np.diff(index) == 1).all():
         return slice(int(index[0]), int(index[-1]) + 1)
     return index
@@ -230,7 +230,7 @@ def run_order(
     Args:
         run: its seed, cells and donors.
         n_train: cells of the training split.
-        edges: ``row_groups`` of the training split; None for cells that lie in no shards: one group.
+        edges: ``row_groups`` of the training split; None, for cells outside shards, makes one group of all.
         donor: (n_train,) donor codes, where the run takes some donors only.
         window_rows: as RunOrder.
 
@@ -256,7 +256,7 @@ def shards_order(shards: Place, manifest: ShardManifest, run: RunSpec, window_ro
 
 
 class Feed(Protocol):
-    """Where a training loop takes its batches from."""
+    """The source of a training loop's batches."""
 
     order: RunOrder
 
@@ -265,12 +265,12 @@ class Feed(Protocol):
 
 
 class ResidentFeed:
-    """Batches of a run out of memory.
+    """Batches of a run from cells held in memory.
 
     Args:
-        cells: of the whole training split, or, ``own``, of the run's rows alone in the run's order.
+        cells: of the whole training split; where ``own`` is true, of the run's rows alone, in the run's order.
         order: of the run.
-        own: which of the two.
+        own: whether ``cells`` are the run's own.
     """
 
     def __init__(self, cells: Cells, order: RunOrder, own: bool = False) -> None:

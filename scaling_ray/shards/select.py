@@ -1,4 +1,4 @@
-"""Which cells, in which split, in which order: decided from obs alone, before any count is read.
+"""The selection of cells, their splits and their order: decided from obs alone, before any count is read.
 
 Splits come first, so that genes can be ranked on training cells. Everything is integers: a hundred million cells take
 about 50 bytes each.
@@ -18,11 +18,11 @@ from scaling_ray.shards.order import keyed_hash, keyed_permutation
 from scaling_ray.spec import DataSpec
 
 MANY_GROUPS = 1_000
-"""Above this many groups each one's split is read off its own hash; below, groups are placed greedily."""
+"""Of more groups than this each takes the split of its own hash; fewer groups are placed greedily."""
 TRIED_ORDERS = 32
-"""Orders in which few groups are placed, to come near the wanted fractions."""
+"""Orders tried in the placing of few groups, so that the shares come near the wanted fractions."""
 MANY_VALUES = " || "
-"""Between the values of an obs field that holds several, as ``disease`` may."""
+"""Separates the values of an obs field that holds several, as ``disease`` may."""
 _CAP_KEY = 0xCA9
 
 Ints = NDArray[np.int64]
@@ -58,9 +58,9 @@ def split_groups(
 ) -> dict[str, str]:
     """Group -> split, never leaving a split empty.
 
-    Groups in ``carried`` keep the split named there. Of the others, many are placed by their hash; few in hash order,
-    each to the split that is least full for its share, the last groups being kept for splits that are still empty; of
-    TRIED_ORDERS such fillings the one nearest to ``fractions`` is taken.
+    Groups in ``carried`` keep the split named there. Of the others, many are placed by their hash. Few are placed in
+    hash order, each into the split that is least full for its share, and the last groups go to splits that are still
+    empty; of TRIED_ORDERS such fillings the one nearest to ``fractions`` is taken.
 
     Raises:
         BadInput: fewer groups than splits, or all carried and a split empty.
@@ -131,7 +131,7 @@ def select_cells(
 
     Args:
         joinid: (N,), rising.
-        columns: those of ``columns_needed``.
+        columns: the columns of ``columns_needed``.
         data: the rules.
         census_cells: cells of the whole Census.
         carried: group -> split of an older assignment.
@@ -182,14 +182,14 @@ def select_cells(
 
 
 def _has_one_of(codes: NDArray[np.int32], labels: list[str], wanted: list[str]) -> NDArray[np.bool_]:
-    """Cells of which one value is wanted: whole labels count, and each of several values in one."""
+    """Whether each cell has a wanted value: its whole label, or one of several values in its label."""
     named = set(wanted)
     good = [label in named or bool(named & set(label.split(MANY_VALUES))) for label in labels]
     return np.array(good, dtype=bool)[codes]
 
 
 def _within_caps(joinid: Ints, column: Coded, chosen: Ints, data: DataSpec, salt: int) -> NDArray[np.bool_]:
-    """Whether each cell is among the first so many of its value, in the order of a keyed hash."""
+    """Whether each cell is within the cap of its value, cells being taken in the order of a keyed hash."""
     codes, labels = column[0][chosen], column[1]
     if isinstance(data.cap_cells, dict):
         unknown = sorted(set(data.cap_cells) - set(labels) - {"default"})

@@ -40,9 +40,9 @@ PIPELINE_WINDOWS = 256
 READING_TASKS = 2
 """Tasks of one stream that read at the same time."""
 LARGEST_BLOCK = 2**30
-"""Bytes above which Ray Data cuts what a task returns."""
+"""Bytes above which Ray Data cuts the block that a task returns."""
 FAILED = "failed"
-"""Column of a block that tells an error of this package: Ray Data would hand it on without its class and message."""
+"""Column of a block that carries an error of this package: Ray Data would drop its class and message."""
 READ_CPUS = 0.5
 """CPUs that Ray reserves for a task that reads."""
 
@@ -50,7 +50,7 @@ Ints = NDArray[np.int64]
 
 
 def _table(cells: Cells) -> pa.Table:
-    """Cells as one block whose counts are one column: what leaves a task is taken up without a copy."""
+    """Cells as one block with all counts in one column: the receiver reads them without a copy."""
     width = 2 * cells.counts.shape[1]
     counts = pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(cells), [None, pa.py_buffer(cells.counts)])
     ids = {"cell": cells.cell, "raw_sum": cells.raw_sum, "dataset": cells.dataset, "donor": cells.donor}
@@ -68,7 +68,7 @@ def _cells(tables: list[pa.Table], genes: int, measured: NDArray[np.bool_]) -> C
 
 
 def _arguments(error: ScalingRayError) -> list[Any]:
-    """What an error of this package is made anew from."""
+    """The arguments that construct this error of the package again."""
     if isinstance(error, BadInput):
         return [error.field, error.value, error.remedy]
     return [error.problems] if isinstance(error, DamagedFiles) else [str(error)]
@@ -119,18 +119,18 @@ def read_resident(where: Path | str | Place, manifest: ShardManifest, split: str
 
 
 class StreamFeed:
-    """Batches of a run from a Ray Data pipeline over its windows: those of ResidentFeed, in little memory.
+    """Batches of a run from a Ray Data pipeline over its windows: the same as ResidentFeed gives, in little memory.
 
-    Batches asked for in order keep one pipeline going; any other step begins a new one there. A run of one window is
-    read once and kept.
+    Batches requested in order share one pipeline; any other step begins a new one there. A run of one window is read
+    once and kept.
 
     Args:
         where: the shards.
-        manifest: theirs.
+        manifest: their manifest.
         genes: the first V.
         order: of the run.
-        cpus: that Ray reserves for each reading task; 0 where the caller's own processes hold them all.
-        pipeline_windows: of one Ray Data pipeline.
+        cpus: CPUs that Ray reserves for each reading task; 0 where the caller's own processes hold all of them.
+        pipeline_windows: windows of one Ray Data pipeline.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class StreamFeed:
         return parts[0] if len(parts) == 1 else joined(parts), epochs
 
     def close(self) -> None:
-        """Stop reading. A feed that is asked for another batch begins again."""
+        """Stop reading. A later batch makes the feed begin again."""
         self._source.close()
         self._next_position, self._window, self._stored = -1, None, None
 
@@ -182,7 +182,7 @@ class StreamFeed:
         self._source = self._read_windows(self._windows_from(position))
 
     def _holding(self, epoch: int, within: int) -> tuple[Cells, Ints, Window]:
-        """The window that holds a position: the one at hand, or the next in the stream that does."""
+        """The window that holds a position: the present one, or the next such window of the stream."""
         while (
             self._window is None
             or self._stored is None
@@ -240,12 +240,12 @@ def open_feed(
     cpus: float = READ_CPUS,
     window_rows: int = WINDOW_ROWS,
 ) -> Feed:
-    """A run's batches straight from the shards: out of this process's memory where its cells fit, else streamed.
+    """A run's batches straight from the shards: from this process's memory where its cells fit, else streamed.
 
     Args:
         where: the shards.
-        manifest: theirs.
-        run: whose batches.
+        manifest: their manifest.
+        run: the run that asks for them.
         resident_bytes: most bytes of counts to hold.
         cpus: as StreamFeed.
         window_rows: as RunOrder.
