@@ -1,184 +1,129 @@
-"""What a sweep left in its directory, as a report reads it: runs, manifest, specification, learning curves."""
+"""What a report reads of one sweep: its rows, learning curves, spec, plan and manifest, from a disk or from S3."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import statistics
-import tomllib
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 from scaling_ray.errors import BadInput
-from scaling_ray.spec import parse_spec
-
-_NEEDED = ("run_id", "role", "status", "size", "params", "genes", "cells", "seed", "val_mse", "test_mse")
-_OPTIONAL = (
-    "failure width layers heads feedforward params_without_embedding cells_requested donors lr lr_at_edge recipe "
-    "umi_fraction objective schedule max_cells_seen cells_seen masked_genes_seen optimizer_steps flops "
-    "wall_seconds final_val_mse best_cells_seen stop_reason undertrained baseline_mse gaussian_mse attainable_mse "
-    "bound_mse attainable_bits bound_bits bound_z test_per_gene_bits baseline_per_gene_bits precision stacked attempts "
-    "mlflow_run_id data_hash workers engine"
-).split()
-
-Run = dict[str, Any]
-"""One row of results.parquet."""
+from scaling_ray.records import ShardManifest
+from scaling_ray.results.columns import Row
+from scaling_ray.results.read import read_results
+from scaling_ray.results.sweep_files import MANIFEST, MLFLOW, PLAN, RESULTS, SPEC, SweepFiles, read_json
+from scaling_ray.spec import SweepSpec
 
 
-def read_runs(sweep_dir: Path) -> list[Run]:
-    """Every row of results.parquet, all columns a report asks for in each: unknown values and NaN are None.
+class Evaluation(NamedTuple):
+    """One point of a learning curve."""
+
+    cells_seen: int
+    val_loss: float
+    timestamp_ms: float
+
+
+class Planned(NamedTuple):
+    """What plan.json says of one run."""
+
+    hours: float
+    hours_from: str
+    flops: float
+    workers: int
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep's files, read.
+
+    ``folder`` is how a command names the sweep: the last part of a directory's path, or a whole ``s3://`` URI.
+    ``spec`` is None, ``planned`` empty and a hash None where the sweep has no such file; ``links`` holds runs that a
+    browser finds.
+    """
+
+    folder: str
+    rows: Sequence[Row]
+    spec: SweepSpec | None
+    planned: Mapping[str, Planned]
+    manifest: ShardManifest
+    curves: Mapping[str, list[Evaluation]]
+    links: Mapping[str, str]
+    sha256: Mapping[str, str | None]
+
+    @property
+    def law_rows(self) -> list[Row]:
+        """The runs of the grid, without those that chose a rate."""
+        return [row for row in self.rows if row.role == "law"]
+
+    @property
+    def split_noun(self) -> str:
+        """What the splits are made of."""
+        noun = self.manifest.split_by
+        return {"donor_id": "donor", "dataset_id": "data set"}.get(noun, noun)
+
+
+def read_sweep(files: SweepFiles) -> Sweep:
+    """Read all that a report needs.
 
     Raises:
-        BadInput: no such file, not Parquet, without rows, or without a needed column.
+        BadInput: no results.parquet or shards_manifest.json, or a file that is none of this version.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    place = files.place
+    results = read_results(place)
+    has_spec, has_plan = (place.size(name) is not None for name in (SPEC, PLAN))
+    manifest = files.known_manifest()
+    for split in ("train", "val", "test"):
+        if split not in manifest.splits:
+            raise BadInput(MANIFEST, f"splits.{split}", "is missing; run the sweep again to write the file anew")
+    links = {row.run_id: tracking_link(read_json(files.run(row.run_id).place, MLFLOW)) for row in results.rows}
+    return Sweep(
+        folder=str(place) if "://" in str(place) else PurePosixPath(str(place)).name,
+        rows=results.rows,
+        spec=files.spec() if has_spec else None,
+        planned=_planned(files.plan() or {"settings": []}),
+        manifest=manifest,
+        curves={row.run_id: _curve(files.run(row.run_id).rows()) for row in results.rows},
+        links={run_id: link for run_id, link in links.items() if link is not None},
+        sha256={
+            SPEC: hashlib.sha256(place.read(SPEC)).hexdigest() if has_spec else None,
+            PLAN: hashlib.sha256(place.read(PLAN)).hexdigest() if has_plan else None,
+            RESULTS: results.sha256,
+        },
+    )
 
-    path = sweep_dir / "results.parquet"
-    if not path.exists():
-        raise BadInput("sweep", str(sweep_dir), "holds no results.parquet; run the sweep first")
+
+def _planned(plan: Mapping[str, Any]) -> dict[str, Planned]:
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput("results.parquet", str(path), f"is not a Parquet file ({error}); run the sweep again") from error
-    missing = [name for name in _NEEDED if name not in table.column_names]
-    if missing:
-        raise BadInput("results.parquet", ", ".join(missing), "columns are missing; run the sweep again to rewrite it")
-    if table.num_rows == 0:
-        raise BadInput("results.parquet", str(path), "has no rows; run the sweep first")
-    blank: Run = dict.fromkeys(_OPTIONAL)
-    return [blank | clean(row) for row in table.to_pylist()]
+        return {
+            setting["run_id"]: Planned(
+                float(setting["hours"]),
+                str(setting["hours_from"]),
+                float(setting["flops"]),
+                int(setting["execution"]["workers"]),
+            )
+            for setting in plan["settings"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(PLAN, repr(error), "is no plan of this version; run the sweep again to write it anew") from error
 
 
-def read_manifest(sweep_dir: Path) -> dict[str, Any]:
-    """The copy of the shards' manifest that the sweep kept.
-
-    Raises:
-        BadInput: not there, not JSON, or without a needed key.
-    """
-    path = sweep_dir / "shards_manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput("shards_manifest.json", str(path), "cannot be read; run the sweep again to write it") from error
-    missing = [key for key in ("data_hash", "splits", "split_by", "genes") if key not in manifest]
-    missing += [
-        f"splits.{s}.cells" for s in ("train", "val", "test") if "cells" not in manifest.get("splits", {}).get(s, {})
+def _curve(rows: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
+    """The evaluations among the rows of a metrics.jsonl."""
+    found = [
+        Evaluation(row["cells_seen"], row["val_loss"], row["timestamp_ms"]) for row in rows if row["kind"] == "eval"
     ]
-    if missing:
-        raise BadInput(
-            "shards_manifest.json", ", ".join(missing), "is missing; run the sweep again to rewrite the file"
-        )
-    return dict(manifest)
+    return [evaluation for evaluation in found if math.isfinite(evaluation.val_loss)]
 
 
-def read_spec(sweep_dir: Path) -> dict[str, Any]:
-    """The specification with every default, or as it was written where this version cannot read it; empty without one.
-
-    Raises:
-        BadInput: not TOML.
-    """
-    path = sweep_dir / "spec.toml"
-    if not path.exists():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        written = tomllib.loads(text)
-    except (OSError, ValueError) as error:
-        raise BadInput("spec.toml", str(path), f"is not TOML ({error})") from error
-    try:
-        # Resources may follow the machine that reads the file, and stay as they were written.
-        whole = parse_spec(text, str(path)).model_dump(mode="json", include={"data", "grid", "train", "lr"})
-    except BadInput:
-        whole = {}
-    return clean(written | whole)
-
-
-def read_plan(sweep_dir: Path) -> dict[str, Any]:
-    """The plan of the sweep; empty where it kept none.
-
-    Raises:
-        BadInput: not JSON.
-    """
-    path = sweep_dir / "plan.json"
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise BadInput("plan.json", str(path), f"is not JSON ({error})") from error
-
-
-def read_mlflow_link(sweep_dir: Path, run_id: str) -> str | None:
-    """Where a browser finds the run: only of a tracking server, not of a database file."""
-    path = sweep_dir / "runs" / run_id / "mlflow.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        uri, name = str(found["uri"]).rstrip("/"), str(found["mlflow_run_id"])
-    except (OSError, ValueError, KeyError, TypeError):
+def tracking_link(tracked: Mapping[str, Any] | None) -> str | None:
+    """Where a browser finds a run, by what its mlflow.json holds: only of a tracking server, not of a database file."""
+    if tracked is None:
         return None
+    uri, name = str(tracked["uri"]).rstrip("/"), str(tracked["mlflow_run_id"])
     host = uri.split("://", 1)[-1].split("/", 1)[0]
     # A user and password in the address stay out of a page that is shown around.
     if not uri.startswith(("http://", "https://")) or "@" in host or not name.isalnum():
         return None
     return f"{uri}/#/runs/{name}"
-
-
-def file_hash(path: Path) -> str | None:
-    """SHA-256 of a file, None where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def read_curve(sweep_dir: Path, run_id: str) -> list[dict[str, Any]]:
-    """The evaluations of one run; a last line cut short by a kill is left out."""
-    path = sweep_dir / "runs" / run_id / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("kind") == "eval" and finite(row.get("val_mse")):
-            rows.append(row)
-    return rows
-
-
-def is_point(run: Run) -> bool:
-    """A finished run of the grid: one that a law is fitted to or that a chart shows."""
-    return bool(run["role"] == "law" and run["status"] == "done")
-
-
-def is_baseline(run: Run) -> bool:
-    """A size that stands for comparison only; no law uses it."""
-    return bool(run["width"] == 1 or run["size"] == "XXS")
-
-
-def values(runs: Iterable[Run], name: str) -> list[float]:
-    """Column ``name`` of the runs that have it."""
-    return [float(run[name]) for run in runs if run[name] is not None]
-
-
-def mean(runs: Iterable[Run], name: str) -> float | None:
-    """Mean of column ``name`` over the runs that have it; None where none has."""
-    known = values(runs, name)
-    return statistics.fmean(known) if known else None
-
-
-def finite(value: Any) -> bool:
-    """A number that is neither NaN nor infinite."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def clean(value: Any) -> Any:
-    """The same with NaN and infinity as None: JSON knows neither."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: clean(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(inner) for inner in value]
-    return value
