@@ -13,8 +13,10 @@ import pytest
 
 from scaling_ray import cli
 from scaling_ray.errors import BadInput
-from scaling_ray.results.fitting import fit_columns
+from scaling_ray.results.fitting import fit_columns, fit_place
 from scaling_ray.results.foreign import read_table
+
+REPORTS = Path(__file__).resolve().parents[1] / "reports"
 
 
 def write_csv(path: Path, columns: dict) -> Path:
@@ -129,3 +131,21 @@ def test_degenerate_tables_give_a_verdict_and_plain_numbers(name: str, loss):
     result = fit_columns({"params": params, "cells": cells, "loss": loss(params / 1e4, cells / 1e3, noise)})
     json.dumps(result, allow_nan=False)
     assert (result["headline"]["verdict"] == "supported") == (name == "without noise"), result["headline"]["reasons"]
+
+
+def numbers(value, path=""):
+    """Every number of a document by its place in it."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in numbers(inner, f"{path}.{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, inner in enumerate(value) for k, v in numbers(inner, f"{path}.{i}").items()}
+    return {path: value} if isinstance(value, int | float) else {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["planted", "real-bone-marrow"])
+def test_the_kept_fits_follow_from_the_kept_results(kept: str):
+    folder = REPORTS / kept
+    found, there = fit_place(folder / "results.csv"), json.loads((folder / "fit.json").read_text())
+    assert found["headline"]["reasons"] == there["headline"]["reasons"]
+    assert numbers(found) == pytest.approx(numbers(there), rel=1e-5, abs=1e-12)

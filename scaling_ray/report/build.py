@@ -18,17 +18,18 @@ from scaling_ray.report.summary import summarise
 from scaling_ray.report.svg import standalone
 from scaling_ray.report.sweep import Sweep, read_sweep
 from scaling_ray.results.fitting import fit_cohorts, fit_document
-from scaling_ray.results.sweep_files import SweepFiles, write_json
+from scaling_ray.results.sweep_files import write_json
 from scaling_ray.storage import Place, open_place
 
 Where = Path | str | Place
 
 
 class _Told(NamedTuple):
-    """One sweep: its files, its fits by number of genes, and what its report says."""
+    """One sweep: its files, its fits by number of genes, the same as fit.json, and what its report says."""
 
     sweep: Sweep
     fits: dict[int, dict[str, Any]]
+    document: dict[str, Any]
     report: dict[str, Any]
 
 
@@ -49,21 +50,22 @@ def build_report(
     """
     say = progress or (lambda line: None)
     told = _tell(sweep, say)
-    report = told.report | {"beside": None if beside is None else compare(told.report, _tell(beside, say).report)}
+    other = None if beside is None else _tell(beside, say).report
+    report = told.report | {"beside": None if other is None else compare(told.report, other)}
     say("drawing")
     pictures = draw_pictures(told.sweep, told.fits, report["unit"])
     place = open_place(out)
     for picture in pictures:
         place.write(f"figures/{picture.name}.svg", standalone(picture.wide).encode())
         place.write(f"figures/{picture.name}.png", png_of(picture.wide))
-    write_json(place, "fit.json", fit_document(told.fits))
+    write_json(place, "fit.json", told.document)
     write_json(place, "report.json", report)
     place.write("report.html", render(report, pictures, told.fits).encode())
     return f"{place}/report.html"
 
 
-def _tell(where: Where, say: Callable[[str], None]) -> _Told:
-    sweep = read_sweep(SweepFiles.at(where))
+def _tell(source: Where, say: Callable[[str], None]) -> _Told:
+    sweep = read_sweep(source)
     say(f"fitting laws to {sum(row.is_finished for row in sweep.rows)} finished runs")
     fits = fit_cohorts(sweep.rows, say)
-    return _Told(sweep, fits, summarise(sweep, fits))
+    return _Told(sweep, fits, fit_document(fits), summarise(sweep, fits))

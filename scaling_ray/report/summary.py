@@ -15,6 +15,11 @@ from scaling_ray.report.sweep import Sweep
 from scaling_ray.results.columns import Row
 
 FORMAT = 3
+# What the page shows of the first cohort's fit as it stands there.
+_OF_FIT = (
+    "fits choices leave_one_out held_out_largest residuals next_steps compute_optimal iso_flop planted_floor baselines "
+    "notes excluded columns_used"
+).split()
 _UNITS = {"mse": ("MSE", "mean squared error")}
 _NORMALISATION = {
     "corrected": "log1p of counts scaled to 10,000 by the cell's whole library",
@@ -36,14 +41,12 @@ def summarise(sweep: Sweep, fits: Mapping[int, dict[str, Any]]) -> dict[str, Any
     head = fit["headline"]
     chosen = [(row.val_loss, row) for row in done if row.genes == genes and row.val_loss is not None]
     best = min(chosen, key=lambda pair: pair[0])[1] if chosen else None
-    loss_units = sorted({row.loss_unit for row in done if row.loss_unit is not None})
+    loss_units = sorted({row.loss_unit for row in grid if row.loss_unit is not None})
     unit, about = _unit_words(loss_units)
     loss = f"{about} per masked gene on test cells, of the checkpoint that validation chose"
-    card, made = data_card(sweep.manifest), provenance(sweep)
     report = {
         "format": FORMAT,
         "name": sweep.spec.name if sweep.spec else sweep.folder.rstrip("/").rsplit("/", 1)[-1],
-        "date": made["last_evaluation"],
         "verdict": head["verdict"],
         "sentence": _sentence(head, fit),
         "second_sentence": _second_sentence(head),
@@ -58,31 +61,31 @@ def summarise(sweep: Sweep, fits: Mapping[int, dict[str, Any]]) -> dict[str, Any
         "counts": _counts(sweep, grid),
         "leak_test": _leak_test(fits),
         "commands": _commands(sweep.folder),
-        "settings": settings.gather_settings(grid),
-        "completeness": settings.completeness(grid),
-        "plan_against_actual": settings.plan_against_actual(sweep.rows, sweep.planned),
-        "learning_rates": settings.learning_rates(sweep.rows),
-        "protocol": settings.protocol(grid, sweep.spec),
-        "needs": [*head["settles"], *settings.unfinished(grid)],
         "runs": [
             asdict(row) | {"number": number, "mlflow_link": sweep.links.get(row.run_id)}
             for number, row in enumerate(sweep.rows, start=1)
         ],
-        **{
-            part: fit[part]
-            for part in ("fits", "choices", "leave_one_out", "held_out_largest", "residuals", "next_steps")
-        },
-        **{part: fit[part] for part in ("compute_optimal", "iso_flop", "planted_floor", "baselines", "notes")},
-        "excluded": fit["excluded"],
-        "columns_used": fit["columns_used"],
+        **{part: fit[part] for part in _OF_FIT},
         "bits": _bits(fit),
         "units": {
             "entropy": {"name": units.ENTROPY_NAME, "formula": units.ENTROPY_FORMULA},
             "gain": {"name": units.GAIN_NAME, "formula": units.GAIN_FORMULA},
             "share": {"name": units.SHARE_NAME, "formula": units.SHARE_FORMULA},
         },
+    }
+    report |= {
+        "settings": settings.gather_settings(grid),
+        "completeness": settings.completeness(grid),
+        "plan_against_actual": settings.plan_against_actual(sweep.rows, sweep.planned),
+        "learning_rates": settings.learning_rates(sweep.rows),
+        "protocol": settings.protocol(grid, sweep.spec),
+        "needs": [*head["settles"], *settings.unfinished(grid)],
+    }
+    made = provenance(sweep)
+    report |= {
+        "date": made["last_evaluation"],
         "data": sweep.manifest.model_dump(mode="json"),
-        "data_card": card,
+        "data_card": data_card(sweep.manifest),
         "provenance": made,
     }
     report["checklist"] = {"source": SOURCE, "entries": checklist(report, fit)}

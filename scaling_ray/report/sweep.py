@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from scaling_ray.errors import BadInput
@@ -15,6 +15,7 @@ from scaling_ray.results.columns import Row
 from scaling_ray.results.read import read_results
 from scaling_ray.results.sweep_files import MANIFEST, MLFLOW, PLAN, RESULTS, SPEC, SweepFiles, read_json
 from scaling_ray.spec import SweepSpec
+from scaling_ray.storage import Place, open_place
 
 
 class Evaluation(NamedTuple):
@@ -64,34 +65,40 @@ class Sweep:
         return {"donor_id": "donor", "dataset_id": "data set"}.get(noun, noun)
 
 
-def read_sweep(files: SweepFiles) -> Sweep:
-    """Read all that a report needs.
+def read_sweep(source: Path | str | Place) -> Sweep:
+    """Read all that a report needs of the sweep at a path or URI.
 
     Raises:
         BadInput: no results.parquet or shards_manifest.json, or a file that is none of this version.
     """
-    place = files.place
+    place = open_place(source, "sweep")
     results = read_results(place)
-    has_spec, has_plan = (place.size(name) is not None for name in (SPEC, PLAN))
+    files = SweepFiles(place)
+    plan = files.plan()
+    runs = {row.run_id: files.run(row.run_id) for row in results.rows}
+    tracked = {run_id: read_json(run.place, MLFLOW) for run_id, run in runs.items()}
+    metrics = {run_id: run.rows() for run_id, run in runs.items()}
+    spec = None if place.size(SPEC) is None else files.spec()
     manifest = files.known_manifest()
     for split in ("train", "val", "test"):
         if split not in manifest.splits:
             raise BadInput(MANIFEST, f"splits.{split}", "is missing; run the sweep again to write the file anew")
-    links = {row.run_id: tracking_link(read_json(files.run(row.run_id).place, MLFLOW)) for row in results.rows}
+    links = {run_id: tracking_link(found) for run_id, found in tracked.items()}
+    folder = str(place)
     return Sweep(
-        folder=str(place) if "://" in str(place) else PurePosixPath(str(place)).name,
+        folder=folder if "://" in folder else PurePosixPath(folder).name,
         rows=results.rows,
-        spec=files.spec() if has_spec else None,
-        planned=_planned(files.plan() or {"settings": []}),
+        spec=spec,
+        planned=_planned(plan) if plan else {},
         manifest=manifest,
-        curves={row.run_id: _curve(files.run(row.run_id).rows()) for row in results.rows},
+        curves={run_id: _curve(rows) for run_id, rows in metrics.items()},
         links={run_id: link for run_id, link in links.items() if link is not None},
-        sha256={
-            SPEC: hashlib.sha256(place.read(SPEC)).hexdigest() if has_spec else None,
-            PLAN: hashlib.sha256(place.read(PLAN)).hexdigest() if has_plan else None,
-            RESULTS: results.sha256,
-        },
+        sha256={SPEC: _sha256(place, SPEC), PLAN: _sha256(place, PLAN), RESULTS: results.sha256},
     )
+
+
+def _sha256(place: Place, name: str) -> str | None:
+    return hashlib.sha256(place.read(name)).hexdigest() if place.size(name) is not None else None
 
 
 def _planned(plan: Mapping[str, Any]) -> dict[str, Planned]:
