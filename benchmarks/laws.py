@@ -31,12 +31,13 @@ from typing import Any
 
 import numpy as np
 
-from scaling_ray.laws import fit_table, refit
+from scaling_ray.laws import refit
 from scaling_ray.laws.fit import Problem, gather
 from scaling_ray.laws.forms import PARAMS_CELLS
 from scaling_ray.laws.intervals import profiles
 from scaling_ray.laws.many import Design
-from scaling_ray.laws.simulate import Judged, draw, expected_ratio, judge_many
+from scaling_ray.laws.simulate import JudgedTables, draw, expected_ratio, fit_and_judge
+from scaling_ray.results.fitting import fit_columns
 from scaling_ray.storage import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -63,8 +64,8 @@ def share(flags: np.ndarray) -> float | None:
     return float(np.mean(flags)) if len(flags) else None
 
 
-def describe(judged: Judged, alpha: float) -> dict[str, Any]:
-    """Figures of one cell of the simulation."""
+def describe(judged: JudgedTables, alpha: float) -> dict[str, Any]:
+    """Figures of one setting of the simulation."""
     answered = judged.answered
     widths = judged.log_width_ratio()[answered]
     return {
@@ -72,34 +73,36 @@ def describe(judged: Judged, alpha: float) -> dict[str, Any]:
         "answered": share(answered),
         "median_relative_error": float(np.median(np.abs(judged.alpha / alpha - 1.0))),
         "statistical_coverage": share(judged.covers(alpha)[answered]),
-        "headline_coverage": share(judged.covers(alpha, widest=True)[answered]),
-        "headline_coverage_of_all": share(judged.covers(alpha, widest=True)),
+        "headline_coverage": share(judged.covers(alpha, headline=True)[answered]),
+        "headline_coverage_of_all": share(judged.covers(alpha, headline=True)),
         "headline_open": share(np.isinf(widths)),
         "log_width_ratio_median": float(np.median(widths)) if widths.size else None,
-        "shut": {name: float(np.mean(flags)) for name, flags in judged.shut.items() if np.any(flags)},
+        "refused_by": {name: float(np.mean(flags)) for name, flags in judged.refused_by.items() if np.any(flags)},
     }
 
 
 def clean(tables: int) -> dict[str, Any]:
-    """Recovery, coverage and answers on clean tables, every cell and pooled."""
-    cells, pooled = [], []
+    """Recovery, coverage and answers on clean tables, every setting and pooled."""
+    settings, pooled = [], []
     for title, params in LADDERS.items():
         for noise in NOISES:
             for alpha in ALPHAS:
                 for floor in (True, False):
-                    rng = np.random.default_rng([1, len(cells)])
+                    rng = np.random.default_rng([1, len(settings)])
                     law = law_of(params, alpha, floor)
-                    judged = judge_many(params, draw(law, noise, tables, SEEDS, rng))
-                    cell = {"ladder": title, "noise": noise, "alpha": alpha, "floor": floor}
-                    cell["expected_ratio"] = expected_ratio(params, law, noise, SEEDS)
-                    cells.append(cell | describe(judged, alpha))
-                    pooled.append((cell, judged))
+                    judged = fit_and_judge(params, draw(law, noise, tables, SEEDS, rng))
+                    setting = {"ladder": title, "noise": noise, "alpha": alpha, "floor": floor}
+                    setting["expected_ratio"] = expected_ratio(params, law, noise, SEEDS)
+                    settings.append(setting | describe(judged, alpha))
+                    pooled.append((setting, judged))
         say(f"clean tables, {title}: done")
 
-    def over(chosen: Callable[[dict[str, Any]], bool], figure: Callable[[Judged, float], np.ndarray]) -> np.ndarray:
-        return np.concatenate([figure(judged, cell["alpha"]) for cell, judged in pooled if chosen(cell)])
+    def over(
+        chosen: Callable[[dict[str, Any]], bool], figure: Callable[[JudgedTables, float], np.ndarray]
+    ) -> np.ndarray:
+        return np.concatenate([figure(judged, setting["alpha"]) for setting, judged in pooled if chosen(setting)])
 
-    def everything(cell: dict[str, Any]) -> bool:
+    def everything(setting: dict[str, Any]) -> bool:
         return True
 
     errors = {
@@ -127,15 +130,15 @@ def clean(tables: int) -> dict[str, Any]:
         "median_relative_error": errors,
         "median_relative_error_with_floor": with_floor,
         "statistical_coverage": share(over(everything, lambda j, alpha: j.covers(alpha)[j.answered])),
-        "headline_coverage": share(over(everything, lambda j, alpha: j.covers(alpha, widest=True)[j.answered])),
+        "headline_coverage": share(over(everything, lambda j, alpha: j.covers(alpha, headline=True)[j.answered])),
         "log_width_ratio_median": float(np.median(widths)),
         "log_width_ratio_median_by_ladder": by_ladder,
         "log_width_ratio_above_4": share(widths > 4.0),
         "answered_where_expected_ratio_below_2": share(
             over(lambda c: c["expected_ratio"] < 2.0, lambda j, alpha: j.answered)
         ),
-        "lowest_answered_of_a_cell": min(c["answered"] for c in cells if c["expected_ratio"] < 2.0),
-        "cells": cells,
+        "lowest_answered_of_a_setting": min(c["answered"] for c in settings if c["expected_ratio"] < 2.0),
+        "settings": settings,
     }
 
 
@@ -146,7 +149,7 @@ def half_gap(tables: int) -> dict[str, Any]:
         found = []
         for j, (params, alpha) in enumerate((p, a) for p in LADDERS.values() for a in ALPHAS):
             law = 1.0 + 0.5 * (params / params[0]) ** -alpha
-            judged = judge_many(params, draw(law, noise, tables, SEEDS, np.random.default_rng([10, i, j])))
+            judged = fit_and_judge(params, draw(law, noise, tables, SEEDS, np.random.default_rng([10, i, j])))
             found.append(np.abs(judged.alpha / alpha - 1.0))
         errors[f"{noise:g}"] = float(np.median(np.concatenate(found)))
     return {"median_relative_error_with_floor": errors}
@@ -154,23 +157,23 @@ def half_gap(tables: int) -> dict[str, Any]:
 
 def undertrained(tables: int) -> dict[str, Any]:
     """Coverage where the largest size is 0.03 worse than its law."""
-    cells, hits, every = [], [], []
+    settings, hits, every = [], [], []
     for title, params in LADDERS.items():
         for noise in NOISES:
             for alpha in ALPHAS:
-                rng = np.random.default_rng([2, len(cells)])
+                rng = np.random.default_rng([2, len(settings)])
                 law = law_of(params, alpha, True)
                 law[-1] += 0.03
-                judged = judge_many(params, draw(law, noise, tables, SEEDS, rng))
-                cells.append({"ladder": title, "noise": noise, "alpha": alpha} | describe(judged, alpha))
-                hits.append(judged.covers(alpha, widest=True)[judged.answered])
-                every.append(judged.covers(alpha, widest=True))
-    statistical = [c["statistical_coverage"] for c in cells if c["statistical_coverage"] is not None]
+                judged = fit_and_judge(params, draw(law, noise, tables, SEEDS, rng))
+                settings.append({"ladder": title, "noise": noise, "alpha": alpha} | describe(judged, alpha))
+                hits.append(judged.covers(alpha, headline=True)[judged.answered])
+                every.append(judged.covers(alpha, headline=True))
+    statistical = [c["statistical_coverage"] for c in settings if c["statistical_coverage"] is not None]
     return {
         "headline_coverage": share(np.concatenate(hits)),
         "headline_coverage_of_all": share(np.concatenate(every)),
         "statistical_coverage_lowest": min(statistical),
-        "cells": cells,
+        "settings": settings,
     }
 
 
@@ -195,7 +198,7 @@ def refused(tables: int) -> dict[str, Any]:
     def measure(table: dict[str, tuple[np.ndarray, float]], first: int) -> dict[str, float]:
         found = {}
         for i, (name, (law, noise)) in enumerate(table.items()):
-            judged = judge_many(SIX, draw(law, noise, tables, SEEDS, np.random.default_rng([first, i])))
+            judged = fit_and_judge(SIX, draw(law, noise, tables, SEEDS, np.random.default_rng([first, i])))
             found[name] = float(np.mean(~judged.answered))
         return found
 
@@ -204,8 +207,8 @@ def refused(tables: int) -> dict[str, Any]:
     for seed in range(20):
         losses = draw(law_of(SIX, 0.3, True)[[1, 3]], 0.006, 1, SEEDS, np.random.default_rng([4, seed]))
         table = {"params": np.repeat(SIX[[1, 3]], SEEDS), "loss": losses.reshape(-1)}
-        two.append(fit_table(table)["headline"]["verdict"] == "refused")
-    rates["two sizes, through fit_table"] = float(np.mean(two))
+        two.append(fit_columns(table)["headline"]["verdict"] == "refused")
+    rates["two sizes, through fit_columns"] = float(np.mean(two))
     return {"refused": rates, "lowest": min(rates.values()), "beside": measure(beside, 5)}
 
 
@@ -249,7 +252,7 @@ def chinchilla(draws: int) -> dict[str, Any]:
 
 
 def speed(refits: int = 2_000) -> dict[str, Any]:
-    """Seconds for so many refits of L(P, D) on 200 runs (66 cells), the factoring of the design included."""
+    """Seconds for so many refits of L(P, D) on 200 runs (66 settings), the factoring of the design included."""
     sizes, cells = (g.ravel() for g in np.meshgrid(np.geomspace(1e4, 1e8, 11), np.geomspace(2e3, 2e5, 6)))
     law = 1.2 + 6.0 * sizes**-0.3 + 8.0 * cells**-0.4
     seeds = np.where(np.arange(sizes.size) < 2, SEEDS + 1, SEEDS)
@@ -258,7 +261,7 @@ def speed(refits: int = 2_000) -> dict[str, Any]:
     began = time.perf_counter()
     found = refit(PARAMS_CELLS, axes, losses)
     seconds = time.perf_counter() - began
-    # The same without a single repeated cell: nothing to gather.
+    # The same without a single repeated setting: nothing to gather.
     jitter = np.random.default_rng(9).uniform(0.9, 1.1, (2, int(seeds.sum())))
     apart = {"params": axes["params"] * jitter[0], "cells": axes["cells"] * jitter[1]}
     law_apart = 1.2 + 6.0 * apart["params"] ** -0.3 + 8.0 * apart["cells"] ** -0.4
@@ -269,7 +272,7 @@ def speed(refits: int = 2_000) -> dict[str, Any]:
         "refits": refits,
         "runs": int(seeds.sum()),
         "seconds": seconds,
-        "seconds_without_repeated_cells": time.perf_counter() - began,
+        "seconds_without_repeated_settings": time.perf_counter() - began,
         "median_alpha": float(np.median(found.exponents[:, 0])),
     }
 
@@ -283,9 +286,9 @@ def audit_check() -> dict[str, Any]:
     return {"seconds": time.perf_counter() - began} | json.loads((out / "audit.json").read_text())["published"]
 
 
-def _named(cell: dict[str, Any]) -> str:
-    floor = "floor" if cell["floor"] else "no floor"
-    return f"{cell['ladder']}, alpha {cell['alpha']}, {floor}, noise {cell['noise']:g}"
+def _named(setting: dict[str, Any]) -> str:
+    floor = "floor" if setting["floor"] else "no floor"
+    return f"{setting['ladder']}, alpha {setting['alpha']}, {floor}, noise {setting['noise']:g}"
 
 
 def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -301,17 +304,19 @@ def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
         for noise, limit in (("0.006", 0.025), ("0.02", 0.05)):
             error = c["median_relative_error_with_floor"][noise]
             bar(f"recovery with floor, noise {noise}", f"<= {limit}", error, error <= limit)
-            worst = max((x for x in c["cells"] if f"{x['noise']:g}" == noise), key=lambda x: x["median_relative_error"])
+            worst = max(
+                (x for x in c["settings"] if f"{x['noise']:g}" == noise), key=lambda x: x["median_relative_error"]
+            )
             error = worst["median_relative_error"]
-            bar(f"  its worst cell ({_named(worst)})", f"<= {limit}", error, error <= limit)
+            bar(f"  its worst setting ({_named(worst)})", f"<= {limit}", error, error <= limit)
         s, h = c["statistical_coverage"], c["headline_coverage"]
         bar("statistical coverage", "0.91..0.985", s, 0.91 <= s <= 0.985)
         bar("headline coverage", ">= 0.92", h, h >= 0.92)
         for title, width in c["log_width_ratio_median_by_ladder"].items():
             bar(f"headline log-width over the profile's, median, {title}", "<= 4", width, width <= 4.0)
-        worst = max(c["cells"], key=lambda x: x["log_width_ratio_median"])
+        worst = max(c["settings"], key=lambda x: x["log_width_ratio_median"])
         width = worst["log_width_ratio_median"]
-        bar(f"  its worst cell ({_named(worst)})", "<= 4", width, width <= 4.0)
+        bar(f"  its worst setting ({_named(worst)})", "<= 4", width, width <= 4.0)
         a = c["answered_where_expected_ratio_below_2"]
         bar("answered", ">= 0.95", a, a >= 0.95)
     if "half_gap" in found:
@@ -363,7 +368,7 @@ def main() -> int:
     """Measure what was asked for and put it into the results file, beside what stands there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("reports/benchmarks/laws.json"))
-    parser.add_argument("--tables", type=int, default=300, help="tables in each cell of the simulation")
+    parser.add_argument("--tables", type=int, default=300, help="tables in each setting of the simulation")
     measure: dict[str, Callable[[int], dict[str, Any]]] = {
         "audit": lambda n: audit_check(),
         "speed": lambda n: speed(),

@@ -132,12 +132,11 @@ def sweep(options: argparse.Namespace) -> int:
 
 def fit(options: argparse.Namespace) -> int:
     """Fit laws to a table."""
-    from scaling_ray.laws import fit_table
-    from scaling_ray.results.foreign import read_table
+    from scaling_ray.results.fitting import fit_place
     from scaling_ray.storage import output_directory, write_json
 
     output_directory(options.out.parent)
-    found = fit_table(read_table(options.table))
+    found = fit_place(options.table)
     write_json(options.out, found)
     headline = found["headline"]
     used = {name: column for name, column in found["columns_used"].items() if column is not None}
@@ -169,15 +168,14 @@ def report(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Say how each run of a sweep stands."""
-    from scaling_ray.report.runs import read_runs
+    from scaling_ray.results.read import read_rows
+    from scaling_ray.storage import open_place
 
-    rows = read_runs(options.sweep)
+    rows = read_rows(open_place(options.sweep, "SWEEP_DIR"))
     for row in rows:
-        loss = "" if row["test_mse"] is None else f"test_mse {row['test_mse']:.4f}"
-        print(f"{row['status']:8} {row['run_id']:56} {loss}{row['failure'] or ''}")
-    counts = {
-        status: sum(row["status"] == status for row in rows) for status in ("done", "running", "waiting", "failed")
-    }
+        loss = "" if row.test_loss is None else f"test_loss {row.test_loss:.4f}"
+        print(f"{row.status:8} {row.run_id:56} {loss}{row.failure or ''}")
+    counts = {status: sum(row.status == status for row in rows) for status in ("done", "running", "waiting", "failed")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     return 0
 

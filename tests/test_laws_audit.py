@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -89,12 +88,11 @@ def test_findings_are_computed_rows(found):
     assert list(rows["50,000 cells alone"]["value"].values()) == pytest.approx([1.161, 1.129, 1.102], abs=6e-4)
 
 
-def test_the_verb_writes_a_page_that_asks_nobody_in_under_five_seconds_without_torch_or_ray(tmp_path: Path):
+def test_the_verb_writes_a_page_that_asks_nobody_without_torch_or_ray(tmp_path: Path):
     code = (
         "import sys; from scaling_ray.cli import main; code = main(['audit', '--out', sys.argv[1]]); "
         "print([m for m in ('torch', 'ray', 'mlflow', 'pandas') if m in sys.modules]); sys.exit(code)"
     )
-    began = time.perf_counter()
     # From another directory: the tables are found from where the package is.
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "audit")],
@@ -104,7 +102,6 @@ def test_the_verb_writes_a_page_that_asks_nobody_in_under_five_seconds_without_t
         text=True,
         check=True,
     )
-    assert time.perf_counter() - began < 5.0
     assert done.stdout.splitlines()[-1] == "[]"
     assert "0.26642859805500463" in done.stdout and "refused" in done.stdout
     page = (tmp_path / "audit" / "audit.html").read_text()

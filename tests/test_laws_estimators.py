@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares, minimize
 
-from scaling_ray.laws import fit_table
 from scaling_ray.laws.elbow import find_elbow
 from scaling_ray.laws.estimators import HUBER_DELTA, huber_log, moderated, prior_freedom
 from scaling_ray.laws.fit import Points, Problem, gather
+from scaling_ray.laws.fitted import fit_law
 from scaling_ray.laws.forms import CELLS_LOG, PARAMS_CELLS, POWER_FLOOR
 from scaling_ray.laws.intervals import delta_t, profiles
-from scaling_ray.laws.judge import judge
 from scaling_ray.laws.many import Design
-from scaling_ray.laws.simulate import draw, judge_many
+from scaling_ray.laws.simulate import draw, fit_and_judge
+from scaling_ray.results.fitting import fit_columns
 
 LADDER = np.array([9_953.0, 132_993.0, 859_137.0, 19_178_497.0, 100_510_801.0, 340_770_817.0])
 
@@ -85,15 +85,15 @@ def test_many_tables_at_once_are_the_same_fits():
 
 
 @pytest.mark.parametrize("kind", ["clean", "undertrained", "plateau", "noise", "steep"])
-def test_the_rule_on_many_tables_is_that_of_fit_table(kind):
+def test_the_rule_on_many_tables_is_that_of_fit_columns(kind):
     x = LADDER / LADDER[0]
     law = {"clean": 1 + x**-0.2, "noise": np.full(6, 1.5), "steep": 1.45 + x**-4.0}.get(kind, 1 + x**-0.3)
     law[-1] += 0.02 if kind == "undertrained" else 0.0
     law = np.maximum(law, law[3]) if kind == "plateau" else law
     losses = draw(law, 0.02 if kind == "clean" else 0.006, 4, 3, np.random.default_rng(4))
-    judged = judge_many(LADDER, losses)
+    judged = fit_and_judge(LADDER, losses)
     for i in range(4):
-        result = fit_table({"params": np.repeat(LADDER, 3), "loss": losses[i].reshape(-1)})
+        result = fit_columns({"params": np.repeat(LADDER, 3), "loss": losses[i].reshape(-1)})
         assert (result["headline"]["verdict"] == "supported") == judged.answered[i], result["headline"]["reasons"]
         fit = next(f for f in result["fits"] if f["form"] == "power_floor" and f["estimator"] == "least_squares")
         alpha = fit["parameters"]["alpha"]
@@ -102,9 +102,10 @@ def test_the_rule_on_many_tables_is_that_of_fit_table(kind):
         for ours, theirs in ((judged.low[i], alpha["low"]), (judged.high[i], alpha["high"])):
             assert np.isnan(ours) if theirs is None else ours == pytest.approx(theirs, rel=1e-4)
         if judged.answered[i]:
-            widest = result["headline"]["parameters"]["alpha"]
-            for ours, theirs in ((judged.widest_low[i], "widest_low"), (judged.widest_high[i], "widest_high")):
-                assert np.isnan(ours) if widest[theirs] is None else ours == pytest.approx(widest[theirs], rel=1e-4)
+            shown = result["headline"]["parameters"]["alpha"]
+            assert (shown["profile_low"], shown["profile_high"]) == (alpha["low"], alpha["high"])
+            for ours, theirs in ((judged.headline_low[i], "low"), (judged.headline_high[i], "high")):
+                assert np.isnan(ours) if shown[theirs] is None else ours == pytest.approx(shown[theirs], rel=1e-4)
 
 
 def test_moderated_weights_are_never_those_of_three_seeds():
@@ -113,8 +114,8 @@ def test_moderated_weights_are_never_those_of_three_seeds():
     scale = np.repeat([0.05, 0.002, 0.02, 0.001, 0.004, 0.03], 3)  # noise that truly differs between sizes
     points = gather({"params": runs["params"]}, runs["loss"] + rng.normal(0, 1, 18) * scale)
     weighted = moderated(points)
-    assert prior_freedom(points.cell_rss, points.runs) >= 4.0
-    raw = 1.0 / points.cell_rss
+    assert prior_freedom(points.setting_rss, points.runs) >= 4.0
+    raw = 1.0 / points.setting_rss
     spread, raw_spread = (float(w.max() / w.min()) for w in (weighted.run_weight, raw))
     assert 1.0 < spread < 0.2 * raw_spread
     # With d0 = 4 and two freedoms each, no variance goes below two thirds of the common one.
@@ -187,7 +188,7 @@ def test_all_shapes_and_estimators_are_shown_and_aicc_counts_sizes():
     noise = np.random.default_rng(3).normal(0, 0.004, sizes.size)
     loss = 1 + (sizes / 1e4) ** -0.4 + (cells / 1e3) ** -0.3 + noise
     columns = {"params": sizes, "cells": cells, "loss": loss, "flops": 6.0 * sizes * 1e5 * 512, "seed": sizes * 0}
-    result = fit_table(columns)
+    result = fit_columns(columns)
     shown = {(f["form"], f["estimator"]) for f in result["fits"]}
     for form in ("constant", "power", "power_floor", "params_cells", "power_flops", "power_floor_flops", "cells_log"):
         assert (form, "least_squares") in shown
@@ -197,7 +198,7 @@ def test_all_shapes_and_estimators_are_shown_and_aicc_counts_sizes():
     assert min(own, key=lambda form: own[form]["aicc"]) == "power_floor"
     assert own["power_floor"]["delta_aicc"] == 0.0
     # Two seeds in place of one leave six sizes: only their means count, and these are the same here.
-    twice = judge(POWER_FLOOR, {n: np.repeat(v[cells == 1e5], 2) for n, v in columns.items()}, [], thorough=False)
+    twice = fit_law(POWER_FLOOR, {n: np.repeat(v[cells == 1e5], 2) for n, v in columns.items()}, thorough=False)
     rss = own["power_floor"]["rss"]
     assert twice.best.misfit_rss == pytest.approx(2 * rss)
     assert twice.aicc - own["power_floor"]["aicc"] == pytest.approx(6 * np.log(2))

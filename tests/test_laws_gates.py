@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from scaling_ray.errors import BadInput
-from scaling_ray.laws import fit_table, units
+from scaling_ray.laws import units
+from scaling_ray.results.fitting import fit_columns
 from scaling_ray.results.foreign import read_table
 
 PUBLISHED = Path(__file__).parent.parent / "reports" / "published" / "canonical_v512.csv"
@@ -30,7 +31,7 @@ def power_table(alpha: float, floor: float, noise: float, seed: int, *, sizes: n
 
 
 def headline(table, **options):
-    return fit_table(table, **options)["headline"]
+    return fit_columns(table, **options)["headline"]
 
 
 def reasons(table, **options) -> str:
@@ -42,12 +43,12 @@ def reasons(table, **options) -> str:
 
 
 def test_a_clean_law_is_supported_with_both_intervals():
-    result = fit_table(power_table(0.4, 1.0, 0.004, 1))
+    result = fit_columns(power_table(0.4, 1.0, 0.004, 1))
     head = result["headline"]
     assert head["verdict"] == "supported" and head["reasons"] == []
     alpha = head["parameters"]["alpha"]
-    assert alpha["low"] < 0.4 < alpha["high"]
-    assert alpha["widest_low"] <= alpha["low"] and alpha["widest_high"] >= alpha["high"]
+    assert alpha["profile_low"] < 0.4 < alpha["profile_high"]
+    assert alpha["low"] <= alpha["profile_low"] and alpha["high"] >= alpha["profile_high"]
     assert len([r for r in result["leave_one_out"] if r["form"] == "power_floor"]) == LADDER.size
     assert result["held_out_largest"][0]["params"] == LADDER[-1]
     json.dumps(result, allow_nan=False)
@@ -64,7 +65,7 @@ def test_pure_noise_is_refused():
 def test_two_or_three_sizes_are_refused():
     for count in (1, 2, 3):
         text = reasons(power_table(0.4, 1.0, 0.004, 1, sizes=LADDER[:count]))
-        assert f"only {count} sizes without baselines" in text
+        assert f"only {count} sizes (anchor sizes left out)" in text
 
 
 def test_a_plateau_is_a_lack_of_fit_or_an_unbounded_exponent():
@@ -73,7 +74,7 @@ def test_a_plateau_is_a_lack_of_fit_or_an_unbounded_exponent():
     assert "form does not fit" in reasons(table) or "search" in reasons(table)
 
 
-def test_one_seed_per_cell_cannot_show_its_noise():
+def test_one_seed_per_setting_cannot_show_its_noise():
     assert "two seeds" in reasons(power_table(0.4, 1.0, 0.004, 1, runs=1))
 
 
@@ -89,7 +90,7 @@ def test_pooled_runs_of_other_genes_and_budgets_are_refused():
 def test_a_budget_per_size_is_protocol_and_is_said():
     table = power_table(0.4, 1.0, 0.004, 1)
     table["max_cells_seen"] = np.where(table["params"] > 1e6, 4e5, 2e5)
-    result = fit_table(table)
+    result = fit_columns(table)
     assert result["headline"]["verdict"] == "supported"
     assert any("budget of cells seen follows the size" in note for note in result["notes"])
     table["max_cells_seen"] = table["max_cells_seen"] + table["seed"]
@@ -101,14 +102,14 @@ def test_a_budget_per_size_is_protocol_and_is_said():
     [
         ("undertrained", True, "undertrained"),
         ("bound_z", -5.0, "better than the planted bound"),
-        ("baseline", 1.2, "did not beat the mean of each gene"),
+        ("baseline_loss", 1.2, "did not beat the mean of each gene"),
         ("lr_at_edge", True, "lowest or highest of those tried"),
         ("recipe", "published", "mixed cohorts"),
     ],
 )
 def test_a_fault_of_the_runs_themselves_refuses(column, value, sentence):
     table = power_table(0.4, 1.0, 0.004, 1, sizes=LADDER[::2])
-    harmless = {"undertrained": False, "bound_z": 2.0, "baseline": 9.0, "lr_at_edge": False, "recipe": "corrected"}
+    harmless = {"undertrained": False, "bound_z": 2.0, "baseline_loss": 9.0, "lr_at_edge": False, "recipe": "corrected"}
     clean = [harmless[column]] * table["loss"].size
     assert sentence not in " ".join(headline(table | {column: clean})["reasons"])
     assert sentence in reasons(table | {column: [value, value, value, *clean[3:]]})
@@ -120,36 +121,36 @@ def test_diverged_and_unfinished_runs_are_no_points_and_diverged_ones_refuse():
     failure = [None] * len(status)
     loss = list(table["loss"])
     status[4], loss[4] = "waiting", None
-    result = fit_table(table | {"status": status, "failure": failure, "loss": loss})
+    result = fit_columns(table | {"status": status, "failure": failure, "loss": loss})
     assert result["points"]["runs"] == len(status) - 1 and result["headline"]["verdict"] == "supported"
     status[4], failure[4] = "failed", "diverged"
     assert "diverged" in reasons(table | {"status": status, "failure": failure, "loss": loss})
 
 
-def test_baselines_are_never_points():
+def test_anchor_sizes_are_never_points():
     table = power_table(0.4, 1.0, 0.004, 1)
     table["size"] = np.array([f"P{p:.0f}" for p in table["params"]])
     table["width"] = np.full(table["loss"].size, 8)
     extra = {"params": 533.0, "loss": 1.9, "seed": 0, "size": "tiny-mean", "width": 1}
-    with_baseline = {name: np.append(values, extra[name]) for name, values in table.items()}
-    result = fit_table(with_baseline)
-    assert result["headline"]["parameters"] == fit_table(table)["headline"]["parameters"]
-    assert result["baselines"]["sizes"][0]["size"] == "tiny-mean"
+    with_anchor = {name: np.append(values, extra[name]) for name, values in table.items()}
+    result = fit_columns(with_anchor)
+    assert result["headline"]["parameters"] == fit_columns(table)["headline"]["parameters"]
+    assert [anchor["size"] for anchor in result["anchors"]] == ["tiny-mean"]
 
 
 def test_missing_columns_and_values_that_are_no_numbers_are_bad_input():
     with pytest.raises(BadInput, match="params"):
-        fit_table({"loss": [1.0]})
+        fit_columns({"loss": [1.0]})
     with pytest.raises(BadInput, match="loss"):
-        fit_table({"params": [1.0]})
+        fit_columns({"params": [1.0]})
     table = power_table(0.4, 1.0, 0.004, 1)
     table["loss"][[2, 5]] = np.nan
     with pytest.raises(BadInput, match="rows 3, 6"):
-        fit_table(table)
+        fit_columns(table)
     with pytest.raises(BadInput, match="row 1: not a number"):
-        fit_table({"params": ["small", 2.0], "loss": [1.0, 2.0]})
+        fit_columns({"params": ["small", 2.0], "loss": [1.0, 2.0]})
     with pytest.raises(BadInput, match="more than once"):
-        fit_table({"params": [1.0, 2.0], "loss": [1.0, 2.0], "run_id": ["a", "a"]})
+        fit_columns({"params": [1.0, 2.0], "loss": [1.0, 2.0], "run_id": ["a", "a"]})
 
 
 def test_tables_read_the_same_from_csv_and_parquet(tmp_path: Path):
@@ -159,18 +160,18 @@ def test_tables_read_the_same_from_csv_and_parquet(tmp_path: Path):
     ]
     rows.append(rows[0] | {"run_id": "x", "role": "rate", "test_mse": None})
     rows.append(rows[0] | {"run_id": "y", "status": "waiting", "test_mse": None})
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "results.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
     with (tmp_path / "t.csv").open("w", newline="") as handle:
         writer = csv.DictWriter(handle, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    results = [fit_table(read_table(path)) for path in (tmp_path, tmp_path / "t.csv")]
+    results = [fit_columns(read_table(path)) for path in (tmp_path / "t.parquet", tmp_path / "t.csv")]
     assert results[0] == results[1]
     assert results[0]["columns_used"]["loss"] == "test_mse"
     assert results[0]["points"]["runs"] == 3
     rows[1]["test_mse"] = None
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "results.parquet")
-    assert read_table(tmp_path)["columns_used"]["loss"] == "val_mse"
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    assert read_table(tmp_path / "t.parquet")["columns_used"]["loss"] == "val_mse"
 
 
 @pytest.mark.parametrize(

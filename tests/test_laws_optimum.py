@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scaling_ray.laws import fit_table, units
+from scaling_ray.laws import units
 from scaling_ray.laws.optimum import iso_flop
+from scaling_ray.results.fitting import fit_columns
 
 E, A, ALPHA, B, BETA = 1.0, 1e4**0.4, 0.4, 1e3**0.3, 0.3
 
@@ -29,7 +30,7 @@ def ladder_table() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def result():
-    return fit_table(grid_table())
+    return fit_columns(grid_table())
 
 
 def test_the_next_size_and_twice_the_cells_have_a_price_with_an_interval(result):
@@ -58,7 +59,7 @@ def test_the_best_split_of_a_budget_is_that_of_the_true_law(result):
 def test_a_refused_fit_buys_nothing():
     table = ladder_table()
     table["loss"] = 1.5 + np.random.default_rng(1).normal(0, 0.02, table["loss"].size)
-    result = fit_table(table)
+    result = fit_columns(table)
     assert result["headline"]["verdict"] == "refused" and result["headline"]["settles"]
     assert result["next_steps"] == [] and result["compute_optimal"]["budgets"] == []
     assert result["compute_optimal"]["reason"]
@@ -99,12 +100,16 @@ def test_iso_flop_flags_epochs_leaves_out_many_and_never_goes_beyond_the_sizes()
 
 
 def test_bits_are_named_and_gains_stand_over_both_baselines():
-    table = ladder_table() | {"baseline": np.full(18, 9.0), "gaussian": np.full(18, 4.0), "nb_bits": np.full(18, 1.9)}
-    found = fit_table(table)["units"]
-    cell = found["by_cell"][0]
-    assert cell["gain_over_gene_mean_bits"] == pytest.approx(units.gain_bits(cell["mse"], 9.0))
-    assert cell["gain_over_shrunk_gaussian_bits"] == pytest.approx(units.gain_bits(cell["mse"], 4.0))
-    assert cell["discrete_bits"] == {"negative binomial": pytest.approx(1.9)}
+    table = ladder_table() | {
+        "baseline_loss": np.full(18, 9.0),
+        "gaussian_loss": np.full(18, 4.0),
+        "nb_bits": np.full(18, 1.9),
+    }
+    found = fit_columns(table)["units"]
+    setting = found["by_setting"][0]
+    assert setting["gain_over_gene_mean_bits"] == pytest.approx(units.gain_bits(setting["loss"], 9.0))
+    assert setting["gain_over_shrunk_gaussian_bits"] == pytest.approx(units.gain_bits(setting["loss"], 4.0))
+    assert setting["discrete_bits"] == {"negative binomial": pytest.approx(1.9)}
     assert "one Gaussian with a single variance" in found["names"]["shared_gaussian_bits"]["name"]
     assert "held-out donors" in found["conditional_on"]
 
@@ -120,7 +125,7 @@ def test_per_gene_gaussians_never_need_more_bits_than_a_shared_one():
 
 def test_a_planted_floor_above_the_laws_is_said():
     table = ladder_table()
-    below = fit_table(table | {"attainable": np.full(18, 1.0)})["planted_floor"]
+    below = fit_columns(table | {"attainable_loss": np.full(18, 1.0)})["planted_floor"]
     assert below["covered"] is True and below["above"] is False
-    above = fit_table(table | {"attainable": np.full(18, 1.3)})["planted_floor"]
+    above = fit_columns(table | {"attainable_loss": np.full(18, 1.3)})["planted_floor"]
     assert above["above"] is True and above["covered"] is False

@@ -13,8 +13,10 @@ import pytest
 
 from scaling_ray import cli
 from scaling_ray.errors import BadInput
-from scaling_ray.laws import fit_table
+from scaling_ray.results.fitting import fit_columns, fit_place
 from scaling_ray.results.foreign import read_table
+
+REPORTS = Path(__file__).resolve().parents[1] / "reports"
 
 
 def write_csv(path: Path, columns: dict) -> Path:
@@ -50,7 +52,7 @@ def test_other_peoples_names_are_read_and_said(tmp_path: Path, params: str, loss
     assert (used["params"], used["loss"], used["cells"]) == (params, loss, cells)
     assert found["headline"]["verdict"] == "supported", found["headline"]["reasons"]
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
-    assert fit_table(read_table(tmp_path / "t.parquet"))["headline"] == found["headline"]
+    assert fit_columns(read_table(tmp_path / "t.parquet"))["headline"] == found["headline"]
 
 
 def test_an_exact_name_comes_before_a_synonym_and_two_of_one_name_are_refused(tmp_path: Path):
@@ -91,11 +93,11 @@ def test_bad_values_are_one_line_and_exit_two(tmp_path: Path, capsys, column: st
         (lambda t: t | {"seed": np.zeros(18, dtype=int)}, "copies and not repeats"),
         (lambda t: t | {"seed": ["", *map(str, t["seed"][1:])]}, "have no seed"),
         (lambda t: {name: values[::3] for name, values in t.items()}, "two seeds"),
-        (lambda t: {name: values[:3] for name, values in t.items()}, "only 1 sizes without baselines"),
+        (lambda t: {name: values[:3] for name, values in t.items()}, "only 1 sizes (anchor sizes left out)"),
     ],
 )
 def test_what_runs_lack_is_a_gates_sentence(change, sentence: str):
-    head = fit_table(change(law()))["headline"]
+    head = fit_columns(change(law()))["headline"]
     assert head["verdict"] == "refused" and "parameters" not in head
     assert any(sentence in reason for reason in head["reasons"]), head["reasons"]
 
@@ -105,12 +107,12 @@ def test_a_table_without_repeats_is_judged_by_its_residuals():
     rng = np.random.default_rng(5)
     params, tokens = np.exp(rng.uniform(np.log(4e7), np.log(1.6e10), 48)), np.exp(rng.uniform(21, 26, 48))
     loss = 1.8172 + 482.01 * params**-0.3478 + 2085.43 * tokens**-0.3658 + rng.normal(0, 0.01, 48)
-    result = fit_table({"params": params, "cells": tokens, "loss": loss})
+    result = fit_columns({"params": params, "cells": tokens, "loss": loss})
     head = result["headline"]
     assert head["verdict"] == "supported", head["reasons"]
     for name, truth in (("alpha", 0.3478), ("beta", 0.3658), ("E", 1.8172)):
         found = head["parameters"][name]
-        assert found["widest_low"] <= truth <= found["widest_high"]
+        assert found["low"] <= truth <= found["high"]
     assert 20 <= len(result["leave_one_out"]) <= 24
 
 
@@ -126,6 +128,24 @@ def test_a_table_without_repeats_is_judged_by_its_residuals():
 def test_degenerate_tables_give_a_verdict_and_plain_numbers(name: str, loss):
     params, cells = (np.repeat(g.ravel(), 2) for g in np.meshgrid(np.geomspace(1e4, 1e7, 4), [1e3, 1e4, 1e5]))
     noise = np.random.default_rng(0).normal(0, 0.01, params.size)
-    result = fit_table({"params": params, "cells": cells, "loss": loss(params / 1e4, cells / 1e3, noise)})
+    result = fit_columns({"params": params, "cells": cells, "loss": loss(params / 1e4, cells / 1e3, noise)})
     json.dumps(result, allow_nan=False)
     assert (result["headline"]["verdict"] == "supported") == (name == "without noise"), result["headline"]["reasons"]
+
+
+def numbers(value, path=""):
+    """Every number of a document by its place in it."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in numbers(inner, f"{path}.{key}").items()}
+    if isinstance(value, list):
+        return {k: v for i, inner in enumerate(value) for k, v in numbers(inner, f"{path}.{i}").items()}
+    return {path: value} if isinstance(value, int | float) else {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["planted", "real-bone-marrow"])
+def test_the_kept_fits_follow_from_the_kept_results(kept: str):
+    folder = REPORTS / kept
+    found, there = fit_place(folder / "results.csv"), json.loads((folder / "fit.json").read_text())
+    assert found["headline"]["reasons"] == there["headline"]["reasons"]
+    assert numbers(found) == pytest.approx(numbers(there), rel=1e-5, abs=1e-12)

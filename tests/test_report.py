@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,9 @@ from PIL import Image
 
 from scaling_ray.errors import BadInput
 from scaling_ray.report.build import build_report
-from scaling_ray.report.runs import read_mlflow_link
+from scaling_ray.results.columns import SCHEMA, Row
+from scaling_ray.results.read import read_rows
+from scaling_ray.storage import open_place
 
 SIZES = {
     "XXS": (1, 533),
@@ -30,6 +34,129 @@ SIZES = {
     "S": (128, 859_137),
 }
 RATES = (3e-4, 1e-3, 3e-3)
+START_MS = 1_790_000_000_000
+
+
+SPEC = """
+name = "demo-sweep"
+[data]
+genes = 512
+[grid]
+sizes = ["XXS", "TINY", "XS", "S"]
+genes = [512]
+cells = [500, "all"]
+seeds = [0, 1]
+[lr]
+rule = "choose"
+rates = [3e-4, 1e-3, 3e-3]
+"""
+
+
+def row(number: int, role: str, size: str, cells: int, seed: int, lr: float, loss: float, planted: bool) -> Row:
+    """A finished run as the driver writes it."""
+    width, params = SIZES[size]
+    return Row(
+        run_id=f"{role}-{size}-v512-d{cells}-s{seed}-lr{lr:g}",
+        role=role,
+        status="done",
+        size=size,
+        width=width,
+        layers=1,
+        heads=1,
+        feedforward=1,
+        params=params,
+        params_without_embedding=params - 512 * width if width > 1 else 21,
+        genes=512,
+        cells=cells,
+        cells_requested=str(cells),
+        seed=seed,
+        lr=lr,
+        lr_at_edge=False if role == "law" else None,
+        recipe="corrected",
+        umi_fraction=1.0,
+        objective="mse",
+        schedule="cosine",
+        max_cells_seen=60_000 if params < 1e5 else 120_000,
+        cells_seen=48_000,
+        masked_genes_seen=48_000 * 77,
+        optimizer_steps=1_500,
+        flops=6.0 * params * 48_000 * 512,
+        wall_seconds=12.5,
+        loss_unit="mse",
+        val_loss=loss - 0.004,
+        final_val_loss=loss - 0.003,
+        test_loss=loss if role == "law" else None,
+        best_cells_seen=44_000,
+        stop_reason="early_stop",
+        undertrained=False,
+        baseline_loss=0.335,
+        gaussian_loss=0.197 + 0.4 * cells**-0.5,
+        attainable_loss=0.16 if planted else None,
+        bound_loss=0.148 if planted else None,
+        attainable_bits=1.91 if planted else None,
+        bound_bits=1.87 if planted else None,
+        bound_z=12.0 + 0.01 * number if planted else None,
+        precision="fp32",
+        stacked=1,
+        attempts=1,
+        mlflow_run_id=f"{number:032x}",
+        data_hash="3f" * 32,
+        workers=1,
+        engine="plain",
+    )
+
+
+def write_rows(sweep: Path, rows: list[Row]) -> None:
+    """results.parquet by the one schema there is."""
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], SCHEMA), sweep / "results.parquet")
+
+
+def rows_of(sweep: Path) -> list[Row]:
+    return read_rows(open_place(sweep))
+
+
+def curve(loss: float, rng: np.random.Generator) -> list[dict[str, Any]]:
+    seen = np.linspace(2_400, 48_000, 20)
+    losses = loss + 0.1 * np.exp(-seen / 9_000) + rng.normal(0, 0.002, seen.size)
+    return [
+        {"kind": "eval", "cells_seen": int(x), "val_loss": y, "val_loss_smoothed": y, "timestamp_ms": START_MS + i}
+        for i, (x, y) in enumerate(zip(seen, losses, strict=True))
+    ]
+
+
+def manifest() -> dict[str, Any]:
+    splits = {
+        "train": (10_000, [f"AML{i}" for i in range(12)]),
+        "val": (1_300, ["AML20", "BM1"]),
+        "test": (1_500, ["<b>BM5</b>"]),
+    }
+    return {
+        "version": 2,
+        "name": "demo",
+        "data_hash": "3f" * 32,
+        "genes": 512,
+        "block_genes": 256,
+        "row_group_cells": 16_384,
+        "split_by": "donor_id",
+        "data": {},
+        "census": {"uri": "planted", "version": "2025-11-08"},
+        "planted": False,
+        "dropped": {"is_primary_data": 120, "duplicate_cells": 3},
+        "splits": {
+            name: {
+                "cells": cells,
+                "fraction": cells / 12_800,
+                "groups": groups,
+                "donor_cells": [1] * len(groups),
+                "content_sha256": "00" * 32,
+                "files": [],
+            }
+            for name, (cells, groups) in splits.items()
+        },
+        "tables": [],
+        "codes": {},
+        "made_with": {"pyarrow": "25"},
+    }
 
 
 def write_sweep(
@@ -49,99 +176,30 @@ def write_sweep(
     runs += [("rate", s, cells[-1], 101, lr) for s in sizes for lr in RATES]
     for role, size, count, seed, lr in runs:
         width, params = SIZES[size]
-        mse = 0.15 + 2.4 * params**-0.4 + 1.5 * count**-0.5 + rng.normal(0, noise)
-        mse = 0.336 + rng.normal(0, noise / 4) if width == 1 else mse + 0.01 * abs(np.log10(lr) + 3)
-        run_id = f"{role}-{size}-v512-d{count}-s{seed}-lr{lr:g}"
-        rows.append(
-            {
-                "run_id": run_id,
-                "role": role,
-                "status": "done",
-                "failure": None,
-                "size": size,
-                "width": width,
-                "layers": 1,
-                "heads": 1,
-                "feedforward": 1,
-                "params": params,
-                "params_without_embedding": params - 512 * width if width > 1 else 21,
-                "genes": 512,
-                "cells": count,
-                "cells_requested": "all" if count == cells[-1] else str(count),
-                "seed": seed,
-                "lr": lr,
-                "lr_at_edge": False if role == "law" else None,
-                "recipe": "corrected",
-                "objective": "mse",
-                "schedule": "cosine",
-                "max_cells_seen": 60_000 if params < 1e5 else 120_000,
-                "cells_seen": 48_000,
-                "masked_genes_seen": 48_000 * 77,
-                "optimizer_steps": 1_500,
-                "flops": 6.0 * params * 48_000 * 512,
-                "wall_seconds": 12.5,
-                "val_mse": mse - 0.004,
-                "final_val_mse": mse - 0.003,
-                "test_mse": mse,
-                "best_cells_seen": 44_000,
-                "stop_reason": "early_stop",
-                "undertrained": False,
-                "baseline_mse": 0.335,
-                "gaussian_mse": 0.197 + 0.4 * count**-0.5,
-                "attainable_mse": 0.16 if planted else None,
-                "bound_mse": 0.148 if planted else None,
-                "attainable_bits": 1.91 if planted else None,
-                "bound_bits": 1.87 if planted else None,
-                "bound_z": float(rng.normal(12, 2)) if planted else None,
-                "attempts": 1,
-                "mlflow_run_id": f"{len(rows):032x}",
-                "data_hash": "3f" * 32,
-                "workers": 1,
-                "engine": "plain",
-            }
-        )
-        folder = out / "runs" / run_id
+        loss = 0.15 + 2.4 * params**-0.4 + 1.5 * count**-0.5 + rng.normal(0, noise)
+        loss = 0.336 + rng.normal(0, noise / 4) if width == 1 else loss + 0.01 * abs(np.log10(lr) + 3)
+        rows.append(row(len(rows), role, size, count, seed, lr, float(loss), planted))
+        folder = out / "runs" / rows[-1].run_id
         folder.mkdir(parents=True)
-        seen = np.linspace(2_400, 48_000, 20)
-        curve = mse + 0.1 * np.exp(-seen / 9_000) + rng.normal(0, 0.002, seen.size)
-        lines = [
-            {
-                "kind": "eval",
-                "cells_seen": int(x),
-                "val_mse": y,
-                "val_mse_smoothed": y,
-                "timestamp_ms": 1_790_000_000_000 + i,
-            }
-            for i, (x, y) in enumerate(zip(seen, curve, strict=True))
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in [{"kind": "train", "cells_seen": 1}, *lines])
+        text = "".join(json.dumps(line) + "\n" for line in [{"kind": "train", "cells_seen": 1}, *curve(loss, rng)])
         (folder / "metrics.jsonl").write_text(text + '{"kind": "ev')
-    for row in [row for row in rows if row["role"] == "law"][:unfinished]:
-        row |= {"status": "waiting", "val_mse": None, "test_mse": None, "final_val_mse": None, "cells_seen": None}
-    pq.write_table(pa.Table.from_pylist(rows), out / "results.parquet")
-    splits = {
-        "train": (10_000, [f"AML{i}" for i in range(12)]),
-        "val": (1_300, ["AML20", "BM1"]),
-        "test": (1_500, ["<b>BM5</b>"]),
-    }
-    manifest = {
-        "data_hash": "3f" * 32,
-        "splits": {name: {"cells": n, "groups": groups, "files": []} for name, (n, groups) in splits.items()},
-        "split_by": "donor_id",
-        "genes": 512,
-        "census": {"uri": "planted", "version": "2025-11-08"},
-        "dropped": {"is_primary_data": 120, "duplicate_cells": 3},
-        "made_with": {"pyarrow": "25"},
-    }
-    (out / "shards_manifest.json").write_text(json.dumps(manifest))
-    (out / "spec.toml").write_text('name = "demo-sweep"\n[train]\nrecipe = "corrected"\ncells_per_step = 32\n')
+    blank = {"val_loss": None, "test_loss": None, "final_val_loss": None, "cells_seen": None}
+    waiting = {one.run_id for one in [one for one in rows if one.role == "law"][:unfinished]}
+    write_rows(out, [replace(one, status="waiting", **blank) if one.run_id in waiting else one for one in rows])
+    (out / "shards_manifest.json").write_text(json.dumps(manifest()))
+    (out / "spec.toml").write_text(SPEC)
     return out
+
+
+def build(sweep: Path | str, out: Path | str, **options: Any) -> Path:
+    """The page of a report on a disk."""
+    return Path(build_report(sweep, out, **options))
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     sweep = write_sweep(tmp_path_factory.mktemp("sweep"))
-    return sweep, build_report(sweep, sweep.parent / f"{sweep.name}-report")
+    return sweep, build(sweep, sweep.parent / f"{sweep.name}-report")
 
 
 def test_it_writes_page_numbers_fit_and_figures(built):
@@ -175,18 +233,18 @@ def test_numbers_are_those_of_the_results(built):
     sweep, page = built
     report = json.loads((page.parent / "report.json").read_text())
     fit = json.loads((page.parent / "fit.json").read_text())
-    rows = [r for r in pq.read_table(sweep / "results.parquet").to_pylist() if r["role"] == "law"]
-    best = min(rows, key=lambda row: row["val_mse"])
-    assert report["best"]["run_id"] == best["run_id"]
+    rows = [one for one in rows_of(sweep) if one.role == "law"]
+    best = min(rows, key=lambda one: one.val_loss)
+    assert report["best"]["run_id"] == best.run_id
     assert report["best"]["share_of_gap"]["attainable_floor"] == pytest.approx(
-        (0.335 - best["test_mse"]) / (0.335 - 0.16)
+        (0.335 - best.test_loss) / (0.335 - 0.16)
     )
-    assert report["best"]["gain_bits"]["over_gene_mean"] == pytest.approx(0.5 * np.log2(0.335 / best["test_mse"]))
+    assert report["best"]["gain_bits"]["over_gene_mean"] == pytest.approx(0.5 * np.log2(0.335 / best.test_loss))
     assert report["headline"] == fit["headline"]
     assert report["date"] == "2026-09-21"
-    cell = next(c for c in report["cells"] if (c["size"], c["cells"]) == ("TINY", 2_000))
-    two = [r["test_mse"] for r in rows if (r["size"], r["cells"]) == ("TINY", 2_000)]
-    assert cell["test_mse"] == pytest.approx(np.mean(two)) and cell["done"] == 2
+    setting = next(c for c in report["settings"] if (c["size"], c["cells"]) == ("TINY", 2_000))
+    two = [one.test_loss for one in rows if (one.size, one.cells) == ("TINY", 2_000)]
+    assert setting["test_loss"] == pytest.approx(np.mean(two)) and setting["done"] == 2
     assert report["leak_test"]["passed"] and report["leak_test"]["runs"] == len(rows)
     tried = {row["size"]: [t["lr"] for t in row["tried"]] for row in report["learning_rates"]}
     assert tried["XS"] == list(RATES)
@@ -194,8 +252,8 @@ def test_numbers_are_those_of_the_results(built):
 
 def test_a_rebuild_is_the_same_to_the_byte(tmp_path: Path):
     sweep = write_sweep(tmp_path / "s", sizes=("XXS", "W8", "TINY", "XS"), cells=(2_000,))
-    page = build_report(sweep, tmp_path / "once")
-    again = build_report(sweep, tmp_path / "twice")
+    page = build(sweep, tmp_path / "once")
+    again = build(sweep, tmp_path / "twice")
     for name in ("report.html", "report.json", "fit.json", "figures/loss-by-size.svg", "figures/loss-by-size.png"):
         assert (again.parent / name).read_bytes() == (page.parent / name).read_bytes()
 
@@ -204,7 +262,7 @@ def test_a_small_grid_is_refused_without_an_exponent_but_with_its_losses(tmp_pat
     sweep = write_sweep(tmp_path / "s", sizes=("XXS", "TINY", "XS"), cells=(2_000,), planted=False, unfinished=1)
     shutil.rmtree(sweep / "runs")
     (sweep / "spec.toml").unlink()
-    page = build_report(sweep, tmp_path / "r")
+    page = build(sweep, tmp_path / "r")
     report = json.loads((page.parent / "report.json").read_text())
     text = page.read_text()
     assert report["verdict"] == "refused" and "parameters" not in report["headline"]
@@ -217,21 +275,23 @@ def test_a_small_grid_is_refused_without_an_exponent_but_with_its_losses(tmp_pat
 
 def test_a_sweep_without_a_finished_run_still_has_a_page(tmp_path: Path):
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,), unfinished=2)
-    report = json.loads((build_report(sweep, tmp_path / "r").parent / "report.json").read_text())
+    report = json.loads((build(sweep, tmp_path / "r").parent / "report.json").read_text())
     assert report["verdict"] == "refused" and report["best"] is None
     assert "nothing to fit" in report["sentence"]
 
 
 def test_two_gene_panels_are_never_pooled(tmp_path: Path):
     sweep = write_sweep(tmp_path / "s", cells=(2_000,), sizes=("W8", "TINY", "XS", "S"))
-    table = pq.read_table(sweep / "results.parquet").to_pylist()
-    more = [row | {"run_id": row["run_id"] + "-w", "genes": 1024} for row in table if row["size"] != "S"]
-    pq.write_table(pa.Table.from_pylist(table + more), sweep / "results.parquet")
-    out = build_report(sweep, tmp_path / "r").parent
+    rows = rows_of(sweep)
+    more = [replace(one, run_id=one.run_id + "-w", genes=1024, bound_z=-5.0) for one in rows if one.size != "S"]
+    write_rows(sweep, rows + more)
+    out = build(sweep, tmp_path / "r").parent
     fit = json.loads((out / "fit.json").read_text())
     assert set(fit["cohorts"]) == {"genes=512", "genes=1024"}
     assert {f["n_sizes"] for f in fit["fits"] if f["form"] == "power_floor"} == {4}
     assert (out / "figures" / "loss-by-size-1024-genes.svg").exists()
+    leak = json.loads((out / "report.json").read_text())["leak_test"]
+    assert not leak["passed"] and leak["run_id"].endswith("-w") and leak["runs"] == 8 + 6
 
 
 @pytest.mark.parametrize("gone", ["results.parquet", "shards_manifest.json"])
@@ -239,21 +299,17 @@ def test_a_missing_file_is_bad_input_and_leaves_nothing(tmp_path: Path, gone: st
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
     (sweep / gone).unlink()
     with pytest.raises(BadInput, match=gone):
-        build_report(sweep, tmp_path / "r")
+        build(sweep, tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 
-def test_missing_columns_and_keys_are_named(tmp_path: Path):
+def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path):
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
-    manifest = json.loads((sweep / "shards_manifest.json").read_text())
-    del manifest["splits"]["val"]
-    (sweep / "shards_manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BadInput, match="splits.val.cells"):
-        build_report(sweep, tmp_path / "r")
-    table = pq.read_table(sweep / "results.parquet").drop_columns(["test_mse"])
-    pq.write_table(table, sweep / "results.parquet")
-    with pytest.raises(BadInput, match="test_mse"):
-        build_report(sweep, tmp_path / "r")
+    there = manifest()
+    del there["splits"]["val"]
+    (sweep / "shards_manifest.json").write_text(json.dumps(there))
+    with pytest.raises(BadInput, match="splits.val"):
+        build(sweep, tmp_path / "r")
 
 
 def test_building_needs_neither_ray_nor_torch_nor_mlflow(tmp_path: Path):
@@ -276,7 +332,8 @@ def test_the_first_screen_has_what_a_sceptic_asks_for(built):
     seen = text_of(built[1])
     first = seen[: seen.index("Best model")]
     alpha = report["headline"]["parameters"]["alpha"]
-    assert f"{alpha['value']:.3f}" in first and f"{alpha['widest_low']:.3f} to {alpha['widest_high']:.3f}" in first
+    assert f"{alpha['value']:.3f}" in first and f"{alpha['low']:.3f} to {alpha['high']:.3f}" in first
+    assert f"{alpha['profile_low']:.3f} to {alpha['profile_high']:.3f}: 95%, from seed noise" in first
     for words in (
         "from seed noise",
         "all trainable parameters",
@@ -295,11 +352,11 @@ def test_the_first_screen_has_what_a_sceptic_asks_for(built):
     assert all(f">{name}<" in picture for name in ("gene mean", "shrunk Gaussian", "planted floor", "D = 500"))
 
 
-def test_every_run_is_on_the_page_and_every_cell_leads_to_its_runs(built):
+def test_every_run_is_on_the_page_and_every_setting_leads_to_its_runs(built):
     sweep, page = built
     text = page.read_text()
-    for row in pq.read_table(sweep / "results.parquet").to_pylist():
-        assert row["run_id"] in text and row["mlflow_run_id"] in text
+    for one in rows_of(sweep):
+        assert one.run_id in text and one.mlflow_run_id in text
     targets = set(re.findall(r'href="#(run-\d+)"', text))
     assert len(targets) >= 36 and targets <= set(re.findall(r'id="(run-\d+)"', text))
 
@@ -342,7 +399,7 @@ def test_the_page_is_for_desks_phones_dark_rooms_and_paper(built):
 
 def test_a_refused_sweep_shows_no_exponent_of_the_headline(tmp_path: Path):
     sweep = write_sweep(tmp_path / "s", cells=(2_000,), noise=0.03)
-    page = build_report(sweep, tmp_path / "r")
+    page = build(sweep, tmp_path / "r")
     report = json.loads((page.parent / "report.json").read_text())
     seen = text_of(page)
     assert report["verdict"] == "refused" and "parameters" not in report["headline"]
@@ -353,18 +410,17 @@ def test_a_refused_sweep_shows_no_exponent_of_the_headline(tmp_path: Path):
     assert report["next_steps"] == [] and report["compute_optimal"]["budgets"] == []
 
 
-def test_a_loss_that_is_no_number_is_said_on_the_page(tmp_path: Path):
+def test_a_loss_below_zero_is_nothing_to_fit_and_the_leak_test_stays(tmp_path: Path):
     sweep = write_sweep(tmp_path / "s", sizes=("W8", "TINY", "XS", "S"), cells=(2_000,))
-    rows = pq.read_table(sweep / "results.parquet").to_pylist()
-    rows[0]["test_mse"] = float("nan")
-    pq.write_table(pa.Table.from_pylist(rows), sweep / "results.parquet")
-    page = build_report(sweep, tmp_path / "r")
-    assert "must be a positive finite number" in text_of(page)
-    assert "NaN" not in (page.parent / "report.json").read_text()
+    first, *others = rows_of(sweep)
+    write_rows(sweep, [replace(first, test_loss=-0.1, bound_z=-30.0), *others])
+    page = build(sweep, tmp_path / "r")
+    assert "must be a positive finite number" in text_of(page) and "Leak test FAILED" in text_of(page)
+    assert json.loads((page.parent / "report.json").read_text())["leak_test"]["run_id"] == first.run_id
 
 
 def test_one_size_alone_is_a_page_with_its_losses(tmp_path: Path):
-    page = build_report(write_sweep(tmp_path / "s", sizes=("TINY",), cells=(2_000,)), tmp_path / "r")
+    page = build(write_sweep(tmp_path / "s", sizes=("TINY",), cells=(2_000,)), tmp_path / "r")
     report = json.loads((page.parent / "report.json").read_text())
     assert report["verdict"] == "refused" and report["best"]["size"] == "TINY"
     assert "TINY" in text_of(page)
@@ -372,16 +428,20 @@ def test_one_size_alone_is_a_page_with_its_losses(tmp_path: Path):
 
 def test_the_plan_stands_against_what_was_done(tmp_path: Path):
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,), unfinished=1)
-    rows = pq.read_table(sweep / "results.parquet").to_pylist()
-    cells = [{"run_id": r["run_id"], "hours": 0.01, "workers": 1, "flops": 2 * r["flops"]} for r in rows]
-    stack = [r["run_id"] for r in rows if r["role"] == "rate"]
-    (sweep / "plan.json").write_text(json.dumps({"version": 2, "cells": cells, "stacks": [stack]}))
-    report = json.loads((build_report(sweep, tmp_path / "r").parent / "report.json").read_text())
+    rows = [replace(one, stacked=3 if one.role == "rate" else 1) for one in rows_of(sweep)]
+    write_rows(sweep, rows)
+    planned = {"hours": 0.01, "hours_from": "assumed", "execution": {"workers": 1}}
+    settings = [{"run_id": one.run_id, "flops": 2 * one.flops, **planned} for one in rows]
+    (sweep / "plan.json").write_text(json.dumps({"version": 3, "settings": settings}))
+    report = json.loads((build(sweep, tmp_path / "r").parent / "report.json").read_text())
     law, rate = report["plan_against_actual"]
     assert (law["runs"], rate["runs"]) == (1, 3)
     assert law["actual_hours"] == pytest.approx(12.5 / 3600) and law["flops_ratio"] == pytest.approx(0.5)
     assert rate["actual_hours"] == pytest.approx(12.5 / 3600), "three that trained as one took the time once"
-    assert report["completeness"][0]["rows"][0]["cells"] == [{"done": 1, "planned": 2, "failed": 0}]
+    assert report["completeness"][0]["rows"][0]["settings"] == [{"done": 1, "planned": 2, "failed": 0}]
+    (sweep / "plan.json").write_text(json.dumps({"version": 2, "cells": settings}))
+    with pytest.raises(BadInput, match="plan.json"):
+        build(sweep, tmp_path / "r")
 
 
 @pytest.mark.parametrize(
@@ -393,19 +453,20 @@ def test_the_plan_stands_against_what_was_done(tmp_path: Path):
     ],
 )
 def test_runs_link_to_a_tracking_server_and_never_with_a_password(tmp_path: Path, uri: str, link: str | None):
-    folder = tmp_path / "runs" / "one"
-    folder.mkdir(parents=True)
-    (folder / "mlflow.json").write_text(json.dumps({"mlflow_run_id": "abc123", "uri": uri}))
-    assert read_mlflow_link(tmp_path, "one") == link
+    sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
+    run_id = rows_of(sweep)[0].run_id
+    (sweep / "runs" / run_id / "mlflow.json").write_text(json.dumps({"mlflow_run_id": "abc123", "uri": uri}))
+    page = build(sweep, tmp_path / "r").read_text()
+    assert (f'href="{link}"' in page) if link else "#/runs/abc123" not in page
+    assert "secret" not in page
 
 
 def test_two_recipes_stand_side_by_side(tmp_path: Path):
     corrected = write_sweep(tmp_path / "c", sizes=("TINY", "XS"), cells=(2_000,))
     published = write_sweep(tmp_path / "p", sizes=("TINY", "XS"), cells=(2_000,), planted=False)
-    rows = pq.read_table(published / "results.parquet").to_pylist()
-    pq.write_table(pa.Table.from_pylist([r | {"recipe": "published"} for r in rows]), published / "results.parquet")
-    page = build_report(corrected, tmp_path / "r", beside=published)
+    write_rows(published, [replace(one, recipe="published") for one in rows_of(published)])
+    page = build(corrected, tmp_path / "r", beside=published)
     beside = json.loads((page.parent / "report.json").read_text())["beside"]
     assert [side["recipe"] for side in beside["sides"]] == [["published"], ["corrected"]]
     assert [row["size"] for row in beside["sizes"]] == ["TINY", "XS"]
-    assert "As published against corrected" in text_of(page) and "never one MSE with the other" in text_of(page)
+    assert "As published against corrected" in text_of(page) and "never one loss with the other" in text_of(page)

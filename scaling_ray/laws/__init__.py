@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scaling_ray.laws.many import refit
-from scaling_ray.laws.table import fit_table
+from scaling_ray.laws.points import Agreement
+from scaling_ray.laws.table import fit_table, nothing_to_fit
 
-__all__ = ["fit_table", "refit"]
+__all__ = ["Agreement", "fit_table", "nothing_to_fit", "refit"]

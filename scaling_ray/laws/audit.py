@@ -16,13 +16,17 @@ import numpy as np
 
 from scaling_ray.errors import BadInput
 from scaling_ray.laws import gates, units
+from scaling_ray.laws.entries import parameter
 from scaling_ray.laws.fit import Floats
+from scaling_ray.laws.fitted import Fitted, fit_law
 from scaling_ray.laws.forms import POWER_FLOOR
-from scaling_ray.laws.judge import Fitted, judge, parameter
-from scaling_ray.laws.points import Rows, where
+from scaling_ray.laws.intervals import union
+from scaling_ray.laws.points import Agreement, Rows, where
+from scaling_ray.laws.protocol import protocol_gates
 from scaling_ray.laws.published import EDGE, PublishedFit, published_grid
+from scaling_ray.laws.verdict import judge
 
-FORMAT = 1
+FORMAT = 2
 SOURCE = "arXiv 2602.15253 (February 2026; revised for TMLR, April 2026) and the run tables released with it"
 CANONICAL, ALL_RUNS = "canonical_v512.csv", "all_runs.csv"
 GENE_MEAN_MSE = 1.875  # the study's own, on its validation cells
@@ -93,9 +97,9 @@ def audit(directory: Path | None = None) -> dict[str, Any]:
             "reasons": _reasons(rows, as_published, fits),
             "settles": _settles(),
             "alpha": {"low": min(values), "high": max(values), "what": "least squares over the declared choices"}
-            | _widest(fits, "alpha"),
+            | _union(fits, "alpha"),
             "c": {"low": min(floors), "high": max(floors), "what": "least squares over the declared choices"}
-            | _widest(fits, "c"),
+            | _union(fits, "c"),
         },
         "choices": choices,
         "rows": [
@@ -113,9 +117,9 @@ def _choices(rows: Rows) -> dict[str, Fitted]:
     """Least squares under each declared choice; the order is that of the page."""
     xxs, largest = rows["size"] == "XXS", rows["size"] == "L"
     embedding = np.array([512.0 * WIDTHS[size] for size in rows["size"]])
-    without_embedding = rows | {"params": rows["params"] - embedding}
-    converged = rows | {"loss": np.where(xxs, GENE_MEAN_MSE, rows["loss"])}
-    final = rows | {"loss": rows["final"]}
+    without_embedding = {**rows, "params": rows["params"] - embedding}
+    converged = {**rows, "loss": np.where(xxs, GENE_MEAN_MSE, rows["loss"])}
+    final = {**rows, "loss": rows["final"]}
     tables = {
         "all 18 runs": rows,
         "without XXS": where(rows, ~xxs),
@@ -127,7 +131,7 @@ def _choices(rows: Rows) -> dict[str, Fitted]:
         "parameters counted without the gene embedding": without_embedding,
         "parameters without the gene embedding, without XXS": where(without_embedding, ~xxs),
     }
-    return {name: judge(POWER_FLOOR, table, [], thorough=False) for name, table in tables.items()}
+    return {name: fit_law(POWER_FLOOR, table, thorough=False) for name, table in tables.items()}
 
 
 def _choice(name: str, fit: Fitted) -> dict[str, Any]:
@@ -152,13 +156,10 @@ def _published_choice(name: str, fit: PublishedFit) -> dict[str, Any]:
     }
 
 
-def _widest(fits: dict[str, Fitted], name: str) -> dict[str, float | None]:
+def _union(fits: dict[str, Fitted], name: str) -> dict[str, float | None]:
     """The union of all choices' 95% profiles; an end is None where one of them is open."""
-    lows, highs = [f.intervals[name].low for f in fits.values()], [f.intervals[name].high for f in fits.values()]
-    return {
-        "widest_low": None if None in lows else min(low for low in lows if low is not None),
-        "widest_high": None if None in highs else max(high for high in highs if high is not None),
-    }
+    interval = union([fit.intervals[name] for fit in fits.values()])
+    return {"union_low": interval.low, "union_high": interval.high}
 
 
 def _reasons(rows: Rows, as_published: PublishedFit, fits: dict[str, Fitted]) -> list[str]:
@@ -180,17 +181,17 @@ def _reasons(rows: Rows, as_published: PublishedFit, fits: dict[str, Fitted]) ->
             "seed noise is not what is open here"
         )
     everyone = {name: column for name, column in rows.items() if name in ("params", "loss", "size")}
-    protocol = gates.protocol_gates(everyone | {"baseline": np.full(rows["loss"].size, GENE_MEAN_MSE)})
-    with_xxs = judge(POWER_FLOOR, everyone, protocol, only=("alpha", "c"))
-    without = judge(POWER_FLOOR, where(everyone, rows["size"] != "XXS"), [], only=("alpha", "c"))
-    reasons += [f"with XXS: {shut.reason}" for shut in with_xxs.shut]
-    reasons += [f"without XXS: {shut.reason}" for shut in without.shut]
+    beside_mean = everyone | {"baseline_loss": np.full(rows["loss"].size, GENE_MEAN_MSE)}
+    with_xxs = fit_law(POWER_FLOOR, everyone, only=("alpha", "c"))
+    without = fit_law(POWER_FLOOR, where(everyone, rows["size"] != "XXS"), only=("alpha", "c"))
+    reasons += [f"with XXS: {reason}" for reason in judge(with_xxs, protocol_gates(beside_mean, Agreement())).reasons]
+    reasons += [f"without XXS: {reason}" for reason in judge(without, []).reasons]
     return reasons
 
 
 def _settles() -> list[str]:
     return [
-        "XXS trained to convergence and shown as a baseline, and two or more sizes between TINY and L",
+        "XXS trained to convergence and shown as an anchor size, and two or more sizes between TINY and L",
         "learning rates chosen per size, and budgets until validation stops each size",
         "a loss that is not the best of noisy evaluations: fixed masks, the final or averaged weights",
         "validation and test cells kept out of training",

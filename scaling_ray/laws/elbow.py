@@ -42,7 +42,7 @@ def find_elbow(points: Points, smooth: Solution, freedom: int) -> Elbow | None:
     """Fit the broken law to ``points`` (their axis ``params``) and test it against ``smooth``.
 
     Args:
-        points: cells of distinct sizes.
+        points: settings of distinct sizes.
         smooth: the best ``power_floor`` of the same points.
         freedom: residual degrees of freedom of ``smooth``.
 
@@ -50,7 +50,7 @@ def find_elbow(points: Points, smooth: Solution, freedom: int) -> Elbow | None:
         None with fewer sizes than the broken law has parameters plus one.
     """
     sizes = points.distinct("params")
-    if sizes.size <= len(PARAMETERS) or points.n_cells != sizes.size:
+    if sizes.size <= len(PARAMETERS) or points.n_settings != sizes.size:
         return None
     logs, root = np.log(points.axes["params"]), np.sqrt(points.weight)
     reference = float(logs[np.argmin(logs)])

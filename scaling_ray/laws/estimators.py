@@ -22,21 +22,21 @@ MIN_PRIOR_FREEDOM = 4.0
 HUBER_DELTA = 1e-3  # on the log loss, as in Hoffmann et al. (2203.15556)
 
 
-def prior_freedom(cell_rss: Floats, runs: Floats) -> float:
+def prior_freedom(setting_rss: Floats, runs: Floats) -> float:
     """Degrees of freedom of the shared variance by the spread of the log variances (Smyth 2004, section 6.2).
 
     Args:
-        cell_rss: (C,) sums of squares of runs around their cell's mean.
-        runs: (C,) runs of each cell.
+        setting_rss: (S,) sums of squares of runs around their setting's mean.
+        runs: (S,) runs of each setting.
 
     Returns:
         at least :data:`MIN_PRIOR_FREEDOM`; infinite where the variances differ by no more than chance.
     """
-    some = (runs > 1) & (cell_rss > 0)
+    some = (runs > 1) & (setting_rss > 0)
     if np.count_nonzero(some) < 3:
         return np.inf
     freedom = runs[some] - 1
-    logs = np.log(cell_rss[some] / freedom) - digamma(freedom / 2) + np.log(freedom / 2)
+    logs = np.log(setting_rss[some] / freedom) - digamma(freedom / 2) + np.log(freedom / 2)
     excess = float(
         np.mean((logs - logs.mean()) ** 2) * logs.size / (logs.size - 1) - np.mean(polygamma(1, freedom / 2))
     )
@@ -53,20 +53,20 @@ def prior_freedom(cell_rss: Floats, runs: Floats) -> float:
 
 
 def moderated(points: Points) -> Points:
-    """The same cells with one run weighted by the inverse of its cell's shrunken variance, mean weight near one.
+    """The same settings with one run weighted by the inverse of its setting's shrunken variance, mean weight near one.
 
     Without repeated runs, or where variances differ by no more than chance, the weights are equal.
     """
-    if points.replicate_freedom < 1 or points.cell_rss is None or points.replicate_rss <= 0:
+    if points.replicate_freedom < 1 or points.setting_rss is None or points.replicate_rss <= 0:
         return points
-    prior = prior_freedom(points.cell_rss, points.runs)
+    prior = prior_freedom(points.setting_rss, points.runs)
     if not np.isfinite(prior):
         return points
     common = points.replicate_rss / points.replicate_freedom
     freedom = points.runs - 1
-    shrunk = (prior * common + points.cell_rss) / (prior + freedom)
+    shrunk = (prior * common + points.setting_rss) / (prior + freedom)
     weight = common / shrunk
-    return replace(points, run_weight=weight, replicate_rss=float(np.sum(weight * points.cell_rss)))
+    return replace(points, run_weight=weight, replicate_rss=float(np.sum(weight * points.setting_rss)))
 
 
 def huber_log(problem: Problem, axes: Mapping[str, Floats], loss: Floats, start: Solution) -> dict[str, float]:

@@ -28,38 +28,38 @@ _LOG_LOW, _LOG_HIGH = (float(np.log(edge)) for edge in EXPONENT_SEARCH)
 
 @dataclass(frozen=True)
 class Points:
-    """Runs gathered into cells of equal axes, C of them.
+    """Runs gathered into settings of equal axes, S of them.
 
-    Least squares over runs equals weighted least squares over cell means plus ``replicate_rss``, the sum of squares
-    of runs around the mean of their cell, which no law can explain.
+    Least squares over runs equals weighted least squares over their means plus ``replicate_rss``, the sum of squares
+    of runs around the mean of their setting, which no law can explain.
     """
 
-    axes: Mapping[str, Floats]  # name -> (C,)
-    loss: Floats  # (C,) mean over the runs of the cell
-    runs: Floats  # (C,) number of runs
+    axes: Mapping[str, Floats]  # name -> (S,)
+    loss: Floats  # (S,) mean over the runs of the setting
+    runs: Floats  # (S,) number of runs
     replicate_rss: float
-    run_weight: Floats | None = None  # (C,) weight of one run of the cell; one each where None
-    cell_rss: Floats | None = None  # (C,) unweighted sum of squares of runs around the mean of their cell
+    run_weight: Floats | None = None  # (S,) weight of one run of the setting; one each where None
+    setting_rss: Floats | None = None  # (S,) unweighted sum of squares of runs around the mean of their setting
 
     @property
     def weight(self) -> Floats:
-        """Weight of each cell mean, (C,): its runs, times what one of them weighs."""
+        """Weight of each mean, (S,): its runs, times what one of them weighs."""
         return self.runs if self.run_weight is None else self.runs * self.run_weight
 
     @property
     def n_runs(self) -> int:
-        """Runs in all cells."""
+        """Runs of all settings."""
         return int(self.runs.sum())
 
     @property
-    def n_cells(self) -> int:
-        """Cells of distinct axes."""
+    def n_settings(self) -> int:
+        """Settings of distinct axes."""
         return self.loss.size
 
     @property
     def replicate_freedom(self) -> int:
-        """Degrees of freedom of the noise between runs of one cell."""
-        return self.n_runs - self.n_cells
+        """Degrees of freedom of the noise between runs of one setting."""
+        return self.n_runs - self.n_settings
 
     def distinct(self, axis: str) -> Floats:
         """Sorted distinct values of an axis."""
@@ -71,21 +71,21 @@ def gather(axes: Mapping[str, Floats], loss: Floats) -> Points:
     loss = np.asarray(loss, dtype=np.float64)
     if axes:
         stacked = np.stack([np.asarray(values, dtype=np.float64) for values in axes.values()], axis=1)
-        keys, cell_of_run = np.unique(stacked, axis=0, return_inverse=True)
-        cell_of_run = cell_of_run.reshape(-1)
+        keys, setting_of_run = np.unique(stacked, axis=0, return_inverse=True)
+        setting_of_run = setting_of_run.reshape(-1)
     else:
-        keys, cell_of_run = np.zeros((1, 0)), np.zeros(loss.size, dtype=np.int64)
-    runs = np.bincount(cell_of_run, minlength=len(keys)).astype(np.float64)
-    mean = np.bincount(cell_of_run, weights=loss, minlength=len(keys)) / runs
-    squares = np.bincount(cell_of_run, weights=(loss - mean[cell_of_run]) ** 2, minlength=len(keys))
-    cell_rss: Floats = np.asarray(squares, dtype=np.float64)
+        keys, setting_of_run = np.zeros((1, 0)), np.zeros(loss.size, dtype=np.int64)
+    runs = np.bincount(setting_of_run, minlength=len(keys)).astype(np.float64)
+    mean = np.bincount(setting_of_run, weights=loss, minlength=len(keys)) / runs
+    squares = np.bincount(setting_of_run, weights=(loss - mean[setting_of_run]) ** 2, minlength=len(keys))
+    setting_rss: Floats = np.asarray(squares, dtype=np.float64)
     named = {name: keys[:, i].copy() for i, name in enumerate(axes)}
-    return Points(named, mean, runs, float(cell_rss.sum()), cell_rss=cell_rss)
+    return Points(named, mean, runs, float(setting_rss.sum()), setting_rss=setting_rss)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The best point of one search: residual sum of squares of runs (``rss``) and of cell means (``misfit_rss``)."""
+    """The best point of one search; sums of squares of runs (``rss``) and of the means of settings (``misfit_rss``)."""
 
     rss: float
     misfit_rss: float
@@ -127,7 +127,7 @@ class Problem:
         Returns:
             columns (K, N, m), and what turns their coefficients to plain units (K, m).
         """
-        count = len(next(iter(axes.values()))) if axes else self.points.n_cells
+        count = len(next(iter(axes.values()))) if axes else self.points.n_settings
         columns = np.ones((exponents.shape[0], count, len(self.form.terms)))
         units = np.ones((exponents.shape[0], len(self.form.terms)))
         for j, term in enumerate(self.form.terms):
@@ -143,11 +143,11 @@ class Problem:
         return columns, units
 
     def design(self, exponents: Floats) -> tuple[Floats, Floats]:
-        """Columns (K, C, m) at the cells for K trial exponents (K, q), and their units (K, m)."""
+        """Columns (K, S, m) at the settings for K trial exponents (K, q), and their units (K, m)."""
         return self.columns_at(exponents, self.points.axes)
 
     def weighted_design(self, exponents: Floats) -> tuple[Floats, Floats, Floats]:
-        """Columns (K, C, m) and target (C,) whose plain least squares is the weighted one, and units (K, m)."""
+        """Columns (K, S, m) and target (S,) whose plain least squares is the weighted one, and units (K, m)."""
         columns, units = self.design(exponents)
         return columns * self._root_weight[None, :, None], self._target, units
 
@@ -155,7 +155,7 @@ class Problem:
         """Best non-negative coefficients at each of K trial exponents (K, q).
 
         Returns:
-            misfit sum of squares of cell means (K,) and coefficients (K, m) in plain units.
+            misfit sum of squares of the means of settings (K,) and coefficients (K, m) in plain units.
         """
         weighted, target, units = self.weighted_design(exponents)
         misfit, scaled = non_negative(weighted, np.broadcast_to(target, weighted.shape[:2]))
@@ -262,7 +262,7 @@ def _lattice(axis: Floats, dimensions: int) -> Floats:
 
 
 def _local_minima(misfit: Floats) -> list[int]:
-    """Flat indices of the lowest grid minima: a cell no higher than its neighbours along each axis."""
+    """Flat indices of the lowest grid minima: a trial no higher than its neighbours along each axis."""
     lowest = np.ones(misfit.shape, dtype=bool)
     for dimension in range(misfit.ndim):
         padded = np.pad(
@@ -279,8 +279,8 @@ def non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
     """Exact non-negative least squares for K small problems at once, by trying every set of active columns.
 
     Args:
-        columns: (K, C, m), m at most 4 or so.
-        target: (K, C).
+        columns: (K, S, m), m at most 4 or so.
+        target: (K, S).
 
     Returns:
         residual sums of squares (K,) and coefficients (K, m).
@@ -310,7 +310,7 @@ def non_negative(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
 
 
 def least_squares(columns: Floats, target: Floats) -> tuple[Floats, Floats]:
-    """Unconstrained least squares of K problems (K, C, m), (K, C) by modified Gram-Schmidt with the target as last.
+    """Unconstrained least squares of K problems (K, S, m), (K, S) by modified Gram-Schmidt with the target as last.
 
     Batched LAPACK spends most of its time entering and leaving matrices this small. Bjorck, BIT 7 (1967) 1: backward
     stable when the target is orthogonalised along with the columns.

@@ -6,6 +6,7 @@ largest value down and stays a sum of non-negative terms. The law that breaks is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 # The exponents are searched here and nowhere else; an estimate on the edge of a search is no estimate.
@@ -57,6 +58,14 @@ class Form:
     def axis_of(self, exponent: str) -> str:
         """The axis that ``exponent`` belongs to."""
         return next(term.axis for term in self.terms if term.exponent == exponent and term.axis is not None)
+
+    def loss_at(self, parameters: Mapping[str, float], place: Mapping[str, float]) -> float:
+        """The law's loss at one place (axis -> value), for a form without logarithms."""
+        loss = 0.0 if self.floor is None else parameters[self.floor]
+        for term in reversed(self.terms):
+            if term.axis is not None and term.exponent is not None:
+                loss += parameters[term.coefficient] * place[term.axis] ** -parameters[term.exponent]
+        return loss
 
 
 CONSTANT = Form("constant", "L = c", (Term("c"),))

@@ -57,7 +57,7 @@ def union(intervals: list[Interval]) -> Interval:
 
 
 def threshold(problem: Problem, best: Solution, level: float) -> float | None:
-    """Largest sum of squares of cell means inside the interval; None without degrees of freedom."""
+    """Largest sum of squares of the means of settings inside the interval; None without degrees of freedom."""
     if problem.freedom < 1:
         return None
     allowed = best.rss * float(fdtri(1, problem.freedom, level)) / problem.freedom

@@ -1,4 +1,4 @@
-"""One law on many tables of the same cells at once: bootstraps, simulations, leave-one-out of each of them.
+"""One law on many tables of the same settings at once: bootstraps, simulations, leave-one-out of each of them.
 
 Tables that share their axes share the design: at each point of a grid of exponents the orthogonal factors are computed
 once, and the misfit of every table is one matrix product. From the lowest grid points Gauss-Newton steps on the
@@ -31,14 +31,14 @@ class Solutions:
 
     exponents: Floats  # (B, q)
     coefficients: Floats  # (B, m) in plain units
-    misfit_rss: Floats  # (B,) of cell means
+    misfit_rss: Floats  # (B,) of the means of settings
 
 
 class Design:
-    """A form on C cells with known axes and runs, ready for any losses."""
+    """A form on S settings with known axes and runs, ready for any losses."""
 
     def __init__(self, form: Form, axes: Mapping[str, Floats], runs: Floats) -> None:
-        """Factor the grid; ``axes`` and ``runs`` are (C,) each, the form has one exponent or two.
+        """Factor the grid; ``axes`` and ``runs`` are (S,) each, the form has one exponent or two.
 
         Raises:
             ValueError: a form without exponents, or with a logarithm: they need no search.
@@ -69,7 +69,7 @@ class Design:
                 self._faces.append((active, unit, np.linalg.inv(triangle)))
 
     def _columns(self, logs: Floats) -> Floats:
-        """Weighted columns (K, C, m) at log exponents (K, q)."""
+        """Weighted columns (K, S, m) at log exponents (K, q)."""
         columns = np.ones((len(logs), self.runs.size, len(self.form.terms)))
         for j, i, axis in self._owner:
             columns[:, :, j] = np.exp(-np.exp(logs[:, i])[:, None] * axis[None, :])
@@ -77,20 +77,20 @@ class Design:
         return weighted
 
     def grid_misfit(self, loss: Floats) -> Floats:
-        """Misfit of the best non-negative coefficients at each point of the grid, for cell means (B, C): (B, K)."""
+        """Misfit of the best non-negative coefficients at each point of the grid, for means (B, S): (B, K)."""
         target = np.asarray(loss) * self._root
         total = np.sum(target**2, axis=1)[:, None]
         lowest = np.broadcast_to(total, (len(target), len(self.grid))).copy()
         for _, unit, inverse in self._faces:
-            trials, cells, width = unit.shape
-            along = (target @ unit.transpose(1, 0, 2).reshape(cells, -1)).reshape(len(target), trials, width)
+            trials, settings, width = unit.shape
+            along = (target @ unit.transpose(1, 0, 2).reshape(settings, -1)).reshape(len(target), trials, width)
             solved = np.einsum("kij,bkj->bki", inverse, along)
             left = total - np.sum(along**2, axis=2)
             np.copyto(lowest, left, where=np.all(solved >= 0, axis=2) & (left < lowest))
         return lowest
 
     def fit(self, loss: Floats) -> Solutions:
-        """Least squares of cell means (B, C), every table from the lowest points of the grid."""
+        """Least squares of means (B, S), every table from the lowest points of the grid."""
         loss = np.atleast_2d(np.asarray(loss, dtype=np.float64))
         parts = [self._fit_part(loss[i : i + _TABLES_AT_ONCE]) for i in range(0, len(loss), _TABLES_AT_ONCE)]
         return Solutions(*(np.concatenate([part[i] for part in parts]) for i in range(3)))
@@ -194,11 +194,11 @@ def refit(form: Form, axes: Mapping[str, Floats], losses: Floats) -> Solutions:
     Runs that share all ``axes`` (each (R,)) are gathered into their mean, which is least squares over runs.
     """
     stacked = np.stack([np.asarray(axes[name], dtype=np.float64) for name in form.axes], axis=1)
-    cells, cell_of_run, runs = np.unique(stacked, axis=0, return_inverse=True, return_counts=True)
-    belongs = np.zeros((len(stacked), len(cells)))
-    belongs[np.arange(len(stacked)), np.asarray(cell_of_run).reshape(-1)] = 1.0
+    settings, setting_of_run, runs = np.unique(stacked, axis=0, return_inverse=True, return_counts=True)
+    belongs = np.zeros((len(stacked), len(settings)))
+    belongs[np.arange(len(stacked)), np.asarray(setting_of_run).reshape(-1)] = 1.0
     means = np.atleast_2d(losses) @ (belongs / runs)
-    named = {name: cells[:, i] for i, name in enumerate(form.axes)}
+    named = {name: settings[:, i] for i, name in enumerate(form.axes)}
     return Design(form, named, runs.astype(np.float64)).fit(means)
 
 

@@ -13,10 +13,11 @@ import numpy as np
 from scipy.special import stdtrit
 
 from scaling_ray.laws.fit import Floats
+from scaling_ray.laws.fitted import Fitted
 from scaling_ray.laws.intervals import profile_at, union
-from scaling_ray.laws.judge import Fitted
 from scaling_ray.laws.many import Design
 from scaling_ray.laws.points import Rows
+from scaling_ray.laws.verdict import Judged
 
 MAX_STEP = 10.0
 BUDGET_TOLERANCE = 0.1  # runs whose FLOPs differ by less are of one budget
@@ -24,16 +25,17 @@ MAX_EPOCHS = 4.0
 DRAWS = 400
 
 
-def next_steps(fit: Fitted) -> list[dict[str, Any]]:
+def next_steps(headline: Judged) -> list[dict[str, Any]]:
     """What the next size and twice the cells would buy under a supported law: loss gained, with an interval.
 
-    The interval is the widest of the profile of the difference and those of the leave-one-out refits' laws.
+    The interval is the union of the profile of the difference with those of the leave-one-out refits.
 
     Returns:
         entries with ``what``, ``from``, ``to``, ``gain`` (loss units), ``low``, ``high``, ``sentence``; empty for a
         refused fit.
     """
-    if fit.verdict != "supported" or fit.best is None:
+    fit = headline.law
+    if headline.verdict != "supported" or fit.best is None:
         return []
     here = {axis: float(np.max(fit.points.axes[axis])) for axis in fit.form.axes}
     steps: list[tuple[str, str, float]] = []
@@ -76,15 +78,16 @@ def flops_per_cell(rows: Rows) -> tuple[Floats, Floats] | None:
     return sizes, np.array(each)
 
 
-def compute_optimal(fit: Fitted, rows: Rows) -> dict[str, Any]:
+def compute_optimal(headline: Judged, rows: Rows) -> dict[str, Any]:
     """Best size, cells and loss for budgets inside the sampled range, from a supported L(P, D) with T = D.
 
     Returns:
         ``reason`` (why there is none) or ``budgets``: entries of ``flops``, ``params``, ``cells_seen`` and ``loss``,
-        each with ``value``, ``low``, ``high`` (the widest of refits to simulated seed noise and to leave-one-out
-        laws), and ``inside``, false where the optimum lies on the edge of the sampled sizes or cells.
+        each with ``value``, ``low``, ``high`` (the union of refits to simulated seed noise with those of
+        leave-one-out laws), and ``inside``, false where the optimum lies on the edge of the sampled sizes or cells.
     """
-    if fit.verdict != "supported" or fit.best is None or fit.form.name != "params_cells":
+    fit = headline.law
+    if headline.verdict != "supported" or fit.best is None or fit.form.name != "params_cells":
         return {"budgets": [], "reason": "these runs support no law of size and data"}
     costs = flops_per_cell(rows)
     if costs is None:
@@ -126,7 +129,7 @@ def _simulated_laws(fit: Fitted) -> Floats:
     noise = np.sqrt(fit.best.rss / problem.freedom / points.weight)
     rng = np.random.default_rng(20260215)
     wide = rng.chisquare(problem.freedom, (DRAWS, 1)) / problem.freedom
-    draws = rng.standard_normal((DRAWS, points.n_cells)) * noise / np.sqrt(wide)
+    draws = rng.standard_normal((DRAWS, points.n_settings)) * noise / np.sqrt(wide)
     law = problem.predict(fit.best, points.axes)
     found = Design(fit.form, points.axes, points.weight).fit(law + draws)
     e, a, b = found.coefficients.T
@@ -180,6 +183,7 @@ def _vertex(rows: Rows, group: np.ndarray, epochs: Floats) -> dict[str, Any] | N
     design = np.stack([np.ones_like(x), x, x**2], axis=1)
     solved = np.linalg.lstsq(design, loss, rcond=None)[0]
     entry: dict[str, Any] = {"flops": float(np.median(rows["flops"][group])), "runs": int(group.size)}
+    entry["points"] = [[float(p), float(y)] for p, y in zip(params, loss, strict=True)]
     entry |= {"sizes": int(np.unique(params).size), "more_than_one_epoch": bool(np.any(epochs[group] > 1.0))}
     blank = {"params": None, "cells_seen": None, "loss": None}
     if solved[2] <= 0:

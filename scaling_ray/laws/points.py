@@ -1,46 +1,107 @@
-"""Which rows of a table are points of a law, and which are not and why."""
+"""Which runs of a table are points of a law, and which are not and why."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scaling_ray.errors import BadInput
-from scaling_ray.laws.columns import numbers
 
-Rows = dict[str, NDArray]
+Rows = Mapping[str, NDArray]
+"""Runs as columns, each (R,)."""
 
-_NUMBERS: tuple[str, ...] = (
+ANCHORS = ("XXS",)
+"""Names of sizes that no law uses and that are shown beside it; a size of width 1 is always one of them."""
+
+NUMBERS = (
     "params",
     "params_without_embedding",
     "cells",
     "cells_seen",
     "loss",
-    "validation_loss",
-    "final_loss",
+    "val_loss",
+    "final_val_loss",
     "flops",
     "width",
+    "baseline_loss",
+    "gaussian_loss",
+    "attainable_loss",
+    "bound_loss",
+    "bound_z",
+    "test_per_gene_bits",
+    "count_bits",
+    "nb_bits",
+    "multinomial_bits",
+    "beta_binomial_bits",
 )
-_NUMBERS += ("baseline", "gaussian", "attainable", "bound", "bound_z")
-_NUMBERS += ("per_gene_bits", "count_bits", "nb_bits", "multinomial_bits", "beta_binomial_bits")
+"""Columns that a law reads as numbers."""
+WORDS = ("run_id", "role", "status", "failure", "size", "seed", "loss_unit", "undertrained", "lr_at_edge")
+"""Columns that a law reads as they stand."""
+_PROTOCOL = ("max_cells_seen", "lr")
+_GONE_WITHOUT_VALUES = frozenset(
+    ("baseline_loss", "gaussian_loss", "attainable_loss", "bound_loss", "bound_z", "final_val_loss", "val_loss")
+)
 
 
-def points_of(columns: Mapping[str, Any], baselines: Sequence[str]) -> tuple[Rows, list[dict[str, Any]], int]:
-    """The runs that are points of a law, what was left out and why, and how many of the grid diverged."""
+@dataclass(frozen=True)
+class Agreement:
+    """Columns that must not differ within one law, and those that may follow the size and the data but nothing else."""
+
+    within_law: tuple[str, ...] = ()
+    by_size: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The finished runs of a table.
+
+    ``points`` are those that a law is fitted to; ``everyone`` holds the anchor sizes too. ``excluded`` says of the rest
+    how many and why; ``diverged`` counts those of the grid that diverged. Both tables have a column ``row``, from 1.
+    """
+
+    points: Rows
+    everyone: Rows
+    excluded: list[dict[str, Any]]
+    diverged: int
+
+
+def read_by_laws(agreement: Agreement) -> tuple[str, ...]:
+    """Every column that a fit looks at."""
+    return tuple(dict.fromkeys((*NUMBERS, *WORDS, *_PROTOCOL, *agreement.within_law, *agreement.by_size)))
+
+
+def is_finished(role: Any, status: Any) -> bool:
+    """Whether a run belongs to the grid and is done; a table that does not say has nothing but such runs."""
+    return role in (None, "", "law") and status in (None, "", "done")
+
+
+def is_anchor(size: str | None, width: float | None, anchors: Sequence[str] = ANCHORS) -> bool:
+    """Whether a size is shown beside a law and never one of its points."""
+    return size in anchors or (bool(anchors) and width == 1)
+
+
+def select_points(columns: Mapping[str, Any], anchors: Sequence[str], agreement: Agreement) -> Selected:
+    """Take the runs that a law can be fitted to out of a table.
+
+    Raises:
+        BadInput: a needed column is missing, columns differ in length, a number is none, a run stands there twice, or
+            no run is left.
+    """
     for name, meaning in (("params", "trainable parameters of each run"), ("loss", "its loss on held-out cells")):
         if name not in columns:
             raise BadInput(name, sorted(columns), f"the table needs a column {name}: {meaning}")
-    names = [name for name in columns if name != "columns_used"]
+    names = [name for name in read_by_laws(agreement) if name in columns]
     count = len(columns["loss"])
     for name in names:
         if len(columns[name]) != count:
             raise BadInput(name, len(columns[name]), f"has another number of rows than loss ({count})")
-    everything = np.ones(count, dtype=bool)
     text = {name: np.array(["" if v is None else str(v) for v in columns[name]]) for name in names}
-    excluded, keep, diverged = [], everything.copy(), 0
+    excluded: list[dict[str, Any]] = []
+    keep, diverged = np.ones(count, dtype=bool), 0
 
     def drop(mask: NDArray, reason: str) -> None:
         mask = mask & keep
@@ -62,36 +123,54 @@ def points_of(columns: Mapping[str, Any], baselines: Sequence[str]) -> tuple[Row
         ids, seen = np.unique(text["run_id"][keep & (text["run_id"] != "")], return_counts=True)
         if np.any(seen > 1):
             raise BadInput("run_id", str(ids[seen > 1][0]), "stands in the table more than once; keep one row per run")
-    values = {name: numbers(columns, name, keep) for name in _NUMBERS if name in columns}
-    drop(_is_baseline(values, text, baselines), "baseline size, never a point")
-    for name in ("params", "loss", *(n for n in ("cells",) if n in values)):
-        bad = np.flatnonzero(keep & ~(np.isfinite(values[name]) & (values[name] > 0)))
-        if bad.size:
-            shown = ", ".join(str(i + 1) for i in bad[:8]) + (", ..." if bad.size > 8 else "")
-            way_out = "correct it, or leave the row out"
-            if name == "loss":
-                way_out += " (a run that diverged: status failed, failure diverged)"
-            what = f"row {shown}" if bad.size == 1 else f"rows {shown}"
-            raise BadInput(name, str(columns[name][bad[0]]), f"{what}: must be a positive finite number; {way_out}")
+    values = {name: _numbers(columns[name], name, keep) for name in NUMBERS if name in columns}
+    for name in ("params", "loss", "cells"):
+        if name in values:
+            _refuse_bad(name, columns[name], np.flatnonzero(keep & ~(np.isfinite(values[name]) & (values[name] > 0))))
+    sizes = text["size"] if "size" in text else [None] * count
+    widths = values["width"] if "width" in values else [None] * count
+    everyone = keep.copy()
+    aside = np.array([is_anchor(size, width, anchors) for size, width in zip(sizes, widths, strict=True)])
+    drop(aside, "anchor size, never a point")
     if not np.any(keep):
         raise BadInput("table", count, "no finished run is left that could be a point of a law")
-    rows: Rows = {name: (values[name] if name in values else text[name])[keep] for name in names}
-    for name in ("baseline", "gaussian", "attainable", "bound", "bound_z", "final_loss", "validation_loss"):
-        if name in rows and not np.any(np.isfinite(rows[name])):
-            del rows[name]
-    return rows, excluded, diverged
+    table = {name: values[name] if name in values else text[name] for name in names} | {"row": np.arange(count) + 1}
+    return Selected(_known(table, keep), _known(table, everyone), excluded, diverged)
 
 
-def _is_baseline(values: Mapping[str, NDArray], text: Mapping[str, NDArray], baselines: Sequence[str]) -> NDArray:
-    mask = np.zeros(len(values["loss"]), dtype=bool)
-    if "size" in text:
-        mask |= np.isin(text["size"], list(baselines))
-    if "width" in values and baselines:
-        mask |= values["width"] == 1
-    return mask
+def _known(table: Rows, keep: NDArray) -> Rows:
+    """The kept rows; columns of which none has a value are gone."""
+    rows = {name: values[keep] for name, values in table.items()}
+    empty = [name for name in _GONE_WITHOUT_VALUES if name in rows and not np.any(np.isfinite(rows[name]))]
+    return {name: values for name, values in rows.items() if name not in empty}
 
 
-def _ids(text: Mapping[str, NDArray], mask: NDArray) -> dict[str, Any]:
+def _numbers(column: Sequence[Any], name: str, keep: NDArray) -> NDArray:
+    """A column as float64 (R,), unknown values as NaN; BadInput for a value among ``keep`` that is no number."""
+    values = np.full(len(column), np.nan)
+    for i, value in enumerate(column):
+        if value is None or value == "":
+            continue
+        try:
+            values[i] = float(value)
+        except (TypeError, ValueError) as error:
+            if keep[i]:
+                raise BadInput(name, value, f"row {i + 1}: not a number") from error
+    return values
+
+
+def _refuse_bad(name: str, column: Sequence[Any], bad: NDArray) -> None:
+    if not bad.size:
+        return
+    shown = ", ".join(str(i + 1) for i in bad[:8]) + (", ..." if bad.size > 8 else "")
+    way_out = "correct it, or leave the row out"
+    if name == "loss":
+        way_out += " (a run that diverged: status failed, failure diverged)"
+    what = f"row {shown}" if bad.size == 1 else f"rows {shown}"
+    raise BadInput(name, str(column[bad[0]]), f"{what}: must be a positive finite number; {way_out}")
+
+
+def _ids(text: Rows, mask: NDArray) -> dict[str, Any]:
     if "run_id" in text:
         return {"run_ids": [str(v) for v in text["run_id"][mask]]}
     return {"rows": [int(i) + 1 for i in np.flatnonzero(mask)]}
@@ -99,15 +178,18 @@ def _ids(text: Mapping[str, NDArray], mask: NDArray) -> dict[str, Any]:
 
 def at_cells(rows: Rows, cells: float | None) -> Rows:
     """The runs with that number of training cells; all of them where None."""
-    if cells is None or "cells" not in rows:
-        return rows
-    mask = rows["cells"] == cells
-    return {name: values[mask] for name, values in rows.items()}
+    return rows if cells is None or "cells" not in rows else where(rows, rows["cells"] == cells)
 
 
 def where(rows: Rows, mask: NDArray) -> Rows:
     """The runs of a mask (R,)."""
     return {name: values[mask] for name, values in rows.items()}
+
+
+def size_names(rows: Rows) -> dict[float, str]:
+    """Parameters of each size to its name: the table's, or the parameters themselves."""
+    named = rows["size"] if "size" in rows else [f"{p:,.0f} parameters" for p in rows["params"]]
+    return {float(params): str(name) for params, name in zip(rows["params"], named, strict=True)}
 
 
 def size_table(rows: Rows) -> list[dict[str, Any]]:

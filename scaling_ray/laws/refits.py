@@ -58,7 +58,7 @@ def leave_one_out(
 ) -> list[Refit]:
     """Refit without each value of ``exponent``'s own axis in turn; ``axes`` and ``loss`` are per run (R,).
 
-    Intervals are found of ``names`` (all parameters where None). Empty where a refit would leave fewer cells than
+    Intervals are found of ``names`` (all parameters where None). Empty where a refit would leave fewer settings than
     parameters, or fewer than two values of the axis.
     """
     axis = form.axis_of(exponent)
@@ -69,7 +69,7 @@ def leave_one_out(
     for group in groups:
         kept = ~np.isin(axes[axis], group)
         points = gather({name: column[kept] for name, column in axes.items()}, loss[kept])
-        if points.n_cells < len(form.parameters) or points.distinct(axis).size < 2:
+        if points.n_settings < len(form.parameters) or points.distinct(axis).size < 2:
             return []
         problem = Problem(form, points)
         best = problem.search()
@@ -89,7 +89,7 @@ def leave_one_out(
 
 
 def hold_out_largest(form: Form, axes: Mapping[str, Floats], loss: Floats, level: float = 0.95) -> list[HeldOut]:
-    """Predict each cell of the largest size from the smaller ones; empty where those do not suffice."""
+    """Predict each setting of the largest size from the smaller ones; empty where those do not suffice."""
     if "params" not in axes:
         return []
     largest = float(np.max(axes["params"]))
@@ -97,13 +97,13 @@ def hold_out_largest(form: Form, axes: Mapping[str, Floats], loss: Floats, level
     if not np.any(kept):
         return []
     points = gather({name: column[kept] for name, column in axes.items()}, loss[kept])
-    if points.n_cells < len(form.parameters) or points.distinct("params").size < 2:
+    if points.n_settings < len(form.parameters) or points.distinct("params").size < 2:
         return []
     problem = Problem(form, points)
     best = problem.search()
     unseen = gather({name: column[~kept] for name, column in axes.items()}, loss[~kept])
     held = []
-    for i in range(unseen.n_cells):
+    for i in range(unseen.n_settings):
         where = {name: column[i : i + 1] for name, column in unseen.axes.items()}
         cells = float(where["cells"][0]) if "cells" in where else None
         predicted = float(problem.predict(best, where)[0])

@@ -1,13 +1,13 @@
 """The verdict rule on many tables at once: how often it answers, refuses, and covers a known truth.
 
-What the rule promises can only be counted on tables whose law is known, in hundreds. :func:`judge_many` applies the
+What the rule promises can only be counted on tables whose law is known, in hundreds. :func:`fit_and_judge` applies the
 gates of :mod:`scaling_ray.laws.gates` that speak of the fit of ``L = a P^-alpha + c`` to B tables of the same sizes and
 seeds; that it gives the verdicts and intervals of ``fit_table`` is a test.
 
 The gates pull against each other: each refuses a share of clean tables by its own level (lack of fit 1%, leave-one-out
 at most 5% by Bonferroni, in fact far less, since the refits share five sixths of their runs), and what is left of clean
-tables must still be covered and answered. So no level here is chosen by its outcome: they are those of the issue's
-rule, and the simulation reports what they give.
+tables must still be covered and answered. So no level here is chosen by its outcome: they are those of the rule,
+and the simulation reports what they give.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ _EDGES = np.log(EXPONENT_SEARCH)
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedTables:
     """Verdicts and intervals of alpha for B tables; an open end is NaN."""
 
     alpha: Floats  # (B,)
     low: Floats  # (B,) statistical: the F-profile
     high: Floats
-    widest_low: Floats  # (B,) headline: with the leave-one-size-out profiles
-    widest_high: Floats
-    shut: dict[str, Flags]  # gate -> (B,)
+    headline_low: Floats  # (B,) the union with the leave-one-size-out profiles
+    headline_high: Floats
+    refused_by: dict[str, Flags]  # gate -> (B,)
 
     @property
     def answered(self) -> Flags:
-        """(B,): no gate is shut."""
-        return ~np.any(np.stack(list(self.shut.values())), axis=0)
+        """(B,): no gate refuses the table."""
+        return ~np.any(np.stack(list(self.refused_by.values())), axis=0)
 
-    def covers(self, truth: float, *, widest: bool = False) -> Flags:
+    def covers(self, truth: float, *, headline: bool = False) -> Flags:
         """(B,): the interval holds ``truth``; an open end excludes nothing on its side."""
-        low, high = (self.widest_low, self.widest_high) if widest else (self.low, self.high)
+        low, high = (self.headline_low, self.headline_high) if headline else (self.low, self.high)
         covered: Flags = ~(low > truth) & ~(high < truth)
         return covered
 
     def log_width_ratio(self) -> Floats:
         """(B,): log-width of the headline interval over that of the profile; infinite where the former is open."""
-        ratio = np.log(self.widest_high / self.widest_low) / np.log(self.high / self.low)
+        ratio = np.log(self.headline_high / self.headline_low) / np.log(self.high / self.low)
         return np.where(np.isnan(ratio), np.inf, ratio)
 
 
@@ -75,8 +75,8 @@ def expected_ratio(params: Floats, law: Floats, noise: float, seeds: int) -> flo
     return float(np.nan_to_num(high / low, nan=np.inf)[0])
 
 
-def judge_many(params: Floats, losses: Floats) -> Judged:
-    """Fit and judge ``L = a P^-alpha + c`` on tables (B, S, R) of sizes (S,) with R >= 2 seeds each."""
+def fit_and_judge(params: Floats, losses: Floats) -> JudgedTables:
+    """Fit ``L = a P^-alpha + c`` to each of B tables (B, S, R) of sizes (S,) with R >= 2 seeds each."""
     tables, sizes, seeds = losses.shape
     means = losses.mean(axis=2)
     within = np.sum((losses - means[:, :, None]) ** 2, axis=2)  # (B, S)
@@ -100,7 +100,7 @@ def judge_many(params: Floats, losses: Floats) -> Judged:
             others.append(part[0])
     spread = np.max(others, axis=0) / np.min(others, axis=0)
     ratio = high / low
-    shut = {
+    refused_by = {
         "sizes": np.full(tables, sizes < gates.MIN_SIZES),
         "effect": effect_p >= gates.SIZE_EFFECT_P,
         "edge": edge,
@@ -111,7 +111,7 @@ def judge_many(params: Floats, losses: Floats) -> Judged:
         "choices": spread >= gates.MAX_RATIO if sizes > gates.MIN_SIZES else np.zeros(tables, dtype=bool),
     }
     # A NaN among the ends makes minimum and maximum NaN: a union with an open interval is open.
-    return Judged(alpha, low, high, np.min(lows, axis=0), np.max(highs, axis=0), shut)
+    return JudgedTables(alpha, low, high, np.min(lows, axis=0), np.max(highs, axis=0), refused_by)
 
 
 def _fit(

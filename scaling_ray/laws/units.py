@@ -24,7 +24,7 @@ DISCRETE_FORMULA = "mean of -log2 p(count)"
 DISCRETE_NAME = "bits per masked gene under a likelihood of the raw count, which no choice of unit moves"
 GAIN_FORMULA = "0.5 * log2(MSE of the baseline / MSE of the model)"
 GAIN_NAME = "bits per masked gene gained over the baseline, under the same shared-variance Gaussian"
-SHARE_FORMULA = "(MSE of the baseline - MSE of the model) / (MSE of the baseline - MSE of the floor)"
+SHARE_FORMULA = "(loss of the baseline - loss of the model) / (loss of the baseline - loss of the floor)"
 SHARE_NAME = "share of the gap from the baseline to the floor that the model closes"
 CONDITIONAL = "Conditional on the held-out donors, genes and masks of this split."
 
@@ -55,35 +55,42 @@ def nats_to_bits(nats: float) -> float:
     return nats / math.log(2.0)
 
 
-def gain_bits(mse: float, baseline_mse: float) -> float:
-    """Bits per masked gene gained over a baseline; independent of the unit of the values."""
-    return 0.5 * math.log2(baseline_mse / mse)
+def gain_bits(mse: float | None, baseline_mse: float | None) -> float | None:
+    """Bits per masked gene gained over a baseline, whatever the unit of the values; None where one is not known."""
+    return 0.5 * math.log2(baseline_mse / mse) if mse and baseline_mse else None
 
 
-def share_of_gap(mse: float, baseline_mse: float, floor_mse: float) -> float | None:
-    """Share of the way from baseline to floor; None where the floor is no better than the baseline."""
-    gap = baseline_mse - floor_mse
-    return (baseline_mse - mse) / gap if gap > 0 else None
+def share_of_gap(loss: float | None, baseline: float | None, floor: float | None) -> float | None:
+    """Share of the way from baseline to floor; None where one is unknown, or the floor no better than the baseline."""
+    if not (loss and baseline and floor) or baseline <= floor:
+        return None
+    return (baseline - loss) / (baseline - floor)
 
 
-def size_units(rows: Rows) -> dict[str, Any]:
-    """Losses of each size (and number of cells) in every unit that the table can give, each named.
+def is_mse(loss_unit: str | None) -> bool:
+    """Whether bits of a Gaussian may be taken of a loss; a table that names no unit is taken to be one."""
+    return loss_unit in (None, "mse")
 
-    ``rows`` need a loss that is an MSE; bits under per-gene Gaussians stand where a column ``per_gene_bits`` has them,
-    and discrete likelihoods where one of :data:`DISCRETE` does.
+
+def size_units(rows: Rows, loss_unit: str | None) -> dict[str, Any]:
+    """Losses of each setting in every unit that the table can give, each named.
+
+    Bits of a shared Gaussian need a loss that is an MSE (see :func:`is_mse`); bits under per-gene Gaussians stand where
+    a column ``test_per_gene_bits`` has them, and discrete likelihoods where one of :data:`DISCRETE` does.
     """
     keys = [rows["params"]] + ([rows["cells"]] if "cells" in rows else [])
-    cells, index = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)
+    settings, index = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)
     table = []
-    for i, cell in enumerate(cells):
+    for i, setting in enumerate(settings):
         here = np.asarray(index).reshape(-1) == i
-        mse = float(np.mean(rows["loss"][here]))
-        entry: dict[str, Any] = {"params": float(cell[0]), "cells": float(cell[1]) if len(cell) > 1 else None}
-        entry |= {"runs": int(here.sum()), "mse": mse, "shared_gaussian_bits": shared_gaussian_bits(mse)}
-        entry["per_gene_gaussian_bits"] = _mean(rows, "per_gene_bits", here)
-        for name, column in (("gene_mean", "baseline"), ("shrunk_gaussian", "gaussian")):
-            other = _mean(rows, column, here)
-            entry[f"gain_over_{name}_bits"] = None if other is None else gain_bits(mse, other)
+        loss = float(np.mean(rows["loss"][here]))
+        mse = loss if is_mse(loss_unit) else None
+        entry: dict[str, Any] = {"params": float(setting[0]), "cells": float(setting[1]) if len(setting) > 1 else None}
+        entry |= {"runs": int(here.sum()), "loss": loss}
+        entry["shared_gaussian_bits"] = None if mse is None else shared_gaussian_bits(mse)
+        entry["per_gene_gaussian_bits"] = _mean(rows, "test_per_gene_bits", here)
+        for name, column in (("gene_mean", "baseline_loss"), ("shrunk_gaussian", "gaussian_loss")):
+            entry[f"gain_over_{name}_bits"] = gain_bits(mse, _mean(rows, column, here))
         entry["discrete_bits"] = {
             title: value for column, title in DISCRETE.items() if (value := _mean(rows, column, here)) is not None
         }
@@ -96,7 +103,7 @@ def size_units(rows: Rows) -> dict[str, Any]:
             "gain_bits": {"name": GAIN_NAME, "formula": GAIN_FORMULA},
         },
         "conditional_on": CONDITIONAL,
-        "by_cell": table,
+        "by_setting": table,
     }
 
 

@@ -9,22 +9,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 
 from scaling_ray.laws.audit import audit
-from scaling_ray.report.forest import Row, draw_forest
+from scaling_ray.report.forest import Estimate, draw_forest
 from scaling_ray.report.svg import STYLE
-from scaling_ray.storage import output_directory, write_atomic, write_json
+from scaling_ray.results.sweep_files import write_json
+from scaling_ray.storage import open_place
 
 WIDE, NARROW = 920, 328  # pixels: a desktop column, a phone
 
 
-def build_audit(out: Path | str, published: Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """Write audit.json and audit.html into ``out``; the page's path and the audit's content come back.
+def build_audit(out: Path | str, published: Path | None = None) -> tuple[str, dict[str, Any]]:
+    """Write audit.json and audit.html into ``out`` (a directory or ``s3://``); the page's path and the audit's content.
 
     Raises:
         BadInput: the published tables are not to be found, or ``out`` cannot be written.
     """
     found = audit(published)
-    out = output_directory(out)
-    write_json(out / "audit.json", found)
+    place = open_place(out)
+    write_json(place, "audit.json", found)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(["html"]),
@@ -35,8 +36,8 @@ def build_audit(out: Path | str, published: Path | None = None) -> tuple[Path, d
     pictures = {"wide": _picture(found, WIDE), "narrow": _picture(found, NARROW)}
     style = Markup(STYLE)  # noqa: S704 - a constant
     page = environment.get_template("audit.html").render(a=found, picture=pictures, figure_style=style, span=_span)
-    write_atomic(out / "audit.html", page)
-    return out / "audit.html", found
+    place.write("audit.html", page.encode())
+    return f"{place}/audit.html", found
 
 
 def _span(parameter: dict[str, Any]) -> str:
@@ -47,7 +48,7 @@ def _span(parameter: dict[str, Any]) -> str:
 def _picture(found: dict[str, Any], width: int) -> Markup:
     """Alpha and its interval for each choice, over the range that all of them together support."""
     rows = [
-        Row(
+        Estimate(
             c["name"],
             c["alpha"]["value"],
             c["alpha"]["low"],

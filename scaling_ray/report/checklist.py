@@ -19,15 +19,14 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
     others = sorted({entry["form"] for entry in fit["fits"]} - {head["form"]})
     seen = [row["mean_cells_seen"] for row in sizes if row["mean_cells_seen"]]
     flops = [row["flops"] for row in sizes if row["flops"]]
-    trained = fit["points"].get("sizes", [])
-    d_values = fit["points"].get("cells", [])
-    settings = {
+    trained, d_values = fit["points"]["sizes"], fit["points"]["cells"]
+    texts = {
         "optimizer": "AdamW, beta2 {adam_beta2}, weight decay {weight_decay}, gradient clip {grad_clip}",
         "batch": "{cells_per_step} cells an update, one size of batch for every model",
         "schedule": "{schedule}, warm-up {warmup_fraction} of the budget, down to {final_lr_fraction} of the rate",
         "regular": "dropout {dropout}; {mask_fraction} of a cell's genes masked",
     }
-    said = {name: _filled(text, train) for name, text in settings.items()}
+    said = {name: text.format(**train) if train else None for name, text in texts.items()}
     excluded = "; ".join(f"{entry['runs']} {entry['reason']}" for entry in fit["excluded"])
     asked: list[tuple[str, str, str | None]] = [
         ("form", "What form is fitted?", head["formula"]),
@@ -61,7 +60,7 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
             "Range of compute",
             f"{min(flops):.2e} to {max(flops):.2e} FLOPs a run, mean per size" if flops else None,
         ),
-        ("measured", "Which loss is fitted?", f"{report['columns_used'].get('loss', 'test_mse')}: {report['loss']}"),
+        ("measured", "Which loss is fitted?", f"{report['columns_used']['loss']}: {report['loss']}"),
         (
             "measured",
             "On which data?",
@@ -82,7 +81,7 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
             "variable projection: every local minimum of a grid over the exponents is refined",
         ),
         ("fit", "How many points, how many parameters?", _points(fit)),
-        ("fit", "Intervals", "95% F-profiles, and the widest of them with every leave-one-out fit's"),
+        ("fit", "Intervals", "95% F-profiles, and their union with those of every leave-one-out fit"),
         ("fit", "Is the fit tested beyond its points?", _held_out(fit)),
         ("fit", "Is the fit sensitive to choices?", f"{len(fit['choices'])} declared choices, each with its interval"),
         (
@@ -98,18 +97,11 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
     return [{"part": part, "question": question, "answer": answer} for part, question, answer in asked]
 
 
-def _filled(text: str, settings: dict[str, Any]) -> str | None:
-    try:
-        return text.format(**settings)
-    except KeyError:
-        return None
-
-
 def _sizes(trained: Iterable[dict[str, Any]], counts: dict[str, Any]) -> str | None:
     params = [entry["params"] for entry in trained]
     if not params:
         return None
-    done = counts["runs"].get("done", 0)
+    done = counts["runs"]["done"]
     return f"{done} runs; {len(params)} sizes fitted, {min(params):,.0f} to {max(params):,.0f} parameters"
 
 
@@ -138,7 +130,7 @@ def _rates(report: dict[str, Any]) -> str | None:
 
 
 def _stopping(train: dict[str, Any]) -> str | None:
-    if "patience_evaluations" not in train:
+    if not train:
         return None
     patience = train["patience_evaluations"]
     return f"after {patience} evaluations without gain, or with its budget of cells" if patience else "with its budget"
@@ -148,7 +140,7 @@ def _points(fit: dict[str, Any]) -> str | None:
     head = fit["headline"]
     for entry in fit["fits"]:
         if (entry["form"], entry["cells"]) == (head["form"], head["cells"]):
-            sizes = f"{entry['n_sizes']} sizes" + (f" x {entry['n_cells']} D" if entry.get("n_cells") else "")
+            sizes = f"{entry['n_sizes']} sizes" + (f" x {entry['n_data_sizes']} D" if entry["n_data_sizes"] else "")
             return f"{entry['n_runs']} runs of {sizes}; {len(entry['parameters'])} parameters"
     return None
 
@@ -159,4 +151,4 @@ def _held_out(fit: dict[str, Any]) -> str | None:
         return None
     inside = sum(bool(held["covered"]) for held in judged)
     total = len(fit["held_out_largest"])
-    return f"the largest size, predicted by the others: {inside} of {total} cells inside their interval"
+    return f"the largest size, predicted by the others: {inside} of {total} settings inside their interval"

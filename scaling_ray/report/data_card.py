@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from scaling_ray import __version__
-from scaling_ray.report.runs import file_hash, finite
+from scaling_ray.records import ShardManifest
+from scaling_ray.report.sweep import Sweep
+from scaling_ray.results.sweep_files import PLAN, RESULTS, SPEC
 
 # A rule of the specification -> what it does, for people. Rules that are off say so.
 _RULES = {
@@ -20,49 +20,47 @@ _RULES = {
 }
 
 
-def data_card(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def data_card(manifest: ShardManifest) -> dict[str, Any]:
     """Source, rules with the cells each took, split and genes, out of the shards' manifest."""
-    data, dropped = dict(manifest.get("data") or {}), dict(manifest.get("dropped") or {})
+    data, dropped = manifest.data, dict(manifest.dropped)
     rules = []
     for rule, about in _RULES.items():
         if rule in data or rule in dropped:
-            rules.append(
-                {"rule": rule, "about": about, "setting": _words(data.get(rule)), "dropped": dropped.pop(rule, None)}
-            )
+            setting = _words(data[rule]) if rule in data else "off"
+            rules.append({"rule": rule, "about": about, "setting": setting, "dropped": dropped.pop(rule, None)})
     rules += [{"rule": rule, "about": "", "setting": "–", "dropped": count} for rule, count in dropped.items()]
     splits = {}
-    for name, entry in manifest["splits"].items():
-        groups = list(entry.get("groups") or [])
-        splits[name] = {"cells": entry["cells"], "groups": groups, "fraction": entry.get("fraction")}
-        splits[name]["donors"] = sum(1 for count in entry.get("donor_cells") or [] if count) or None
+    for name, entry in manifest.splits.items():
+        splits[name] = {
+            "cells": entry.cells,
+            "groups": entry.groups,
+            "fraction": entry.fraction,
+            "donors": sum(1 for count in entry.donor_cells if count) or None,
+        }
     return {
-        "source": dict(manifest.get("census") or {}),
-        "planted": bool(manifest.get("planted", False)),
+        "source": manifest.census,
+        "planted": manifest.planted,
         "rules": rules,
-        "split_by": manifest["split_by"],
-        "salt": data.get("salt"),
-        "split_from": manifest.get("split_from"),
+        "split_by": manifest.split_by,
+        "split_from": manifest.split_from,
         "splits": splits,
-        "genes": manifest["genes"],
-        "gene_rule": data.get("gene_rule"),
-        "batch_key": data.get("batch_key"),
-        "batches_left_out": list(manifest.get("batches_left_out") or []),
+        "genes": manifest.genes,
+        **{name: data[name] if name in data else None for name in ("salt", "gene_rule", "batch_key")},
+        "batches_left_out": manifest.batches_left_out,
     }
 
 
-def provenance(
-    sweep_dir: Path, manifest: Mapping[str, Any], curves: Iterable[list[dict[str, Any]]], runs: list[dict[str, Any]]
-) -> dict[str, Any]:
+def provenance(sweep: Sweep) -> dict[str, Any]:
     """Hashes of what went in, versions that made it, and when."""
-    stamps = [row["timestamp_ms"] for rows in curves for row in rows if finite(row.get("timestamp_ms"))]
+    stamps = [evaluation.timestamp_ms for curve in sweep.curves.values() for evaluation in curve]
     return {
-        "data_hash": manifest["data_hash"],
-        "data_hashes_of_runs": sorted({run["data_hash"] for run in runs if run["data_hash"]}),
-        "spec_sha256": file_hash(sweep_dir / "spec.toml"),
-        "results_sha256": file_hash(sweep_dir / "results.parquet"),
-        "plan_sha256": file_hash(sweep_dir / "plan.json"),
+        "data_hash": sweep.manifest.data_hash,
+        "data_hashes_of_runs": sorted({row.data_hash for row in sweep.rows if row.data_hash}),
+        "spec_sha256": sweep.sha256[SPEC],
+        "results_sha256": sweep.sha256[RESULTS],
+        "plan_sha256": sweep.sha256[PLAN],
         "report_made_with": f"scaling-ray {__version__}",
-        "shards_made_with": dict(manifest.get("made_with") or {}),
+        "shards_made_with": sweep.manifest.made_with,
         "first_evaluation": _day(min(stamps)) if stamps else None,
         "last_evaluation": _day(max(stamps)) if stamps else None,
     }

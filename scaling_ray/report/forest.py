@@ -12,7 +12,7 @@ _ROW, _TALL_ROW = 26.0, 42.0  # pixels: label beside the row, label above it
 
 
 @dataclass(frozen=True)
-class Row:
+class Estimate:
     """One estimate: its name, value and 95% interval (an end that is None is open), and how it is drawn."""
 
     label: str
@@ -24,7 +24,7 @@ class Row:
 
 
 def draw_forest(
-    title: str, x_label: str, rows: Sequence[Row], width: int, *, band: tuple[float, float] | None = None
+    title: str, x_label: str, rows: Sequence[Estimate], width: int, *, band: tuple[float, float] | None = None
 ) -> str:
     """The rows as one ``<svg>``; empty text without any value. ``band`` (low, high) is shaded behind them."""
     known = [row for row in rows if row.value is not None]
@@ -68,12 +68,12 @@ def draw_forest(
             )
         else:
             parts.append(text(left - 12, y + 4.5, _fitted(row.label, left - 12), "soft" if row.soft else "", "end"))
-        parts.append(_estimate(row, y, x, low, high))
+        parts.append(_drawn(row, y, x, low, high))
     parts.append(text((left + width - right) / 2, height - 8, x_label, "soft", "middle"))
     return "".join([*parts, "</svg>"])
 
 
-def _estimate(row: Row, y: float, x: Callable[[float], float], low: float, high: float) -> str:
+def _drawn(row: Estimate, y: float, x: Callable[[float], float], low: float, high: float) -> str:
     colour = "4" if row.alone else "5" if row.soft else "0"
     if row.value is None:
         return text(x(low) + 4, y + 4.5, "no estimate", "soft", "start")

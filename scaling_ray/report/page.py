@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from scaling_ray.report import svg
 from scaling_ray.report.pictures import Picture
 
 
-def render(report: dict[str, Any], pictures: Sequence[Picture], fits: Any) -> str:
-    """The page: ``report.json``'s content, the pictures, and (genes, fit) per cohort, in the template."""
+def render(report: dict[str, Any], pictures: Sequence[Picture], fits: Mapping[int, dict[str, Any]]) -> str:
+    """The page: ``report.json``'s content, the pictures, and genes -> fit per cohort, in the template."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(["html"]),

@@ -1,27 +1,26 @@
-"""From runs, fits and learning curves to charts: what is drawn against what; :mod:`figures` knows how."""
+"""From runs, fits and learning curves to charts: what is drawn against what; :mod:`figures` knows how.
+
+Whatever a law says of the runs is read from its fit: nothing is fitted or judged here.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scaling_ray.laws.optimum import BUDGET_TOLERANCE
+from scaling_ray.laws.points import is_anchor
 from scaling_ray.report import figures
-from scaling_ray.report.evidence import law_of, leave_one_out, residuals
-from scaling_ray.report.forest import Row, draw_forest
-from scaling_ray.report.runs import Run, finite, is_baseline, is_point, mean
+from scaling_ray.report.forest import Estimate, draw_forest
+from scaling_ray.report.sweep import Evaluation, Sweep
+from scaling_ray.results.columns import Row
 
-FIRST, WIDE, HALF, CHOICES, NARROW = (
-    730,
-    1100,
-    540,
-    430,
-    348,
-)  # pixels a figure is drawn for: first screen, column, half of it, phone
+# Pixels that a figure is drawn for: first screen, column, half of it, beside the table of choices, phone.
+FIRST, WIDE, HALF, CHOICES, NARROW = 730, 1100, 540, 430, 348
 
 _SIZE_CAPTION = (
     "Points are runs, one per seed; lines join the means, one line for each number of training cells D. Hollow points: "
-    "baseline sizes, which no law uses. Diamonds with bars: the largest size as the smaller ones predicted it before "
+    "anchor sizes, which no law uses. Diamonds with bars: the largest size as the smaller ones predicted it before "
     "it was fitted, with the 95% prediction interval. Dashed grey: what to compare with, on the same test cells and "
     "masks, at the largest D."
 )
@@ -50,47 +49,59 @@ class Picture(NamedTuple):
     place: str
 
 
-def draw_pictures(
-    runs: Sequence[Run], fits: Sequence[tuple[int, dict[str, Any]]], curves: dict[str, list[dict[str, Any]]]
-) -> list[Picture]:
-    """The charts of each cohort (genes, fit); empty ones are left out."""
+class _Run(NamedTuple):
+    """A finished run as charts need it: its row, its test loss, and whether its size is an anchor."""
+
+    row: Row
+    loss: float
+    anchor: bool
+
+
+def draw_pictures(sweep: Sweep, fits: Mapping[int, dict[str, Any]], unit: str) -> list[Picture]:
+    """The charts of each cohort (genes -> fit), losses in ``unit``; empty ones are left out."""
     found: list[Picture] = []
-    for number, (genes, fit) in enumerate(fits):
-        done = [r for r in runs if is_point(r) and r["genes"] == genes and r["test_mse"]]
+    for number, (genes, fit) in enumerate(fits.items()):
+        done = [
+            _Run(row, row.test_loss, is_anchor(row.size, row.width))
+            for row in sweep.law_rows
+            if row.is_finished and row.genes == genes and row.test_loss is not None
+        ]
         suffix = "" if len(fits) == 1 else f"-{genes}-genes"
         where = "" if len(fits) == 1 else f" ({genes:,} genes)"
-        levels = _levels(done)
-        law = _LAW_CAPTION if fit["headline"]["verdict"] == "supported" else ""
-        by_size = _loss_against_size(done, levels, fit, where)
+        levels = _levels([run.row for run in done])
+        law = _LAW_CAPTION if fit["curves"] else ""
+        by_size = _loss_against_size(done, levels, fit, unit, where)
         place = "first" if number == 0 else "loss"
         width = FIRST if number == 0 else HALF
         wide, narrow = figures.draw(by_size, width, 470), figures.draw(by_size, NARROW, 440)
         found.append(Picture(f"loss-by-size{suffix}", _SIZE_CAPTION + law, wide, narrow, place))
+        by_seen = [(run, run.row.cells_seen) for run in done if run.row.cells_seen]
+        by_flops = [(run, run.row.flops) for run in done if run.row.flops]
         for name, caption, chart, part in (
-            ("loss-by-cells", _CELLS_CAPTION, _loss_against_cells(done, levels, where), "loss"),
-            ("loss-by-cells-seen", _SEEN_CAPTION, _loss_against(done, "cells_seen", "cells seen T", where), "loss"),
-            ("loss-by-flops", _FLOPS_CAPTION, _loss_against(done, "flops", "training FLOPs", where), "loss"),
-            ("iso-flop", _ISO_CAPTION, _iso_flop(done, fit, where), "loss"),
-            ("residuals", _RESIDUAL_CAPTION, _residuals(runs, fit, genes, where), "law"),
+            ("loss-by-cells", _CELLS_CAPTION, _loss_against_cells(done, levels, unit, where), "loss"),
+            ("loss-by-cells-seen", _SEEN_CAPTION, _loss_against(by_seen, "cells seen T", unit, where), "loss"),
+            ("loss-by-flops", _FLOPS_CAPTION, _loss_against(by_flops, "training FLOPs", unit, where), "loss"),
+            ("iso-flop", _ISO_CAPTION, _iso_flop(fit, unit, where), "loss"),
+            ("residuals", _RESIDUAL_CAPTION, _residuals(fit, unit, where), "law"),
         ):
             wide, narrow = figures.draw(chart, HALF, 360), figures.draw(chart, NARROW, 340)
             found.append(Picture(f"{name}{suffix}", caption, wide, narrow, part))
-        found += _forests(fit, runs, suffix)
-        panels, legend = _curve_panels(done, curves)
+        found += _forests(fit, suffix)
+        panels, legend = _curve_panels([run.row for run in done], sweep.curves)
         title = f"Validation loss against cells seen{where}"
         wide, narrow = (
-            figures.small_multiples(title, panels, legend, "cells seen", "validation MSE", width)
+            figures.small_multiples(title, panels, legend, "cells seen", f"validation {unit}", width)
             for width in (WIDE, NARROW)
         )
         found.append(Picture(f"learning-curves{suffix}", _CURVES_CAPTION, wide, narrow, "training"))
     return [picture for picture in found if picture.wide]
 
 
-def _forests(fit: Mapping[str, Any], runs: Sequence[Run], suffix: str) -> list[Picture]:
+def _forests(fit: Mapping[str, Any], suffix: str) -> list[Picture]:
     """Choices, and what leaving out one size or number of cells does; a refused fit's own value is not among them."""
     head = fit["headline"]
     rows = [
-        Row(c["name"], c["alpha"]["value"], c["alpha"]["low"], c["alpha"]["high"], not c["defensible"])
+        Estimate(c["name"], c["alpha"]["value"], c["alpha"]["low"], c["alpha"]["high"], not c["defensible"])
         for c in fit["choices"]
     ]
     found = []
@@ -98,15 +109,19 @@ def _forests(fit: Mapping[str, Any], runs: Sequence[Run], suffix: str) -> list[P
         title = "alpha under each declared choice"
         wide, narrow = (draw_forest(title, "alpha", rows, width) for width in (CHOICES, NARROW))
         found.append(Picture(f"choices{suffix}", _CHOICES_CAPTION, wide, narrow, "choices"))
-    for parameter, refits in leave_one_out(fit, runs).items():
-        rows = [Row(f"without {r['without']}", r["value"], r["low"], r["high"]) for r in refits]
+    for parameter in ("alpha", "beta", "E", "c"):
+        refits = [r for r in fit["leave_one_out"] if r["headline"] and parameter in r["parameters"]]
+        if not refits:
+            continue
+        left = [(r["without"], r["parameters"][parameter]) for r in refits]
+        rows = [Estimate(f"without {name}", found["value"], found["low"], found["high"]) for name, found in left]
         caption = f"{parameter} of the headline's form, refitted without each size or number of cells in turn."
         band = None
         if head["verdict"] == "supported":
             own = head["parameters"][parameter]
-            rows.insert(0, Row("all runs", own["value"], own["low"], own["high"]))
-            if own["low"] is not None and own["high"] is not None:
-                band = (own["low"], own["high"])
+            rows.insert(0, Estimate("all runs", own["value"], own["profile_low"], own["profile_high"]))
+            if own["profile_low"] is not None and own["profile_high"] is not None:
+                band = (own["profile_low"], own["profile_high"])
                 caption += " Shaded: the interval of all runs."
         title = f"{parameter}, leaving one out"
         wide, narrow = (draw_forest(title, parameter, rows, width, band=band) for width in (HALF, NARROW))
@@ -114,111 +129,100 @@ def _forests(fit: Mapping[str, Any], runs: Sequence[Run], suffix: str) -> list[P
     return found
 
 
-def _levels(done: Sequence[Run]) -> list[figures.Level]:
+def _levels(done: Sequence[Row]) -> list[figures.Level]:
     """Baselines and floors at the largest number of training cells, where they are lowest."""
-    largest = max((r["cells"] or 0 for r in done), default=0)
-    top = [r for r in done if (r["cells"] or 0) == largest]
-    names = {
-        "baseline_mse": "gene mean",
-        "gaussian_mse": "shrunk Gaussian",
-        "attainable_mse": "planted floor",
-        "bound_mse": "planted bound",
+    largest = max((row.cells or 0 for row in done), default=0)
+    top = [row for row in done if (row.cells or 0) == largest]
+    named = {
+        "gene mean": [row.baseline_loss for row in top],
+        "shrunk Gaussian": [row.gaussian_loss for row in top],
+        "planted floor": [row.attainable_loss for row in top],
+        "planted bound": [row.bound_loss for row in top],
     }
-    return [figures.Level(label, value) for name, label in names.items() if (value := mean(top, name)) is not None]
+    known = {label: [loss for loss in losses if loss is not None] for label, losses in named.items()}
+    return [figures.Level(label, statistics.fmean(losses)) for label, losses in known.items() if losses]
 
 
-def _cells_label(cells: int | None) -> str:
-    return "all runs" if cells is None else f"D = {cells:,}"
+def _cells_label(cells: float | None) -> str:
+    return "all runs" if cells is None else f"D = {cells:,.0f}"
 
 
 def _loss_against_size(
-    done: Sequence[Run], levels: Sequence[figures.Level], fit: dict[str, Any], where: str
+    done: Sequence[_Run], levels: Sequence[figures.Level], fit: Mapping[str, Any], unit: str, where: str
 ) -> figures.Chart:
     series = []
-    head = fit["headline"]
-    for cells in sorted({r["cells"] for r in done}, key=lambda c: c or 0):
-        here = [r for r in done if r["cells"] == cells]
-        points = [(r["params"], r["test_mse"]) for r in here if not is_baseline(r)]
-        hollow = [(r["params"], r["test_mse"]) for r in here if is_baseline(r)]
+    headline_cells = fit["headline"]["cells"]
+    for cells in sorted({run.row.cells for run in done}, key=lambda c: c or 0):
+        here = [run for run in done if run.row.cells == cells]
+        points = [(run.row.params, run.loss) for run in here if not run.anchor]
+        hollow = [(run.row.params, run.loss) for run in here if run.anchor]
         bars = [
             (held["params"], held["predicted"], held["low"], held["high"])
             for held in fit["held_out_largest"]
-            if (held["cells"] or head["cells"]) in (None, cells)
+            if (held["cells"] or headline_cells) in (None, cells)
         ]
-        curve = _law_curve(head, cells, points)
+        law = [c for c in fit["curves"] if c["cells"] in (None, cells)]
+        curve = [place for c in law for place in zip(c["params"], c["loss"], strict=True)]
         series.append(figures.Series(_cells_label(cells), points, hollow, curve, bars))
-    names = sorted({(r["params"], r["size"]) for r in done})
+    names = sorted({(run.row.params, run.row.size) for run in done})
     title = f"Test loss against model size{where}"
-    return figures.Chart(title, "parameters P", "test MSE per masked gene", series, levels, names)
+    return figures.Chart(title, "parameters P", f"test {unit} per masked gene", series, levels, names)
 
 
-def _law_curve(
-    head: dict[str, Any], cells: int | None, points: Sequence[tuple[float, float]]
-) -> list[tuple[float, float]]:
-    """The headline's law over the sizes that were trained; nothing where it was refused."""
-    if head["verdict"] != "supported" or not points or (head["cells"] is not None and head["cells"] != cells):
-        return []
-    low, high = min(p for p, _ in points), max(p for p, _ in points)
-    sizes = [low * (high / low) ** (i / 40) for i in range(41)]
-    return [(p, law_of(head["parameters"], p, cells)) for p in sizes]
+def _loss_against_cells(done: Sequence[_Run], levels: Sequence[figures.Level], unit: str, where: str) -> figures.Chart:
+    known = [(run, run.row.cells) for run in done if run.row.cells and not run.anchor]
+    several = len({run.row.cells for run in done if run.row.cells}) > 1
+    series = _by_size(known, joined=True) if several else []
+    return figures.Chart(f"Test loss against training cells{where}", "training cells D", f"test {unit}", series, levels)
 
 
-def _loss_against_cells(done: Sequence[Run], levels: Sequence[figures.Level], where: str) -> figures.Chart:
+def _loss_against(places: Sequence[tuple[_Run, float]], label: str, unit: str, where: str) -> figures.Chart:
+    """Every run's test loss against a quantity that each has its own of; anchor sizes are left out."""
+    series = _by_size([(run, x) for run, x in places if not run.anchor], joined=False)
+    return figures.Chart(f"Test loss against {label}{where}", label, f"test {unit}", series)
+
+
+def _by_size(places: Sequence[tuple[_Run, float | None]], *, joined: bool) -> list[figures.Series]:
+    """One series for each size, of runs and where they stand on the axis."""
     series = []
-    with_cells = [r for r in done if r["cells"]]
-    if len({r["cells"] for r in with_cells}) > 1:
-        for params, size in sorted({(r["params"], r["size"]) for r in with_cells if not is_baseline(r)}):
-            points = [(r["cells"], r["test_mse"]) for r in with_cells if (r["params"], r["size"]) == (params, size)]
-            series.append(figures.Series(size, points))
-    return figures.Chart(f"Test loss against training cells{where}", "training cells D", "test MSE", series, levels)
+    for params, size in sorted({(run.row.params, run.row.size) for run, _ in places}):
+        points = [
+            (x, run.loss) for run, x in places if x is not None and (run.row.params, run.row.size) == (params, size)
+        ]
+        series.append(figures.Series(size, points, joined=joined))
+    return series
 
 
-def _loss_against(done: Sequence[Run], column: str, label: str, where: str) -> figures.Chart:
-    """Every run's test loss against a quantity that each has its own of; baseline sizes are left out."""
-    series = []
-    known = [r for r in done if r[column] and not is_baseline(r)]
-    for params, size in sorted({(r["params"], r["size"]) for r in known}):
-        points = [(r[column], r["test_mse"]) for r in known if (r["params"], r["size"]) == (params, size)]
-        series.append(figures.Series(size, points, joined=False))
-    return figures.Chart(f"Test loss against {label}{where}", label, "test MSE", series)
-
-
-def _iso_flop(done: Sequence[Run], fit: Mapping[str, Any], where: str) -> figures.Chart:
+def _iso_flop(fit: Mapping[str, Any], unit: str, where: str) -> figures.Chart:
     series = []
     for budget in fit["iso_flop"]["budgets"]:
-        near = [
-            (r["params"], r["test_mse"])
-            for r in done
-            if r["flops"] and not is_baseline(r) and abs(r["flops"] / budget["flops"] - 1) <= BUDGET_TOLERANCE
-        ]
-        if near:
-            star = budget["params"]
-            lowest = [] if star is None else [(star["value"], budget["loss"])]
-            series.append(figures.Series(f"{budget['flops']:.1e}", near, marks=lowest))
-    return figures.Chart(f"Loss at equal FLOPs{where}", "parameters P", "test MSE", series)
+        star = budget["params"]
+        lowest = [] if star is None else [(star["value"], budget["loss"])]
+        series.append(figures.Series(f"{budget['flops']:.1e}", budget["points"], marks=lowest))
+    return figures.Chart(f"Loss at equal FLOPs{where}", "parameters P", f"test {unit}", series)
 
 
-def _residuals(runs: Sequence[Run], fit: Mapping[str, Any], genes: int, where: str) -> figures.Chart:
-    found = residuals(runs, fit, genes)
+def _residuals(fit: Mapping[str, Any], unit: str, where: str) -> figures.Chart:
+    found = fit["residuals"]
     series = []
     for cells in sorted({entry["cells"] for entry in found}, key=lambda c: c or 0):
         points = [(entry["params"], entry["residual"]) for entry in found if entry["cells"] == cells]
         series.append(figures.Series(_cells_label(cells), points, joined=False))
     levels = [figures.Level("", 0.0)] if series else []
-    return figures.Chart(f"Residuals by run{where}", "parameters P", "test MSE less fit", series, levels)
+    return figures.Chart(f"Residuals by run{where}", "parameters P", f"test {unit} less fit", series, levels)
 
 
 def _curve_panels(
-    done: Sequence[Run], curves: dict[str, list[dict[str, Any]]]
+    done: Sequence[Row], curves: Mapping[str, Sequence[Evaluation]]
 ) -> tuple[list[figures.Panel], list[tuple[int, str]]]:
-    counts = sorted({r["cells"] for r in done if curves[r["run_id"]]}, key=lambda c: c or 0)
+    counts = sorted({row.cells for row in done if curves[row.run_id]}, key=lambda c: c or 0)
     panels = []
-    for params, size in sorted({(r["params"], r["size"]) for r in done}):
+    for params, size in sorted({(row.params, row.size) for row in done}):
         drawn = []
-        for run in done:
-            rows = [r for r in curves[run["run_id"]] if finite(r.get("cells_seen"))]
-            if (run["params"], run["size"]) == (params, size) and len(rows) > 1:
-                drawn.append((counts.index(run["cells"]), [(r["cells_seen"], r["val_mse"]) for r in rows]))
+        for row in done:
+            curve = [(float(one.cells_seen), one.val_loss) for one in curves[row.run_id]]
+            if (row.params, row.size) == (params, size) and len(curve) > 1:
+                drawn.append((counts.index(row.cells), curve))
         if drawn:
             panels.append(figures.Panel(size, drawn))
     return panels, [(i, _cells_label(cells)) for i, cells in enumerate(counts)]

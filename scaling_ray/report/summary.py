@@ -1,20 +1,26 @@
-"""From runs and a fit to the content of ``report.json``: the verdict in words, the first screen, and all below it."""
+"""From runs and fits to the content of ``report.json``: the verdict in words, the first screen, and all below it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from scaling_ray.laws import units
-from scaling_ray.report import grid as grids
+from scaling_ray.report import settings
 from scaling_ray.report.checklist import SOURCE, checklist
 from scaling_ray.report.data_card import data_card, provenance
-from scaling_ray.report.evidence import leave_one_out, residuals
-from scaling_ray.report.runs import Run
+from scaling_ray.report.sweep import Sweep
+from scaling_ray.results.columns import Row
 
-FORMAT = 2
-LOSS = "mean squared error per masked gene on test cells, of the checkpoint that validation chose"
+FORMAT = 3
+# What the page shows of the first cohort's fit as it stands there.
+_OF_FIT = (
+    "fits choices leave_one_out held_out_largest residuals next_steps compute_optimal iso_flop planted_floor baselines "
+    "notes excluded columns_used"
+).split()
+_UNITS = {"mse": ("MSE", "mean squared error")}
 _NORMALISATION = {
     "corrected": "log1p of counts scaled to 10,000 by the cell's whole library",
     "published": "log1p of counts scaled to 10,000 over the panel's genes alone: visible genes give away a part of the "
@@ -22,83 +28,76 @@ _NORMALISATION = {
 }
 
 
-def summarise(
-    sweep_dir: Path,
-    spec: dict[str, Any],
-    runs: list[Run],
-    manifest: dict[str, Any],
-    fit: dict[str, Any],
-    genes: int,
-    curves: dict[str, list[dict[str, Any]]],
-    plan: dict[str, Any],
-) -> dict[str, Any]:
+def summarise(sweep: Sweep, fits: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     """Everything the page says, as plain values.
 
     Args:
-        sweep_dir: of the sweep; its name is the report's where the specification gives none.
-        spec: the sweep's specification, empty where unknown.
-        runs: all of them, finished or not, each with its ``number`` on the page.
-        manifest: of the shards.
-        fit: the first cohort's, from :func:`scaling_ray.laws.fit_table`.
-        genes: of the first cohort.
-        curves: run id -> evaluations.
-        plan: plan.json, empty where unknown.
+        sweep: what its files say.
+        fits: genes -> fit of that cohort, the first one on top (see :func:`scaling_ray.results.fitting.fit_cohorts`).
     """
-    grid = [run for run in runs if run["role"] == "law"]
-    done = [run for run in grid if run["status"] == "done"]
+    genes, fit = next(iter(fits.items()))
+    grid = sweep.law_rows
+    done = [row for row in grid if row.is_finished]
     head = fit["headline"]
-    best = min((r for r in done if r["genes"] == genes and r["val_mse"]), key=lambda r: r["val_mse"], default=None)
-    made = provenance(sweep_dir, manifest, curves.values(), runs)
-    noun = {"donor_id": "donor", "dataset_id": "data set"}.get(manifest["split_by"], manifest["split_by"])
+    chosen = [(row.val_loss, row) for row in done if row.genes == genes and row.val_loss is not None]
+    best = min(chosen, key=lambda pair: pair[0])[1] if chosen else None
+    loss_units = sorted({row.loss_unit for row in grid if row.loss_unit is not None})
+    unit, about = _unit_words(loss_units)
+    loss = f"{about} per masked gene on test cells, of the checkpoint that validation chose"
     report = {
         "format": FORMAT,
-        "name": spec.get("name", sweep_dir.name),
-        "date": made["last_evaluation"],
+        "name": sweep.spec.name if sweep.spec else sweep.folder.rstrip("/").rsplit("/", 1)[-1],
         "verdict": head["verdict"],
         "sentence": _sentence(head, fit),
         "second_sentence": _second_sentence(head),
         "headline": head,
         "genes": genes,
-        "split_noun": noun,
-        "loss": LOSS,
-        "definitions": _definitions(grid, spec, noun),
+        "split_noun": sweep.split_noun,
+        "loss": loss,
+        "loss_units": loss_units,
+        "unit": unit,
+        "definitions": _definitions(sweep, grid, loss),
         "best": _describe(best) if best else None,
-        "counts": _counts(grid, manifest),
-        "leak_test": _leak_test(done),
-        "commands": _commands(sweep_dir.name),
-        "cells": grids.gather_cells(grid),
-        "completeness": grids.completeness(grid),
-        "plan_against_actual": grids.plan_against_actual(runs, plan),
-        "runs": runs,
-        "fits": fit["fits"],
-        "choices": fit["choices"],
-        "leave_one_out": fit["leave_one_out"],
-        "headline_left_out": leave_one_out(fit, runs),
-        "held_out_largest": fit["held_out_largest"],
-        "residuals": residuals(runs, fit, genes),
-        "next_steps": fit["next_steps"],
-        "compute_optimal": fit["compute_optimal"],
-        "iso_flop": fit["iso_flop"],
-        "planted_floor": fit["planted_floor"],
-        "bits": _bits(fit, runs, genes),
-        "baselines": fit["baselines"],
-        "learning_rates": grids.learning_rates(runs),
+        "counts": _counts(sweep, grid),
+        "leak_test": _leak_test(fits),
+        "commands": _commands(sweep.folder),
+        "runs": [
+            asdict(row) | {"number": number, "mlflow_link": sweep.links.get(row.run_id)}
+            for number, row in enumerate(sweep.rows, start=1)
+        ],
+        **{part: fit[part] for part in _OF_FIT},
+        "bits": _bits(fit),
         "units": {
             "entropy": {"name": units.ENTROPY_NAME, "formula": units.ENTROPY_FORMULA},
             "gain": {"name": units.GAIN_NAME, "formula": units.GAIN_FORMULA},
             "share": {"name": units.SHARE_NAME, "formula": units.SHARE_FORMULA},
         },
-        "data": manifest,
-        "data_card": data_card(manifest),
-        "protocol": grids.protocol(grid, spec),
-        "needs": [*head["settles"], *grids.unfinished(grid)],
-        "notes": fit["notes"],
-        "excluded": fit["excluded"],
-        "columns_used": fit.get("columns_used", {}),
+    }
+    report |= {
+        "settings": settings.gather_settings(grid),
+        "completeness": settings.completeness(grid),
+        "plan_against_actual": settings.plan_against_actual(sweep.rows, sweep.planned),
+        "learning_rates": settings.learning_rates(sweep.rows),
+        "protocol": settings.protocol(grid, sweep.spec),
+        "needs": [*head["settles"], *settings.unfinished(grid)],
+    }
+    made = provenance(sweep)
+    report |= {
+        "date": made["last_evaluation"],
+        "data": sweep.manifest.model_dump(mode="json"),
+        "data_card": data_card(sweep.manifest),
         "provenance": made,
     }
     report["checklist"] = {"source": SOURCE, "entries": checklist(report, fit)}
     return report
+
+
+def _unit_words(loss_units: Sequence[str]) -> tuple[str, str]:
+    """The unit of the losses as a short name and as a phrase; several are all named."""
+    if not loss_units:
+        return "loss", "loss"
+    short, about = zip(*(_UNITS.get(unit, (unit, f"loss in {unit}")) for unit in loss_units), strict=True)
+    return " or ".join(short), " or ".join(about)
 
 
 def _sentence(head: dict[str, Any], fit: dict[str, Any]) -> str:
@@ -120,100 +119,89 @@ def _second_sentence(head: dict[str, Any]) -> str | None:
     if head["verdict"] != "supported":
         return f"What would settle it first: {head['settles'][0]}." if head["settles"] else None
     alpha = head["parameters"]["alpha"]
-    low, high = alpha["widest_low"], alpha["widest_high"]
+    low, high = alpha["low"], alpha["high"]
     if low is None or high is None:
         return f"alpha is {alpha['value']:.3g}, and leaving one size out opens its interval."
     return f"alpha is {alpha['value']:.3g}, and between {low:.3g} and {high:.3g} whichever size is left out."
 
 
-def _definitions(grid: Sequence[Run], spec: dict[str, Any], noun: str) -> list[dict[str, str]]:
-    recipes = sorted({str(run["recipe"]) for run in grid if run["recipe"]})
-    schedules = sorted({str(run["schedule"]) for run in grid if run["schedule"]})
-    budgets = sorted({run["max_cells_seen"] for run in grid if run["max_cells_seen"] is not None})
+def _definitions(sweep: Sweep, grid: Sequence[Row], loss: str) -> list[dict[str, str]]:
+    recipes = sorted({row.recipe for row in grid if row.recipe})
+    schedules = sorted({row.schedule for row in grid if row.schedule})
+    budgets = sorted({row.max_cells_seen for row in grid if row.max_cells_seen is not None})
     protocol = [f"{schedules[0]} schedule" if len(schedules) == 1 else f"schedules {', '.join(schedules) or 'unknown'}"]
     if budgets:
         ends = f"{budgets[0]:,.0f}" + (f" to {budgets[-1]:,.0f}" if len(budgets) > 1 else "")
         protocol.append(f"at most {ends} cells seen{' by size' if len(budgets) > 1 else ''}")
-    patience = spec.get("train", {}).get("patience_evaluations")
+    patience = sweep.spec.train.patience_evaluations if sweep.spec else None
     if patience:
         protocol.append(f"stopped after {patience} evaluations without gain")
-    if any(run["stop_reason"] == "early_stop" for run in grid) and not patience:
+    elif any(row.stop_reason == "early_stop" for row in grid):
         protocol.append("stopped early by validation")
-    genes = ", ".join(f"{value:,}" for value in sorted({run["genes"] for run in grid}))
+    genes = ", ".join(f"{value:,}" for value in sorted({row.genes for row in grid}))
     normalised = "; ".join(f"{recipe}: {_NORMALISATION.get(recipe, 'of its own')}" for recipe in recipes)
     words = [
         ("P", "all trainable parameters, the gene embedding included"),
         ("D", "unique training cells"),
         ("T", "cells seen in training, each presentation counted; epochs are T / D"),
         ("V", f"genes of the panel ({genes}), chosen on training cells"),
-        ("L", f"loss: {LOSS}; test cells are of held-out {noun}s"),
+        ("L", f"loss: {loss}; test cells are of held-out {sweep.split_noun}s"),
         ("normalisation", normalised or "not recorded"),
         ("protocol", ", ".join(protocol)),
     ]
     return [{"term": term, "means": means} for term, means in words]
 
 
-def _commands(name: str) -> list[str]:
+def _commands(folder: str) -> list[str]:
     return [
-        f"scaling-ray sweep {name}/spec.toml --shards SHARDS --out {name}",
-        f"scaling-ray report {name} --out REPORT",
+        f"scaling-ray sweep {folder}/spec.toml --shards SHARDS --out {folder}",
+        f"scaling-ray report {folder} --out REPORT",
     ]
 
 
-def _bits(fit: dict[str, Any], runs: Sequence[Run], genes: int) -> dict[str, Any]:
-    """Losses of each cell in every unit, with the size's name; a unit that no cell has is left out on the page."""
-    names = {float(run["params"]): run["size"] for run in runs if run["genes"] == genes}
-    table = [entry | {"size": names.get(entry["params"])} for entry in fit["units"]["by_cell"]]
-    return {**fit["units"], "by_cell": table}
+def _bits(fit: dict[str, Any]) -> dict[str, Any]:
+    """Losses of each setting in every unit, with the size's name; the page leaves out a unit that no setting has."""
+    names = {entry["params"]: entry["size"] for entry in fit["points"]["sizes"]}
+    table = [entry | {"size": names[entry["params"]]} for entry in fit["units"]["by_setting"]]
+    return {**fit["units"], "by_setting": table}
 
 
-def _describe(run: Run) -> dict[str, Any]:
+def _describe(row: Row) -> dict[str, Any]:
     """One run's losses, and what they are worth against the lines beside them."""
-    mse, gene_mean = run["test_mse"], run["baseline_mse"]
-    floors = {"attainable_floor": run["attainable_mse"], "shrunk_gaussian": run["gaussian_mse"]}
-    keys = (
-        "run_id",
-        "size",
-        "params",
-        "genes",
-        "cells",
-        "seed",
-        "lr",
-        "val_mse",
-        "test_mse",
-        "baseline_mse",
-        "gaussian_mse",
-    )
-    more = ("attainable_mse", "bound_mse", "attainable_bits", "bound_bits", "bound_z", "cells_seen", "mlflow_run_id")
-    worth: dict[str, Any] = {key: run[key] for key in keys + more}
-    worth["share_of_gap"] = {floor: grids.share(mse, gene_mean, value) for floor, value in floors.items()}
-    worth["entropy_bits"] = units.shared_gaussian_bits(mse) if mse else None
-    worth["gain_bits"] = {
-        "over_gene_mean": grids.gain(mse, gene_mean),
-        "over_shrunk_gaussian": grids.gain(mse, run["gaussian_mse"]),
+    loss, gene_mean, gaussian = row.test_loss, row.baseline_loss, row.gaussian_loss
+    mse = loss if units.is_mse(row.loss_unit) else None
+    return asdict(row) | {
+        "share_of_gap": {
+            "attainable_floor": units.share_of_gap(loss, gene_mean, row.attainable_loss),
+            "shrunk_gaussian": units.share_of_gap(loss, gene_mean, gaussian),
+        },
+        "entropy_bits": units.shared_gaussian_bits(mse) if mse else None,
+        "gain_bits": {
+            "over_gene_mean": units.gain_bits(mse, gene_mean),
+            "over_shrunk_gaussian": units.gain_bits(mse, gaussian),
+        },
+        "ratio_to_gaussian": loss / gaussian if loss and gaussian else None,
     }
-    worth["ratio_to_gaussian"] = mse / run["gaussian_mse"] if mse and run["gaussian_mse"] else None
-    return worth
 
 
-def _counts(grid: Sequence[Run], manifest: dict[str, Any]) -> dict[str, Any]:
-    states: dict[str, int] = {}
-    for run in grid:
-        states[run["status"]] = states.get(run["status"], 0) + 1
-    epochs = [run["cells_seen"] / run["cells"] for run in grid if run["cells_seen"] and run["cells"]]
+def _counts(sweep: Sweep, grid: Sequence[Row]) -> dict[str, Any]:
+    states = Counter({"done": 0})
+    states.update(row.status for row in grid)
+    epochs = [row.cells_seen / row.cells for row in grid if row.cells_seen and row.cells]
     return {
-        "runs": states,
-        "sizes": len({run["params"] for run in grid}),
-        "data_sizes": len({(run["cells"], run["cells_requested"]) for run in grid}),
-        "seeds": len({run["seed"] for run in grid}),
-        "groups": {split: len(entry.get("groups") or []) for split, entry in manifest["splits"].items()},
+        "runs": dict(states),
+        "sizes": len({row.params for row in grid}),
+        "data_sizes": len({(row.cells, row.cells_requested) for row in grid}),
+        "seeds": len({row.seed for row in grid}),
+        "groups": {split: len(entry.groups) for split, entry in sweep.manifest.splits.items()},
         "epochs": {"low": min(epochs), "high": max(epochs)} if epochs else None,
     }
 
 
-def _leak_test(done: Sequence[Run]) -> dict[str, Any] | None:
-    scores = [(run["bound_z"], run["run_id"]) for run in done if run["bound_z"] is not None]
-    if not scores:
+def _leak_test(fits: Mapping[int, dict[str, Any]]) -> dict[str, Any] | None:
+    """The worst of the cohorts' leak tests, over the runs of all of them."""
+    tests = [fit["leak_test"] for fit in fits.values() if fit["leak_test"] is not None]
+    if not tests:
         return None
-    lowest = min(scores)
-    return {"runs": len(scores), "lowest_z": lowest[0], "run_id": lowest[1], "limit": -4.0, "passed": lowest[0] >= -4.0}
+    worst: dict[str, Any] = min(tests, key=lambda test: test["lowest_z"])
+    return worst | {"runs": sum(test["runs"] for test in tests)}

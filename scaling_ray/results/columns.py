@@ -1,6 +1,7 @@
 """The columns of results.parquet, each declared once: the writer, the reader, ``fit`` and the report go by this.
 
-A column is a field of ``Row``: its Python type gives its Arrow type, its metadata the rest.
+A column is a field of ``Row``: its Python type gives its Arrow type, its metadata the rest. Columns that only other
+people's tables have stand below it, in ``FOREIGN``.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import pyarrow as pa
 
 ColumnRole = Literal["identity", "axis", "protocol", "execution", "state", "count", "loss", "reference", "note"]
 """What a column is: an axis of the grid, a rule of training, how it was carried out, what was counted, a loss, ..."""
+Agreement = Literal["", "within_law", "by_size"]
+"""What runs of one law must share: nothing; the same value in all; the same in all of one size and data."""
 
 
 @dataclass(frozen=True)
 class Column:
     """One column.
 
-    ``required``: every finished run of the grid has a value. ``agrees``: runs that differ in it belong to no one law;
-    "by_size" lets it follow the size. ``aliases`` are what other people's tables and older ones call it, the first one
-    found counts; a table's own column of the exact name comes first.
+    ``unit`` is in words, "loss_unit" where the column of that name says it. ``required``: every finished run of the
+    grid has a value. ``agrees``: runs that differ in it belong to no one law. ``aliases`` are what other people's
+    tables and older ones call it; a table's own column of the exact name comes first, then the first alias found.
     """
 
     name: str
@@ -28,57 +31,54 @@ class Column:
     unit: str
     role: ColumnRole
     required: bool
-    agrees: Literal["", "within_law", "by_size"]
+    agrees: Agreement
     aliases: tuple[str, ...]
 
 
-def _column(
-    role: ColumnRole,
-    unit: str = "",
-    *aliases: str,
-    required: bool = False,
-    agrees: Literal["", "within_law", "by_size"] = "",
-) -> Any:
-    facts = {"role": role, "unit": unit, "aliases": aliases, "required": required, "agrees": agrees}
-    return field(default=None, metadata=facts)
+def _facts(
+    role: ColumnRole, unit: str = "", *aliases: str, required: bool = False, agrees: Agreement = ""
+) -> dict[str, Any]:
+    return {"role": role, "unit": unit, "aliases": aliases, "required": required, "agrees": agrees}
+
+
+def _always(role: ColumnRole, unit: str = "", *aliases: str, agrees: Agreement = "") -> Any:
+    """A column that every run has a value in, finished or not."""
+    return field(metadata=_facts(role, unit, *aliases, required=True, agrees=agrees))
+
+
+def _column(role: ColumnRole, unit: str = "", *aliases: str, required: bool = False, agrees: Agreement = "") -> Any:
+    return field(default=None, metadata=_facts(role, unit, *aliases, required=required, agrees=agrees))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One run of a sweep; what is not known yet, or does not exist for it, is None."""
 
-    run_id: str = field(metadata={"role": "identity", "required": True})
-    role: Literal["law", "rate"] = field(metadata={"role": "identity", "required": True})
-    status: Literal["waiting", "running", "done", "failed"] = field(metadata={"role": "state", "required": True})
+    run_id: str = _always("identity")
+    role: Literal["law", "rate"] = _always("identity")
+    status: Literal["waiting", "running", "done", "failed"] = _always("state")
     failure: str | None = _column("state")
-    size: str = field(metadata={"role": "axis", "required": True})
+    size: str = _always("axis")
     width: int | None = _column("axis", "units")
     layers: int | None = _column("axis")
     heads: int | None = _column("axis")
     feedforward: int | None = _column("axis", "multiple of width")
-    params: int = field(
-        metadata={
-            "role": "axis",
-            "unit": "parameters",
-            "required": True,
-            "aliases": ("parameters", "n_params", "num_params", "model_size", "n"),
-        }
-    )
+    params: int = _always("axis", "parameters", "parameters", "n_params", "num_params", "model_size", "n")
     params_without_embedding: int | None = _column("axis", "parameters", "non_embedding_params")
-    genes: int = field(metadata={"role": "axis", "unit": "genes", "required": True, "agrees": "within_law"})
+    genes: int = _always("axis", "genes", agrees="within_law")
     cells: int | None = _column(
         "axis", "unique training cells", "tokens", "n_tokens", "num_tokens", "training_tokens", "d", required=True
     )
     cells_requested: str | None = _column("axis", "cells, or all")
     donors: int | None = _column("axis", "donors", agrees="within_law")
-    seed: int = field(metadata={"role": "axis", "required": True, "aliases": ("replicate",)})
+    seed: int = _always("axis", "", "replicate")
     lr: float | None = _column("protocol", "peak learning rate", agrees="by_size", required=True)
     lr_at_edge: bool | None = _column("note")
     recipe: str | None = _column("protocol", agrees="within_law", required=True)
     umi_fraction: float | None = _column("protocol", "share of molecules", agrees="within_law")
     objective: str | None = _column("protocol", agrees="within_law", required=True)
     schedule: str | None = _column("protocol", agrees="within_law", required=True)
-    max_cells_seen: int | None = _column("protocol", "cells seen", agrees="by_size", required=True)
+    max_cells_seen: int | None = _column("protocol", "cell presentations", agrees="by_size", required=True)
     cells_seen: int | None = _column("count", "cell presentations", "tokens_seen", required=True)
     masked_genes_seen: int | None = _column("count", "masked genes", required=True)
     optimizer_steps: int | None = _column("count", "updates", required=True)
@@ -87,8 +87,10 @@ class Row:
     )
     wall_seconds: float | None = _column("count", "s", required=True)
     loss_unit: str | None = _column("protocol", agrees="within_law", required=True)
-    val_loss: float | None = _column("loss", "loss_unit", "val_mse", required=True)
-    final_val_loss: float | None = _column("loss", "loss_unit", "final_val_mse", required=True)
+    val_loss: float | None = _column(
+        "loss", "loss_unit", "val_mse", "best_val_mse", "validation_loss", "eval_loss", required=True
+    )
+    final_val_loss: float | None = _column("loss", "loss_unit", "final_loss", "final_val_mse", required=True)
     test_loss: float | None = _column("loss", "loss_unit", "test_mse", required=True)
     best_cells_seen: int | None = _column("count", "cell presentations")
     stop_reason: str | None = _column("state", required=True)
@@ -110,6 +112,11 @@ class Row:
     workers: int | None = _column("execution", "processes")
     engine: str | None = _column("execution")
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is a run of the grid, not one that chose a rate, and done."""
+        return self.role == "law" and self.status == "done"
+
 
 _TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
@@ -124,22 +131,33 @@ def _type_of(hint: Any) -> pa.DataType:
 
 def _columns() -> tuple[Column, ...]:
     hints = get_type_hints(Row)
-    found = []
-    for each in fields(Row):
-        facts = each.metadata
-        found.append(
-            Column(
-                name=each.name,
-                type=_type_of(hints[each.name]),
-                unit=facts.get("unit", ""),
-                role=facts["role"],
-                required=facts.get("required", False),
-                agrees=facts.get("agrees", ""),
-                aliases=tuple(facts.get("aliases", ())),
-            )
-        )
-    return tuple(found)
+    return tuple(Column(name=each.name, type=_type_of(hints[each.name]), **each.metadata) for each in fields(Row))
 
 
 COLUMNS = _columns()
 SCHEMA = pa.schema([(column.name, column.type) for column in COLUMNS])
+
+
+def _foreign(name: str, kind: type, *facts: Any, agrees: Agreement = "") -> Column:
+    return Column(name=name, type=_TYPES[kind], **_facts(*facts, agrees=agrees))
+
+
+FOREIGN = (
+    _foreign("loss", float, "loss", "loss_unit", "mse", "l"),
+    _foreign("micro_batch", int, "execution", "cells or tokens", agrees="within_law"),
+    _foreign("accumulation", int, "execution", "micro-batches", agrees="within_law"),
+    _foreign("micro_steps", int, "protocol", "micro-batches", agrees="by_size"),
+    _foreign("count_bits", float, "loss", "bits per masked gene"),
+    _foreign("nb_bits", float, "loss", "bits per masked gene"),
+    _foreign("multinomial_bits", float, "loss", "bits per masked gene"),
+    _foreign("beta_binomial_bits", float, "loss", "bits per masked gene"),
+)
+"""Columns that a fit reads where another's table has them, and that no sweep writes."""
+
+LOSSES = ("loss", "test_loss", "val_loss", "final_val_loss")
+"""Which column is the loss of a law: the first of these that every finished run of a table has."""
+
+
+def agreeing(agrees: Agreement) -> tuple[str, ...]:
+    """Names of all columns that must agree so."""
+    return tuple(column.name for column in (*COLUMNS, *FOREIGN) if column.agrees == agrees)

@@ -1,4 +1,4 @@
-"""Tables of runs, one's own or other people's, into the columns that a fit reads."""
+"""Other people's tables of runs, and older ones of this project, as columns under the names of this one."""
 
 from __future__ import annotations
 
@@ -9,68 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from scaling_ray.errors import BadInput
+from scaling_ray.laws.points import is_finished
+from scaling_ray.results.columns import COLUMNS, FOREIGN, LOSSES, Column
 
-# What the fit calls a column -> the names it goes by in tables, first found first served.
-_NAMES = {
-    "params": ("params", "parameters", "n_params", "num_params", "model_size", "n"),
-    "params_without_embedding": ("params_without_embedding", "non_embedding_params"),
-    "cells": ("cells", "tokens", "n_tokens", "num_tokens", "training_tokens", "d"),
-    "cells_seen": ("cells_seen", "tokens_seen"),
-    "seed": ("seed", "replicate"),
-    "flops": ("flops", "training_flop", "training_flops", "flop", "compute"),
-    "size": ("size",),
-    "width": ("width",),
-    "genes": ("genes",),
-    "recipe": ("recipe",),
-    "donors": ("donors",),
-    "umi_fraction": ("umi_fraction",),
-    "objective": ("objective",),
-    "schedule": ("schedule",),
-    "data_hash": ("data_hash",),
-    "max_cells_seen": ("max_cells_seen",),
-    "micro_batch": ("micro_batch",),
-    "accumulation": ("accumulation",),
-    "micro_steps": ("micro_steps",),
-    "lr": ("lr",),
-    "lr_at_edge": ("lr_at_edge",),
-    "undertrained": ("undertrained",),
-    "bound_z": ("bound_z",),
-    "status": ("status",),
-    "failure": ("failure",),
-    "role": ("role",),
-    "run_id": ("run_id",),
-    "per_gene_bits": ("per_gene_bits", "test_per_gene_bits"),
-    "count_bits": ("count_bits",),
-    "nb_bits": ("nb_bits",),
-    "multinomial_bits": ("multinomial_bits",),
-    "beta_binomial_bits": ("beta_binomial_bits",),
-}
-_LOSSES: tuple[str, ...] = ("loss", "test_mse", "test_loss", "val_mse", "best_val_mse", "val_loss")
-_LOSSES += ("validation_loss", "eval_loss", "final_loss", "mse", "l")
-_VALIDATION = ("val_mse", "best_val_mse", "val_loss", "validation_loss", "eval_loss")
-_FINAL = ("final_loss", "final_val_mse")
-# Baselines were measured on test cells, and are comparable with a loss on test cells only.
-_ON_TEST = {"baseline": ("baseline", "baseline_mse"), "gaussian": ("gaussian", "gaussian_mse")}
-_ON_TEST |= {"attainable": ("attainable", "attainable_mse"), "bound": ("bound", "bound_mse")}
+_ALL = {column.name: column for column in (*COLUMNS, *FOREIGN)}
+# Where "loss" is no column of its own, the names of the others come before those that it goes by elsewhere.
+_LOSSES = ("loss", *(name for own in LOSSES[1:] for name in (own, *_ALL[own].aliases)), *_ALL["loss"].aliases)
+_ON_TEST = ("loss", "test_loss", *_ALL["test_loss"].aliases)
 
 
 def read_table(path: Path | str) -> dict[str, Any]:
-    """Columns of a CSV or Parquet table, or of a sweep's directory, under the names that a fit reads.
+    """Columns of a CSV or Parquet table of runs, under the names of :class:`~scaling_ray.results.columns.Row`.
 
-    Names are matched without regard to case, spaces and dashes ("Model Size" is ``model_size``), and by the synonyms of
-    other people's tables (N and D, tokens, val_loss); a table's own column of the exact name always comes first.
-    The loss is ``loss``, else ``test_mse``, else ``val_mse``: the first that every finished run has. The entry
-    ``columns_used`` says which column of the table each came from.
+    Names are matched without regard to case, spaces and dashes ("Model Size" is ``model_size``), and by the aliases of
+    :data:`COLUMNS` and :data:`FOREIGN` (N and D, tokens, test_mse); a table's own column of the exact name always comes
+    first. The entry ``loss`` is the first of ``loss``, test, validation and final loss that every finished run has, and
+    ``columns_used`` says which column of the table each entry came from.
 
     Raises:
         BadInput: no such file, not a table, or no column for parameters or loss.
     """
     path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("results.parquet", "results.csv") if (path / name).exists()]
-        if not found:
-            raise BadInput("table", str(path), "no results.parquet or results.csv in it; run the sweep first")
-        path = found[0]
     if not path.exists():
         raise BadInput("table", str(path), "no such file")
     raw = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
@@ -78,23 +37,24 @@ def read_table(path: Path | str) -> dict[str, Any]:
     rows = len(next(iter(raw.values()), []))
     if not rows:
         raise BadInput("table", str(path), "has no rows")
-    point = [_is_point(raw, i) for i in range(rows)]
     losses = [name for name in _LOSSES if name in raw]
     if not losses:
         raise BadInput("loss", sorted(raw), f"the table needs one of the columns {', '.join(_LOSSES[:-1])}")
-    whole = [n for n in losses if all(raw[n][i] is not None for i in range(rows) if point[i])]
+    unsaid = [None] * rows
+    states = zip(raw.get("role", unsaid), raw.get("status", unsaid), strict=True)
+    finished = [i for i, state in enumerate(states) if is_finished(*state)]
+    whole = [name for name in losses if all(raw[name][i] is not None for i in finished)]
     used = {"loss": (whole or losses)[0]}
-    for name, aliases in _NAMES.items():
-        _use(used, name, aliases, raw)
+    for name, column in _ALL.items():
+        # References were measured on test cells, and are comparable with a loss on test cells only.
+        comparable = used["loss"] in _ON_TEST or (column.role, column.unit) != ("reference", "loss_unit")
+        source = _source(column, raw)
+        if name not in used and source is not None and comparable:
+            used[name] = source
     if "params" not in used:
         raise BadInput(
             "params", sorted(raw), "the table needs a column params (or N): trainable parameters of each run"
         )
-    if used["loss"] in ("loss", "test_mse", "test_loss"):
-        for name, aliases in _ON_TEST.items():
-            _use(used, name, aliases, raw)
-    _use(used, "validation_loss", _VALIDATION, raw)
-    _use(used, "final_loss", _FINAL, raw)
     columns: dict[str, Any] = {name: raw[source] for name, source in used.items()}
     columns["columns_used"] = {name: own_name.get(source, source) for name, source in used.items()}
     return columns
@@ -122,16 +82,12 @@ def _plain_names(raw: Mapping[str, list[Any]]) -> tuple[dict[str, list[Any]], di
     return found, {plain: names[0] for plain, names in twice.items()}
 
 
-def _use(used: dict[str, str], name: str, aliases: tuple[str, ...], raw: Mapping[str, list[Any]]) -> None:
-    for alias in aliases:
-        if alias in raw and any(value is not None for value in raw[alias]):
-            used[name] = alias
-            return
-
-
-def _is_point(raw: Mapping[str, list[Any]], row: int) -> bool:
-    done = "status" not in raw or raw["status"][row] in (None, "done")
-    return done and ("role" not in raw or raw["role"][row] in (None, "law"))
+def _source(column: Column, raw: Mapping[str, list[Any]]) -> str | None:
+    """The name that a column has in a table; None where it is not there, or without a single value."""
+    for name in (column.name, *column.aliases):
+        if name in raw and any(value is not None for value in raw[name]):
+            return name
+    return None
 
 
 def _read_csv(path: Path) -> dict[str, list[Any]]:

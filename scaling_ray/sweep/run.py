@@ -35,7 +35,10 @@ from scaling_ray.tracking.ledger import is_tracked, tracking_uri
 
 
 def run_sweep(
-    spec_path: Path, shards: Path | str | Place, out: Path | str | Place, progress: Progress = lambda line: None
+    spec_path: Path | str,
+    shards: Path | str | Place,
+    out: Path | str | Place,
+    progress: Progress = lambda line: None,
 ) -> list[Row]:
     """Run what the spec asks for and ``out`` does not hold yet; the rows of the results table.
 

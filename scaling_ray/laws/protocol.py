@@ -1,0 +1,151 @@
+"""What is wrong with the runs themselves, whatever law is drawn through them; and the test for leaks.
+
+A paired z compares a run with the planted bound on the same cells and masks: no model can be better than the bound, so
+a z far below zero says that masked values leak into the input or test cells into training.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaling_ray.laws.gates import Refusal, listed
+from scaling_ray.laws.points import Agreement, Rows
+
+LEAK_Z = -4.0
+
+
+def protocol_gates(rows: Rows, agreement: Agreement) -> list[Refusal]:
+    """Refusals against the points' runs, in an order that does not depend on the runs."""
+    refusals = []
+    for name in agreement.within_law:
+        if name in rows and len(found := np.unique(rows[name].astype(str))) > 1:
+            refusals.append(
+                Refusal(
+                    f"mixed cohorts: the runs differ in {name} ({', '.join(found[:4])}), not only in size and cells",
+                    f"one fit for each {name}, or runs that share it",
+                )
+            )
+    setting_of_run = _settings(rows)
+    settings = np.unique(setting_of_run)
+    for name in agreement.by_size:
+        if name not in rows:
+            continue
+        values = rows[name].astype(str)
+        mixed = [setting for setting in settings if len(np.unique(values[setting_of_run == setting])) > 1]
+        if mixed:
+            refusals.append(
+                Refusal(
+                    f"mixed cohorts: {name} differs between runs of the same size and data in {len(mixed)} of "
+                    f"{len(settings)} settings",
+                    f"runs of one setting that share {name}",
+                )
+            )
+    refusals += _seed_gates(rows, setting_of_run)
+    if "undertrained" in rows and (count := int(np.sum(_flags(rows["undertrained"])))):
+        in_settings = len(np.unique(setting_of_run[_flags(rows["undertrained"])]))
+        refusals.append(
+            Refusal(
+                f"{count} of {len(setting_of_run)} runs ({in_settings} settings) were still improving when their "
+                f"budget ended: they are undertrained",
+                "a larger budget of cells seen for these runs, until validation stops them",
+            )
+        )
+    if "lr_at_edge" in rows and np.any(_flags(rows["lr_at_edge"])):
+        sizes = sorted({_size_name(rows, int(i)) for i in np.flatnonzero(_flags(rows["lr_at_edge"]))})
+        refusals.append(
+            Refusal(
+                f"the learning rate of {listed(sizes)} is the lowest or highest of those tried",
+                "further learning rates beyond the edge for these sizes",
+            )
+        )
+    if "baseline_loss" in rows:
+        refusals += _gene_mean_gate(rows)
+    if leaking := int(np.sum(_leak_scores(rows) < LEAK_Z)):
+        refusals.append(
+            Refusal(
+                f"{leaking} runs are better than the planted bound allows (paired z below {LEAK_Z:g}): "
+                f"masked values leak into the input or test cells into training",
+                "the leak found and closed, and the runs repeated",
+            )
+        )
+    return refusals
+
+
+def diverged_gate(count: int) -> list[Refusal]:
+    """Settings of the grid whose runs diverged leave a hole that is not at random."""
+    if not count:
+        return []
+    return [
+        Refusal(
+            f"{count} runs diverged and are missing from the fit", "these settings repeated at a lower learning rate"
+        )
+    ]
+
+
+def leak_test(rows: Rows) -> dict[str, Any] | None:
+    """The lowest paired z of the runs that have one, and whether it passes; None where none has, without a bound."""
+    scores = _leak_scores(rows)
+    if not np.any(np.isfinite(scores)):
+        return None
+    lowest = int(np.nanargmin(scores))
+    return {
+        "runs": int(np.sum(np.isfinite(scores))),
+        "lowest_z": float(scores[lowest]),
+        "run_id": str(rows["run_id"][lowest]) if "run_id" in rows else None,
+        "limit": LEAK_Z,
+        "passed": bool(scores[lowest] >= LEAK_Z),
+    }
+
+
+def _leak_scores(rows: Rows) -> NDArray:
+    """Paired z of each run (R,), NaN where it has none; one NaN for a table without a bound."""
+    return rows["bound_z"] if "bound_z" in rows else np.array([np.nan])
+
+
+def _seed_gates(rows: Rows, setting_of_run: NDArray) -> list[Refusal]:
+    """Runs of one setting are repeats only where their seeds are known to differ."""
+    if "seed" not in rows:
+        return []
+    seeds = rows["seed"].astype(str)
+    if missing := int(np.sum(seeds == "")):
+        reason = f"{missing} of {seeds.size} runs have no seed, so it is not known which runs of a setting are repeats"
+        return [Refusal(reason, "the seed of every run")]
+    keys = np.array([f"{setting}/{seed}" for setting, seed in zip(setting_of_run, seeds, strict=True)])
+    if repeated := seeds.size - np.unique(keys).size:
+        reason = f"{repeated} runs have the size, cells and seed of another run: they are copies and not repeats"
+        return [Refusal(reason, "one run of each size, cells and seed")]
+    return []
+
+
+def _gene_mean_gate(rows: Rows) -> list[Refusal]:
+    baseline = rows["baseline_loss"].astype(float)
+    worse = []
+    for size in np.unique(rows["params"]):
+        here = (rows["params"] == size) & np.isfinite(baseline)
+        if np.any(here) and np.mean(rows["loss"][here]) >= np.mean(baseline[here]):
+            worse.append(_size_name(rows, int(np.flatnonzero(here)[0])))
+    if not worse:
+        return []
+    return [
+        Refusal(
+            f"{listed(worse)} did not beat the mean of each gene, so its loss measures training and not size",
+            f"{listed(worse)} trained to convergence, or declared an anchor size",
+        )
+    ]
+
+
+def _settings(rows: Rows) -> NDArray:
+    """The setting of each run (R,), as text: its size and its number of cells."""
+    keys = [rows[name].astype(str) for name in ("params", "cells") if name in rows]
+    return np.array(["/".join(key) for key in zip(*keys, strict=True)])
+
+
+def _flags(column: NDArray) -> NDArray:
+    return np.array([value is True or str(value).lower() in {"true", "1", "1.0"} for value in column])
+
+
+def _size_name(rows: Rows, row: int) -> str:
+    return str(rows["size"][row]) if "size" in rows else f"{float(rows['params'][row]):,.0f}"

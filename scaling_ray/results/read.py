@@ -1,0 +1,79 @@
+"""results.parquet of a sweep as typed rows. A column that went missing is an error and never a value that is None."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scaling_ray.errors import BadInput
+from scaling_ray.results.columns import COLUMNS, SCHEMA, Row
+from scaling_ray.results.sweep_files import RESULTS
+from scaling_ray.storage import Place
+
+_AGAIN = "run the sweep again to write it anew"
+_OF_EVERY_RUN = tuple(each.name for each in fields(Row) if each.default is MISSING)
+_OF_FINISHED_RUNS = tuple(column.name for column in COLUMNS if column.required)
+
+
+class Results(NamedTuple):
+    """The rows of a results.parquet, and which file it was."""
+
+    rows: list[Row]
+    sha256: str
+
+
+def read_rows(place: Place) -> list[Row]:
+    """Every run of the sweep at ``place``, in the order of the table; BadInput as :func:`read_results`."""
+    return read_results(place).rows
+
+
+def read_results(place: Place) -> Results:
+    """The results of the sweep at ``place``, read once.
+
+    Raises:
+        BadInput: there is no results.parquet, or it is none of this version (see :func:`parse_results`).
+    """
+    try:
+        data = place.read(RESULTS)
+    except FileNotFoundError as error:
+        raise BadInput(place.field, str(place), f"holds no {RESULTS}; run the sweep first") from error
+    return Results(parse_results(data), hashlib.sha256(data).hexdigest())
+
+
+def parse_results(data: bytes) -> list[Row]:
+    """The rows of a results.parquet; a float that is NaN or infinite is None.
+
+    Raises:
+        BadInput: not Parquet, a column of :data:`SCHEMA` is missing or of another type, there are no rows, or a
+            finished run of the grid has no value in a column that is required.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        missing = [name for name in SCHEMA.names if name not in table.column_names]
+        if missing:
+            raise BadInput(RESULTS, ", ".join(missing), f"missing from its columns; {_AGAIN}")
+        table = table.select(SCHEMA.names).cast(SCHEMA)
+    except pa.ArrowException as error:
+        raise BadInput(RESULTS, str(error), f"not the table of a sweep of this version; {_AGAIN}") from error
+    if table.num_rows == 0:
+        raise BadInput(RESULTS, 0, "has no rows; run the sweep first")
+    return [_row(values) for values in table.to_pylist()]
+
+
+def _row(values: Mapping[str, Any]) -> Row:
+    known: dict[str, Any] = {
+        name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()
+    }
+    row = Row(**known)
+    for name in _OF_FINISHED_RUNS if row.is_finished else _OF_EVERY_RUN:
+        if known[name] is None:
+            state = "is done and" if row.is_finished else "is in the table and"
+            raise BadInput(f"{RESULTS}: {name}", row.run_id, f"{state} has none; {_AGAIN}")
+    return row
