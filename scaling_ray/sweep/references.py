@@ -187,7 +187,7 @@ def closed_form_task(
     directory: str, run: str, shards: Place, manifest: str, train: Cells | None, val: Cells, test: Cells
 ) -> None:
     """``write_closed_form`` of a run given as text, from the cells of its node or, where train is None, the shards."""
-    spec, record = RunSpec.model_validate_json(run), ShardManifest.model_validate_json(manifest)
+    spec, record = RunSpec.model_validate_json(run), ShardManifest.parse(manifest, "the shards' manifest")
     torch.set_num_threads(1)
     measured = read_measured(shards, record, spec.genes)
 
@@ -203,5 +203,5 @@ def closed_form_task(
 def floor_task(directory: str, shards: Place, manifest: str, genes: int, test: Cells, train: str) -> None:
     """``write_planted_floor`` of records given as text."""
     torch.set_num_threads(1)
-    record, spec = ShardManifest.model_validate_json(manifest), TrainSpec.model_validate_json(train)
+    record, spec = ShardManifest.parse(manifest, "the shards' manifest"), TrainSpec.model_validate_json(train)
     write_planted_floor(Path(directory), shards, record, genes, test.narrowed(genes), spec)

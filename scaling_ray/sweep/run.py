@@ -400,7 +400,7 @@ def _trial(
     runs = [RunSpec.model_validate_json(text) for text in config["runs"]]
     place = Path(sweep)
     if not asked_to_stop(place):
-        record = ShardManifest.model_validate_json(manifest)
+        record = ShardManifest.parse(manifest, "the shards' manifest")
         held = {name: ray.get(reference).narrowed(runs[0].genes) for name, reference in splits.items()}
 
         def feed(run: RunSpec) -> Feed:
