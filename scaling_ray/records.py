@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from scaling_ray.errors import BadInput
 from scaling_ray.recipe import OBJECTIVES
 from scaling_ray.sizes import Shape, parameters
+from scaling_ray.storage import sealed_json, unseal
 
 StopReason = Literal["budget", "early_stop"]
 FailureClass = Literal["bug", "diverged", "out_of_memory", "lost", "stuck", "bad_input"]
@@ -34,17 +36,17 @@ class LossSums:
 
 
 class Record(BaseModel):
-    """A frozen record with a version; unknown fields are refused."""
+    """A frozen record with a version; unknown fields are refused, and so is text that changed since it was written."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_json(self) -> str:
-        """JSON text, indented, ending in a newline."""
-        return self.model_dump_json(indent=1) + "\n"
+        """JSON text with a hash of itself (``storage.sealed``), indented, ending in a newline."""
+        return sealed_json(json.loads(self.model_dump_json()))
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The record in ``path``; BadInput if it is absent or not such a record."""
+        """The record in ``path``; BadInput if it is absent, damaged or not such a record."""
         try:
             return cls.parse(path.read_bytes(), str(path))
         except OSError as error:
@@ -52,9 +54,10 @@ class Record(BaseModel):
 
     @classmethod
     def parse(cls, text: bytes | str, source: str) -> Self:
-        """The record in ``text``; BadInput naming ``source`` if it is not such a record."""
+        """The record in ``text``; BadInput naming ``source`` if it is damaged or not such a record."""
+        fields = unseal(text, source)
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(json.dumps(fields))
         except ValidationError as error:
             first = str(error).splitlines()[0]
             raise BadInput(source, first, f"is not a {cls.__name__} of this version; make it anew") from error
@@ -91,7 +94,7 @@ class ShardManifest(Record):
     small to rank genes in; ``split_from`` is the data_hash of the older shards whose split was carried over.
     """
 
-    version: Literal[2] = 2
+    version: Literal[3] = 3
     name: str
     data_hash: str
     genes: int
@@ -157,7 +160,7 @@ class ModelRecord(Record):
     of a cell's molecules that the network saw in training. ``census`` says which Census the training cells are from.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     run_id: str
     size: str
     width: int
@@ -202,7 +205,7 @@ class ModelRecord(Record):
 class RunFailure(Record):
     """Why a run has no result: its class, the message, and the attempt."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     run_id: str
     failure: FailureClass
     message: str

@@ -214,16 +214,19 @@ one_at_a_time, being_put, already = threading.Lock(), set(), {}
 chance = {method: random.Random(f"33 {method}") for method in ("GET", "HEAD", "PUT", "POST", "DELETE")}
 
 
-def fault_of(method, path):
+def fault_of(method, path, query):
     """What goes wrong with a request: by chance, or as often as its name asks for."""
     with one_at_a_time:
         if chance[method].random() < share:  # the n-th of its kind, whatever comes between
             return chance[method].choice(("refused", "cut" if method == "GET" else "lost"))
-        asked = re.search("(refused|lost|cut)-([0-9]+)-times", path)
-        if not asked or method != {"cut": "GET"}.get(asked[1], "PUT"):
+        asked = re.search("(refused|lost|cut|unended)-([0-9]+)-times", path)
+        if not asked or method != {"cut": "GET", "unended": "POST"}.get(asked[1], "PUT"):
+            return ""
+        if asked[1] == "unended" and "uploadId" not in query:  # the answer to the end of an upload in parts gets lost
             return ""
         already[path] = already.get(path, 0) + 1
-        return asked[1] if already[path] <= int(asked[2]) else ""
+        fault = "lost" if asked[1] == "unended" else asked[1]
+        return fault if already[path] <= int(asked[2]) else ""
 
 
 def claim(path):
@@ -273,7 +276,8 @@ def broken(body):
 
 def application(environ, start_response):
     method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
-    fault = "" if "the-test-itself" in environ.get("HTTP_AUTHORIZATION", "") else fault_of(method, path)
+    query, by = environ["QUERY_STRING"], environ.get("HTTP_AUTHORIZATION", "")
+    fault = "" if "the-test-itself" in by else fault_of(method, path, query)
     status, headers, body = answer_to(environ, path, fault)
     if fault == "cut" and not (method == "GET" and len(body) > 1):
         fault = "lost"

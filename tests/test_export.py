@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from scaling_ray.records import ModelRecord, RunResult, ShardManifest
 from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import write_table
-from scaling_ray.storage import open_place, write_json
+from scaling_ray.storage import open_place, sealed_json, unseal, write_json
 from scaling_ray.sweep.export import keep_genes
 from scaling_ray.train.attempt import publish_winner
 from scaling_ray.train.engine import PlainEngine
@@ -278,8 +279,13 @@ def test_what_is_no_whole_model_is_refused(trained: Path, tmp_path: Path) -> Non
     assert export(trained, RUNS["corrected"].run_id, out) == 0
     weights, text = (out / "model.safetensors").read_bytes(), (out / "model.json").read_text()
     record = ModelRecord.parse(text, "model.json")
-    flipped = weights[:-1] + bytes([weights[-1] ^ 1])
-    for damaged in (weights[:-100], weights[:4], b"", flipped):
+    header = 8 + int.from_bytes(weights[:8], "little")
+    flipped = [
+        weights[:at] + bytes([weights[at] ^ 1]) + weights[at + 1 :]
+        for at in (0, 7, 8, header // 2, header - 1, header, (header + len(weights)) // 2, len(weights) - 1)
+    ]
+    cut = [weights[:length] for length in (0, 4, 8, header, len(weights) - 100, len(weights) - 1)]
+    for damaged in (*flipped, *cut, weights + b"x"):
         (out / "model.safetensors").write_bytes(damaged)
         with pytest.raises(BadInput, match="model.safetensors.*export the model again"):
             load_model(out)
@@ -287,12 +293,16 @@ def test_what_is_no_whole_model_is_refused(trained: Path, tmp_path: Path) -> Non
     with pytest.raises(BadInput, match="is missing"):
         load_model(out)
     (out / "model.safetensors").write_bytes(weights)
+    fields = unseal(text, "model.json")
     for odd, complaint in (
-        (text.replace('"version": 1', '"version": 2'), "version: 2: is not known"),
-        (text.replace(record.feature_ids[0], record.feature_ids[1]), "is not a ModelRecord"),
-        (text.replace(f'"params": {record.params}', '"params": 7'), "is not a ModelRecord"),
-        ("{}", "no version"),
-        ("no json", "no version"),
+        (sealed_json(fields | {"version": 1_000}), "version: 1000: is not known"),
+        (sealed_json(fields | {"feature_ids": fields["feature_ids"][:1] * GENES}), "is not a ModelRecord"),
+        (sealed_json(fields | {"params": 7}), "is not a ModelRecord"),
+        (text.replace(record.feature_ids[0], record.feature_ids[1]), "was changed"),
+        (text.replace(record.weights_sha256, hashlib.sha256(b"other").hexdigest()), "was changed"),
+        (text[:-10], "cut short or damaged; export the model again"),
+        ("{}", "written by another version"),
+        ("no json", "is no JSON"),
     ):
         (out / "model.json").write_text(odd)
         with pytest.raises(BadInput, match=complaint) as found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from scaling_ray.cli import main
 from scaling_ray.errors import BadInput, DamagedFiles
 from scaling_ray.records import ShardManifest, SplitEntry
 from scaling_ray.shards import format as shard_format
@@ -27,8 +29,10 @@ from scaling_ray.shards.format import (
     write_file,
     write_table,
 )
+from scaling_ray.shards.prepare import carried_groups
 from scaling_ray.shards.read import Cells, columns_for, decode_cells, read_split
-from scaling_ray.storage import open_place
+from scaling_ray.spec import DataSpec
+from scaling_ray.storage import open_place, sealed_json, unseal
 
 CELLS = 60
 
@@ -258,19 +262,56 @@ def test_more_genes_than_stored_is_bad_input(shards: Path) -> None:
 def test_directories_without_a_whole_manifest_are_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"manifest\.json"):
         read_manifest(tmp_path)
-    text = (shards / "manifest.json").read_text()
-    for broken in (
-        text[: len(text) // 2],
-        text.replace('"version": 2', '"version": 3'),
-        text.replace('"name"', '"nome"'),
-    ):
-        (shards / "manifest.json").write_text(broken)
-        with pytest.raises(BadInput, match="ShardManifest") as caught:
-            verify(shards)
-        assert "\n" not in str(caught.value)
+    fields = unseal((shards / "manifest.json").read_bytes(), "manifest.json")
+    for odd in (fields | {"version": 1_000}, {"nome" if key == "name" else key: fields[key] for key in fields}):
+        (shards / "manifest.json").write_text(sealed_json(odd))
+        for reader in (verify, read_manifest):
+            with pytest.raises(BadInput, match="ShardManifest of this version") as caught:
+                reader(shards)
+            assert "\n" not in str(caught.value)
     shutil.rmtree(shards)
     with pytest.raises(BadInput):
         verify(shards)
+
+
+def carried_from(shards: Path) -> object:
+    return carried_groups(DataSpec(split_from=str(shards / "manifest.json")))
+
+
+def read_directly(shards: Path) -> object:
+    return ShardManifest.read(shards / "manifest.json")
+
+
+def test_a_manifest_with_any_byte_changed_is_named_by_verify_and_refused_by_every_reader(shards: Path) -> None:
+    path = shards / "manifest.json"
+    whole = path.read_bytes()
+    digit = whole.index(b'"content_sha256": "') + 30
+    chosen = {digit, *range(0, len(whole), 97)}
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        problems = verify(shards)
+        assert len(problems) == 1 and problems[0].startswith("manifest.json: "), at
+        assert "build the shards anew" in problems[0] and "\n" not in problems[0]
+        if at in chosen:
+            for reader in (read_manifest, read_directly, carried_from):
+                with pytest.raises(BadInput, match="manifest.json"):
+                    reader(shards)
+    path.write_bytes(whole)
+    assert verify(shards) == []
+
+
+def test_a_manifest_cut_short_or_without_its_seal_is_one_line(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shards / "manifest.json"
+    whole = path.read_bytes()
+    fields = json.loads(whole)
+    older = json.dumps({key: value for key, value in fields.items() if key != "sha256"}).encode()
+    for damaged in (whole[:-2], whole[: len(whole) // 2], b"", b"[]", b"\xff", older):
+        path.write_bytes(damaged)
+        assert main(["shards", "verify", str(shards)]) == 1
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.count("\n") == 1 and "manifest.json: " in said.err
+        with pytest.raises(BadInput, match="manifest.json"):
+            read_manifest(shards)
 
 
 def test_selected_rows_keep_their_columns_together(make_cells: Callable[..., Cells]) -> None:

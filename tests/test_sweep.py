@@ -18,6 +18,7 @@ from conftest import TINY_SWEEP
 
 from scaling_ray.errors import BadInput, LeaseHeld, RunsFailed
 from scaling_ray.model.exported import load_model
+from scaling_ray.records import ShardManifest
 from scaling_ray.storage import open_place
 from scaling_ray.sweep.export import export_model
 from scaling_ray.sweep.run import run_sweep
@@ -118,9 +119,8 @@ def test_results_of_other_shards_are_refused(swept: Path, tiny_shards: Path, tmp
 
     other = tmp_path / "shards"
     shutil.copytree(tiny_shards, other)
-    text = (other / "manifest.json").read_text()
-    manifest = json.loads(text)
-    (other / "manifest.json").write_text(text.replace(manifest["data_hash"], "0" * 64))
+    manifest = ShardManifest.read(other / "manifest.json")
+    (other / "manifest.json").write_text(manifest.model_copy(update={"data_hash": "0" * 64}).to_json())
     with pytest.raises(BadInput, match="differ from those of this sweep"):
         run_sweep(swept / "spec.toml", other, swept)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from scaling_ray.errors import BadInput
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.records import ModelRecord
+from scaling_ray.storage import unseal
 
 RECORD, WEIGHTS = "model.json", "model.safetensors"
 
@@ -40,12 +40,12 @@ def read_record(directory: Path) -> ModelRecord:
     except (OSError, UnicodeDecodeError) as error:
         remedy = f"holds no readable {RECORD}; make a model with `scaling-ray export`"
         raise BadInput("model", str(directory), remedy) from error
-    try:
-        version = json.loads(text)["version"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(str(path), "no version", "is not the record of a model; export it again") from error
-    if version != 1:
-        raise BadInput(f"{path}: version", version, "is not known here, only 1 is; use the version that wrote it")
+    fields = unseal(text, str(path), "export the model again")
+    version, known = fields.pop("version", None), ModelRecord.model_fields["version"].default
+    if version != known:
+        raise BadInput(
+            f"{path}: version", version, f"is not known here, only {known} is; use the version that wrote it"
+        )
     return ModelRecord.parse(text, str(path))
 
 
@@ -59,14 +59,15 @@ def load_model(directory: Path) -> tuple[MaskedGeneTransformer, ModelRecord]:
     path = directory / WEIGHTS
     remedy = "is missing, cut short or changed since it was written; export the model again"
     try:
-        found = _sha256(path)
+        weights = path.read_bytes()
     except OSError as error:
         raise BadInput(str(path), error.strerror, remedy) from error
+    found = hashlib.sha256(weights).hexdigest()
     if found != record.weights_sha256:
         raise BadInput(str(path), f"sha256 {found[:12]}, not {record.weights_sha256[:12]}", remedy)
     network = MaskedGeneTransformer(record.shape, len(record.feature_ids))
     try:
-        network.load_state_dict(load_file(path))
+        network.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError) as error:
         raise BadInput(str(path), str(error), f"does not fit {RECORD}; export the model again") from error
     return network.eval(), record

@@ -13,7 +13,7 @@ from scaling_ray.errors import BadInput
 from scaling_ray.records import ShardManifest
 from scaling_ray.results.columns import Row
 from scaling_ray.results.read import read_results
-from scaling_ray.results.sweep_files import MANIFEST, MLFLOW, PLAN, RESULTS, SPEC, SweepFiles, read_json
+from scaling_ray.results.sweep_files import MANIFEST, MLFLOW, PLAN, RESULTS, SPEC, SweepFiles, read_sealed
 from scaling_ray.spec import SweepSpec
 from scaling_ray.storage import Place, open_place
 
@@ -76,7 +76,7 @@ def read_sweep(source: Path | str | Place) -> Sweep:
     files = SweepFiles(place)
     plan = files.plan()
     runs = {row.run_id: files.run(row.run_id) for row in results.rows}
-    tracked = {run_id: read_json(run.place, MLFLOW) for run_id, run in runs.items()}
+    tracked = {run_id: read_sealed(run.place, MLFLOW) for run_id, run in runs.items()}
     metrics = {run_id: run.rows() for run_id, run in runs.items()}
     spec = None if place.size(SPEC) is None else files.spec()
     manifest = files.known_manifest()

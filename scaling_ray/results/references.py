@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_ray.results.sweep_files import read_json, read_table
+from scaling_ray.results.sweep_files import read_sealed, read_table
 from scaling_ray.runs import RunSpec
 from scaling_ray.spec import TrainingRules, content_hash
 from scaling_ray.storage import Place
@@ -43,7 +43,7 @@ def _masks_and_values(train: TrainingRules) -> str:
 
 def read_closed_form(references: Place, name: str) -> dict[str, Any] | None:
     """The references published under ``name``, or None."""
-    found: dict[str, Any] | None = read_json(references, f"{name}.json")
+    found: dict[str, Any] | None = read_sealed(references, f"{name}.json")
     return found
 
 

@@ -26,7 +26,7 @@ from scaling_ray.errors import BadInput
 from scaling_ray.records import FailureClass, RunFailure, RunResult, ShardManifest
 from scaling_ray.runs import RunSpec, differing
 from scaling_ray.spec import SweepSpec, parse_spec
-from scaling_ray.storage import Place, open_place
+from scaling_ray.storage import Place, open_place, sealed_json, unseal
 
 SPEC, PLAN, MANIFEST, GENES = "spec.toml", "plan.json", "shards_manifest.json", "genes.parquet"
 CHOSEN_RATES, RESULTS, RESULTS_CSV = "chosen_rates.json", "results.parquet", "results.csv"
@@ -37,19 +37,19 @@ TEST_CELLS, TEST_GENES, CHECKPOINTS, ATTEMPTS = "test_cells.parquet", "test_gene
 _TOKEN = re.compile(r"(\d{6,})-(\d{20})-[0-9a-f]{8}")
 
 
-def read_json(place: Place, name: str) -> Any:
-    """What a JSON file holds, None where there is none; BadInput where it is not JSON."""
+def read_sealed(place: Place, name: str) -> dict[str, Any] | None:
+    """What a sealed JSON file holds, None where there is none; BadInput where it was changed or cut short."""
     data = place.read_if_there(name)
-    if data is None:
-        return None
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise BadInput(name, f"{place}/{name}", "is damaged (not JSON); move it away and call again") from error
+    return unseal(data, f"{place}/{name}", "move it away and call again") if data is not None else None
+
+
+def write_sealed(place: Place, name: str, fields: dict[str, Any]) -> None:
+    """Write JSON that is read back later, with a hash of itself; NaN and infinity are refused (they are not JSON)."""
+    place.write(name, sealed_json(fields).encode())
 
 
 def write_json(place: Place, name: str, value: Any) -> None:
-    """Write ``value`` as indented JSON; NaN and infinity are refused (they are not JSON)."""
+    """Write ``value`` as indented JSON for others to read; NaN and infinity are refused."""
     place.write(name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -120,15 +120,15 @@ class RunFiles:
         fields = [name for name in differing(there.identity, run.identity) if name != "lr"] if there else []
         if fields:
             raise BadInput("run_id", run.run_id, f"stands for another {fields[0]} here; sweep into a new directory")
-        self.place.write(RUN_SPEC, (run.model_dump_json(indent=1, serialize_as_any=True) + "\n").encode())
+        write_sealed(self.place, RUN_SPEC, run.model_dump(mode="json"))
 
     def spec(self) -> RunSpec | None:
         """The run's own spec, None where it has not begun; BadInput for a file that is none."""
-        data = self.place.read_if_there(RUN_SPEC)
-        if data is None:
+        fields = read_sealed(self.place, RUN_SPEC)
+        if fields is None:
             return None
         try:
-            return RunSpec.model_validate_json(data)
+            return RunSpec.model_validate_json(json.dumps(fields))
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise BadInput(f"{self.place}/{RUN_SPEC}", reason, "is not a run's spec; remove it") from error
@@ -162,7 +162,7 @@ class RunFiles:
 
     def mlflow_run_id(self) -> str | None:
         """What the tracking server calls the run, or None."""
-        found = read_json(self.place, MLFLOW)
+        found = read_sealed(self.place, MLFLOW)
         return str(found["mlflow_run_id"]) if found else None
 
 
@@ -222,21 +222,19 @@ class SweepFiles:
 
     def plan(self) -> dict[str, Any] | None:
         """What was planned, None where nothing was."""
-        found: dict[str, Any] | None = read_json(self.place, PLAN)
-        return found
+        return read_sealed(self.place, PLAN)
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Keep the plan."""
-        write_json(self.place, PLAN, plan)
+        write_sealed(self.place, PLAN, plan)
 
     def chosen_rates(self) -> dict[str, float]:
         """Rates that have been chosen, by run id."""
-        found: dict[str, float] | None = read_json(self.place, CHOSEN_RATES)
-        return found or {}
+        return read_sealed(self.place, CHOSEN_RATES) or {}
 
     def write_chosen_rates(self, rates: dict[str, float]) -> None:
         """Keep the choices: they never change after."""
-        write_json(self.place, CHOSEN_RATES, rates)
+        write_sealed(self.place, CHOSEN_RATES, dict(rates))
 
     def request_stop(self) -> None:
         """Ask every run to save its state and end."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from scaling_ray.errors import BadInput, DamagedFiles
 from scaling_ray.records import FileEntry, ShardManifest
-from scaling_ray.storage import Place, open_place
+from scaling_ray.storage import Place, open_place, unseal
 
 MANIFEST = "manifest.json"
 """Written last: a directory without it holds no shards."""
@@ -170,6 +170,12 @@ def _groups_in_two_splits(manifest: ShardManifest) -> list[str]:
 def verify(where: Path | str | Place) -> list[str]:
     """Each file that is missing, damaged or not in the manifest, one sentence each; empty where all is well."""
     shards = open_place(where, "shards")
+    text = shards.read_if_there(MANIFEST)
+    if text is not None:
+        try:
+            unseal(text, MANIFEST, "build the shards anew")
+        except BadInput as error:
+            return [str(error)]
     manifest = _manifest(shards)
     expected = {entry.path: entry for split in manifest.splits.values() for entry in split.files}
     expected |= {entry.path: entry for entry in manifest.tables}

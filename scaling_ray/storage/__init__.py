@@ -1,4 +1,4 @@
-"""Files that are whole or absent, on a disk or on S3: atomic writes, places, leases, retries."""
+"""Files that are whole or absent, on a disk or on S3: atomic writes, places, leases, seals, retries."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from scaling_ray.storage.place import Claim, Fence, Held, Place, fenced
 from scaling_ray.storage.retry import patiently
 from scaling_ray.storage.s3 import S3Place
 from scaling_ray.storage.s3_client import S3Settings
+from scaling_ray.storage.sealed import seal, sealed_json, unseal
 
 __all__ = [
     "PARTIAL_PREFIX",
@@ -46,7 +47,10 @@ __all__ = [
     "patiently",
     "publish_directory",
     "published_file",
+    "seal",
+    "sealed_json",
     "sweep_partial_files",
+    "unseal",
     "write_atomic",
     "write_json",
 ]

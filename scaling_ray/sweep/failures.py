@@ -10,7 +10,7 @@ import torch
 
 from scaling_ray.errors import BadInput, Diverged, LeaseHeld, Preempted, Stalled
 from scaling_ray.records import FailureClass
-from scaling_ray.results.sweep_files import MEMORY, SweepFiles, read_json, write_json
+from scaling_ray.results.sweep_files import MEMORY, SweepFiles, read_sealed, write_sealed
 from scaling_ray.runs import RunSpec
 from scaling_ray.storage import Place
 from scaling_ray.train.memory import is_out_of_memory
@@ -58,7 +58,7 @@ def within_memory(runs: Sequence[RunSpec], place: Place, work: Callable[[list[Ru
     begins there. Gives up where a micro-batch of 1 does not fit.
     """
     while True:
-        found = read_json(place, MEMORY)
+        found = read_sealed(place, MEMORY)
         halved = found["micro_batch"] if found is not None else None
         fitting = [run.carried_out(micro_batch=halved) if halved else run for run in runs]
         try:
@@ -72,7 +72,7 @@ def within_memory(runs: Sequence[RunSpec], place: Place, work: Callable[[list[Ru
                 raise
             planned = runs[0].execution.micro_batch
             record = {"micro_batch": micro_batch // 2, "planned": planned, "error": str(error)[:200]}
-            write_json(place, MEMORY, record)
+            write_sealed(place, MEMORY, record)
         # what the failed try held is free only once the exception is gone
         gc.collect()
         if torch.cuda.is_available():

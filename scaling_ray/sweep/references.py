@@ -19,7 +19,7 @@ from scaling_ray.planted.oracle import oracle
 from scaling_ray.planted.truth import parse_truth
 from scaling_ray.records import ShardManifest
 from scaling_ray.results.references import UNIT, floor_name, per_gene_bits, reference_name
-from scaling_ray.results.sweep_files import read_table, write_json, write_table
+from scaling_ray.results.sweep_files import read_table, write_sealed, write_table
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.order import RunOrder
 from scaling_ray.shards.read import Cells, read_measured, read_rows, shards_order
@@ -98,7 +98,7 @@ def write_closed_form(
     """Compute and publish ``<name>.json`` unless it is there."""
     name = f"{reference_name(run, order.rows.n_train)}.json"
     if not references.exists(name):
-        write_json(references, name, closed_form_references(run, order, read, val, test))
+        write_sealed(references, name, closed_form_references(run, order, read, val, test))
 
 
 def write_planted_floor(
@@ -135,7 +135,7 @@ def closed_form_task(
     references: Place, run: str, shards: Place, manifest: str, train: Cells | None, val: Cells, test: Cells
 ) -> None:
     """``write_closed_form`` of a run given as text, from the cells of its node or, where train is None, the shards."""
-    spec, record = RunSpec.model_validate_json(run), ShardManifest.model_validate_json(manifest)
+    spec, record = RunSpec.model_validate_json(run), ShardManifest.parse(manifest, "the shards' manifest")
     torch.set_num_threads(1)
     measured = read_measured(shards, record, spec.genes)
 
@@ -151,5 +151,5 @@ def closed_form_task(
 def floor_task(references: Place, shards: Place, manifest: str, genes: int, test: Cells, train: str) -> None:
     """``write_planted_floor`` of records given as text."""
     torch.set_num_threads(1)
-    record, spec = ShardManifest.model_validate_json(manifest), TrainingRules.model_validate_json(train)
+    record, spec = ShardManifest.parse(manifest, "the shards' manifest"), TrainingRules.model_validate_json(train)
     write_planted_floor(references, shards, record, genes, test.narrowed(genes), spec)

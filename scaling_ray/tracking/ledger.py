@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from scaling_ray.results.sweep_files import TRACKED, SweepFiles, read_json, write_json
+from scaling_ray.results.sweep_files import TRACKED, SweepFiles, read_sealed, write_sealed
 from scaling_ray.storage import Place
 
 
@@ -26,10 +26,10 @@ def local_folder(place: Place) -> Path | None:
 
 def record_tracked(sweep: SweepFiles, finished: Iterable[str]) -> None:
     """Note the run ids whose end has been logged to today's place."""
-    write_json(sweep.place, TRACKED, {"uri": tracking_uri(sweep), "finished": sorted(finished)})
+    write_sealed(sweep.place, TRACKED, {"uri": tracking_uri(sweep), "finished": sorted(finished)})
 
 
 def is_tracked(sweep: SweepFiles, run_ids: Iterable[str]) -> bool:
     """Whether the end of every one of these runs has been logged to today's place."""
-    found = read_json(sweep.place, TRACKED)
+    found = read_sealed(sweep.place, TRACKED)
     return found is not None and found["uri"] == tracking_uri(sweep) and set(found["finished"]) >= set(run_ids)

@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 from scaling_ray.errors import BadInput, ScalingRayError  # noqa: E402
 from scaling_ray.records import ShardManifest  # noqa: E402
-from scaling_ray.results.sweep_files import MLFLOW, RunFiles, SweepFiles, read_json, write_json  # noqa: E402
+from scaling_ray.results.sweep_files import MLFLOW, RunFiles, SweepFiles, read_sealed, write_sealed  # noqa: E402
 from scaling_ray.runs import RunSpec  # noqa: E402
 from scaling_ray.spec import SweepSpec  # noqa: E402
 from scaling_ray.storage import Place  # noqa: E402
@@ -132,7 +132,7 @@ class Tracker:
 
         There is one writer, the holder of the sweep's lease; a stray is left by a creation whose answer was lost.
         """
-        recorded = read_json(record, MLFLOW)
+        recorded = read_sealed(record, MLFLOW)
         if recorded is not None and recorded["uri"] == self._uri:
             return str(recorded["mlflow_run_id"])
         experiment = self._ensure_experiment()
@@ -144,7 +144,7 @@ class Tracker:
                 tags[PARENT_TAG] = parent
             self._client.create_run(experiment, tags=tags, run_name=name)
             found = self._search(experiment, identity)
-        write_json(record, MLFLOW, {"mlflow_run_id": found[0], "uri": self._uri})
+        write_sealed(record, MLFLOW, {"mlflow_run_id": found[0], "uri": self._uri})
         for stray in found[1:]:
             self._client.delete_run(stray)
         return found[0]

@@ -7,7 +7,6 @@ passed over for the one before. So a checkpoint is whole or absent on a disk and
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,8 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from scaling_ray.errors import BadInput
-from scaling_ray.storage import Place
-from scaling_ray.storage.sealed import seal, unseal
+from scaling_ray.storage import Place, sealed_json, unseal
 from scaling_ray.train.sharded import UNREADABLE, WHOLE, check_files, listed_files, read_state, write_tensors
 
 MARKER = "progress.json"
@@ -75,7 +73,7 @@ class Checkpoint:
 
 def read_checkpoint(folder: Place) -> Checkpoint:
     """The checkpoint in a folder, checked against its marker; one of UNREADABLE where it is absent or damaged."""
-    marker = unseal(json.loads(folder.read(MARKER)), f"{folder}/{MARKER}")
+    marker = unseal(folder.read(MARKER), f"{folder}/{MARKER}")
     check_files(folder, marker["files"])
     return Checkpoint(folder, marker["facts"])
 
@@ -99,8 +97,7 @@ class Checkpoints:
         self._mark(name, steps, facts, listed_files(self.folder(name, steps)))
 
     def _mark(self, name: str, steps: int, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
-        folder, marker = self.folder(name, steps), seal({"facts": facts, "files": files})
-        folder.write(MARKER, (json.dumps(marker) + "\n").encode())
+        self.folder(name, steps).write(MARKER, sealed_json({"facts": facts, "files": files}).encode())
 
     def steps_of(self, name: str) -> list[int]:
         """Updates at which checkpoints of a name were published, damaged ones included, the newest first."""
