@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import uuid
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
 from html import unescape
@@ -470,3 +471,21 @@ def test_two_recipes_stand_side_by_side(tmp_path: Path):
     assert [side["recipe"] for side in beside["sides"]] == [["published"], ["corrected"]]
     assert [row["size"] for row in beside["sizes"]] == ["TINY", "XS"]
     assert "As published against corrected" in text_of(page) and "never one loss with the other" in text_of(page)
+
+
+def test_sweep_and_report_may_both_lie_on_s3(tmp_path: Path, s3: Any):
+    sweep = write_sweep(tmp_path / "sweep", sizes=("XXS", "W8", "TINY", "XS"), cells=(2_000,))
+    prefix = uuid.uuid4().hex
+    place = open_place(f"s3://shards/{prefix}/sweep")
+    for path in sorted(path for path in sweep.rglob("*") if path.is_file()):
+        place.write(path.relative_to(sweep).as_posix(), path.read_bytes())
+    page = build_report(str(place), f"s3://shards/{prefix}/report")
+    assert page == f"s3://shards/{prefix}/report/report.html"
+    local, there = build(sweep, tmp_path / "report").parent, s3.objects("shards", f"{prefix}/report/")
+    here = {path.relative_to(local).as_posix(): path.read_bytes() for path in local.rglob("*") if path.is_file()}
+    assert there.keys() == here.keys() and len(here) >= 15
+    # Commands name the sweep where it lies; all else is the same.
+    for name, data in there.items():
+        assert data.replace(str(place).encode(), b"sweep") == here[name], name
+    puts = [path for method, path, *_ in s3.requests() if method == "PUT" and f"{prefix}/report/" in path]
+    assert puts[-1].endswith("report.html") and len(puts) == len(there)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,34 @@ from markupsafe import Markup
 from scaling_ray.report import svg
 from scaling_ray.report.pictures import Picture
 
+NOT_SHOWN = (
+    # A size's shape, and what the grid asked for: the specification has them.
+    *("width", "layers", "heads", "feedforward", "cells_requested", "donors", "umi_fraction"),
+    # Further counts and bits of a run, and how it was carried out.
+    *("masked_genes_seen", "best_cells_seen", "baseline_per_gene_bits", "precision", "engine"),
+)
+"""Columns of results.parquet that the page leaves to ``report.json``, which has all of every run."""
+
 
 def render(report: dict[str, Any], pictures: Sequence[Picture], fits: Mapping[int, dict[str, Any]]) -> str:
     """The page: ``report.json``'s content, the pictures, and genes -> fit per cohort, in the template."""
+    drawn = [
+        picture._asdict() | {"wide": Markup(picture.wide), "narrow": Markup(picture.narrow)}  # noqa: S704 - own SVG, escaped where drawn
+        for picture in pictures
+    ]
+    template = _environment().get_template("template.html")
+    return template.render(
+        r=report,
+        pictures=drawn,
+        fits=fits,
+        numbers={run["run_id"]: run["number"] for run in report["runs"]},
+        residual={entry["run_id"]: entry["residual"] for entry in report["residuals"]},
+        figure_style=Markup(svg.STYLE),  # noqa: S704
+    )
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(["html"]),
@@ -31,19 +57,7 @@ def render(report: dict[str, Any], pictures: Sequence[Picture], fits: Mapping[in
         "rate": _rate,
         "power": _power,
     }
-    drawn = [
-        picture._asdict() | {"wide": Markup(picture.wide), "narrow": Markup(picture.narrow)}  # noqa: S704 - own SVG, escaped where drawn
-        for picture in pictures
-    ]
-    template = environment.get_template("template.html")
-    return template.render(
-        r=report,
-        pictures=drawn,
-        fits=fits,
-        numbers={run["run_id"]: run["number"] for run in report["runs"]},
-        residual={entry["run_id"]: entry["residual"] for entry in report["residuals"]},
-        figure_style=Markup(svg.STYLE),  # noqa: S704
-    )
+    return environment
 
 
 def _number(value: Any, digits: int = 4) -> str:
