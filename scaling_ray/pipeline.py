@@ -58,7 +58,7 @@ def run_pipeline(
     sweep = place.below("sweep").uri
     failed: RunsFailed | None = None
     try:
-        run_sweep(spec_path, source, sweep, progress)
+        run_sweep(Path(spec_path), source, sweep, progress)
     except RunsFailed as error:
         # The runs that finished are worth their report; the call fails after it.
         failed = error

@@ -276,14 +276,16 @@ def test_a_job_runs_this_environment_and_the_submitted_package(head: Head, tmp_p
     script.write_text(
         "import json, pathlib, sys, scaling_ray\n"
         "ignored = [name for name in ('.venv', '.git', 'tests') if pathlib.Path(name).exists()]\n"
-        "seen = [sys.executable, str(pathlib.Path.cwd()), scaling_ray.__file__, ignored]\n"
+        "spec = pathlib.Path('jobs/demo.toml').read_text()\n"
+        "seen = [sys.executable, str(pathlib.Path.cwd()), scaling_ray.__file__, ignored, spec]\n"
         "pathlib.Path(sys.argv[1]).write_text(json.dumps(seen))\n"
     )
     seen = tmp_path / "seen.json"
     done = head.submit("python", str(script), str(seen))
     assert done.returncode == 0, done.stdout + done.stderr
     assert head.jobs()[-1]["status"] == "SUCCEEDED"
-    executable, cwd, package, ignored = json.loads(seen.read_text())
+    executable, cwd, package, ignored, spec = json.loads(seen.read_text())
     assert Path(executable).parent == BIN
     assert Path(cwd) != REPOSITORY and package.startswith(cwd), "the job must use the package it was submitted with"
     assert ignored == []
+    assert spec == (REPOSITORY / "jobs" / "demo.toml").read_text()

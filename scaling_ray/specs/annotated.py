@@ -53,7 +53,7 @@ ABOUT_KEYS: dict[str, dict[str, str]] = {
         "sizes": "model sizes: XXS, TINY, XS, S, M, L, XL, or tables [sizes.NAME] of this file",
         "genes": "genes in the panel (V), the best ranked of data.genes",
         "cells": 'unique training cells (D), or "all"',
-        "seeds": "repeats of each setting: weights, order of cells, masks",
+        "seeds": "repeats of each setting: first weights, which D cells, their order, masks",
         "donors": 'donors that the training cells come from, or "all"',
     },
     "train": {
