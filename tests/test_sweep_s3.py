@@ -27,15 +27,6 @@ pytestmark = pytest.mark.ray
 
 EXACT: tuple[str, ...] = ("run_id", "val_loss", "test_loss", "final_val_loss", "cells_seen", "flops", "best_cells_seen")
 EXACT += ("baseline_loss",)
-    "run_id",
-    "val_loss",
-    "test_loss",
-    "final_val_loss",
-    "cells_seen",
-    "flops",
-    "best_cells_seen",
-    "baseline_loss",
-)
 EXACT += ("gaussian_loss", "bound_z", "lr", "undertrained")
 LONG = TINY_SWEEP.replace("max_cells_seen = 640", "max_cells_seen = 12800\ncheckpoint_seconds = 0.2")
 STACKED = LONG.replace("seeds = [1]", "seeds = [1, 2]").replace('"choose"', '"fixed"').replace("[3e-3, 1e-2]", "[3e-3]")
