@@ -219,14 +219,15 @@ def fault_of(method, path, query):
     with one_at_a_time:
         if chance[method].random() < share:  # the n-th of its kind, whatever comes between
             return chance[method].choice(("refused", "cut" if method == "GET" else "lost"))
-        asked = re.search("(refused|lost|cut|unended)-([0-9]+)-times", path)
+        asked = re.search("(refused|lost|cut|unended)-([0-9]+)-times(?:-after-([0-9]+))?", path)
         if not asked or method != {"cut": "GET", "unended": "POST"}.get(asked[1], "PUT"):
             return ""
         if asked[1] == "unended" and "uploadId" not in query:  # the answer to the end of an upload in parts gets lost
             return ""
         already[path] = already.get(path, 0) + 1
         fault = "lost" if asked[1] == "unended" else asked[1]
-        return fault if already[path] <= int(asked[2]) else ""
+        first = int(asked[3] or 0)
+        return fault if first < already[path] <= first + int(asked[2]) else ""
 
 
 def claim(path):
@@ -291,6 +292,31 @@ def application(environ, start_response):
 
 make_server("127.0.0.1", port, application, threaded=True, request_handler=MotoRequestHandler).serve_forever()
 '''
+
+
+PROXY = """
+import asyncio, sys
+
+async def pump(reader, writer):
+    try:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+
+async def connect(reader, writer):
+    there = await asyncio.open_connection("127.0.0.1", int(sys.argv[2]))
+    await asyncio.gather(pump(reader, there[1]), pump(there[0], writer))
+
+async def serve():
+    server = await asyncio.start_server(connect, "127.0.0.1", int(sys.argv[1]))
+    await server.serve_forever()
+
+asyncio.run(serve())
+"""
 
 
 def free_port() -> int:

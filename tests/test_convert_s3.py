@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_SWEEP, S3Server, free_port, running_s3, serving
+from conftest import PROXY, TINY_SWEEP, S3Server, free_port, running_s3, serving
 
 from scaling_ray.cli import main
 from scaling_ray.errors import BadInput, LeaseHeld
@@ -66,30 +66,6 @@ CONVERT_AND_READ = (
         np.savez(f"{sys.argv[1]}-{number}.npz", **arrays)
 """
 )
-
-PROXY = """
-import asyncio, sys
-
-async def pump(reader, writer):
-    try:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    except ConnectionError:
-        pass
-    finally:
-        writer.close()
-
-async def connect(reader, writer):
-    there = await asyncio.open_connection("127.0.0.1", int(sys.argv[2]))
-    await asyncio.gather(pump(reader, there[1]), pump(there[0], writer))
-
-async def serve():
-    server = await asyncio.start_server(connect, "127.0.0.1", int(sys.argv[1]))
-    await server.serve_forever()
-
-asyncio.run(serve())
-"""
 
 
 def started(program: str, *arguments: str, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:

@@ -14,7 +14,13 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.2, 10.0
 T = TypeVar("T")
 
 
-def patiently(action: Callable[[], T], transient: Callable[[Exception], bool], limit: float = OUTAGE_SECONDS) -> T:
+def patiently(
+    action: Callable[[], T],
+    transient: Callable[[Exception], bool],
+    limit: float = OUTAGE_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
     """The result of ``action``, tried again while its errors are ``transient``, for ``limit`` seconds from the first.
 
     Waits double, with jitter; the last error rises as it is.
@@ -25,9 +31,9 @@ def patiently(action: Callable[[], T], transient: Callable[[Exception], bool], l
         try:
             return action()
         except Exception as error:
-            now = time.monotonic()
+            now = clock()
             failing_since = now if failing_since is None else failing_since
             if not transient(error) or now - failing_since + wait > limit:
                 raise
-        time.sleep(wait * random.uniform(0.5, 1.0))
+        sleep(wait * random.uniform(0.5, 1.0))
         wait = min(2 * wait, LONGEST_WAIT_SECONDS)

@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,7 +57,10 @@ class S3Place(Place):
         key = {} if name is None else {"Key": self.prefix + name}
 
         def answer() -> Any:
-            reply = getattr(client(self.settings), operation)(Bucket=self.bucket, **key, **arguments)
+            # A fence is asked before each try: the SDK must not try by itself, which it may do for minutes.
+            one_try = self._fence is not None and operation in CHANGES
+            settings = replace(self.settings, attempts=1) if one_try else self.settings
+            reply = getattr(client(settings), operation)(Bucket=self.bucket, **key, **arguments)
             if operation == "get_object":
                 # The body is part of the answer: a connection that breaks within it is tried again too.
                 reply["Body"] = reply["Body"].read()
@@ -68,7 +72,7 @@ class S3Place(Place):
         from botocore.exceptions import BotoCoreError, ClientError
 
         def allowed() -> T:
-            if operation in CHANGES:  # before each try: an outage may last longer than a lease
+            if operation in CHANGES:
                 self._allow()
             return answer()
 

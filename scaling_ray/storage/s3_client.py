@@ -11,6 +11,9 @@ from scaling_ray.storage.retry import OUTAGE_SECONDS
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
+TRANSIENT_CODES = ("RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "NoSuchUpload")
+"""Some come with status 400 or 404. NoSuchUpload: the upload has ended, and the answer got lost."""
+
 
 @dataclass(frozen=True)
 class S3Settings:
@@ -67,7 +70,7 @@ def is_transient(error: Exception) -> bool:
 
     if isinstance(error, boto.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        # 409: another conditional put is under way. NoSuchUpload: the upload has ended, and the answer got lost.
-        return status >= 500 or status in (408, 409, 429) or code_of(error) == "NoSuchUpload"
+        # 409: another conditional put is under way.
+        return status >= 500 or status in (408, 409, 429) or code_of(error) in TRANSIENT_CODES
     lost = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ConnectionError, TimeoutError)
     return isinstance(error, lost)
