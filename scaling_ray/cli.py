@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "run",
         verbs.run,
         "the whole path: Census, shards, sweep and report below OUT; the same command again goes on",
-        needs=("train", "cluster", "census", "track"),
+        needs=("train", "cluster", "census"),
     )
     whole.add_argument("spec", metavar="SPEC.toml", help=spec_help)
     whole.add_argument(
@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         "sweep",
         verbs.sweep,
         "train every run of the grid that has no result yet",
-        needs=("train", "cluster", "track"),
+        needs=("train", "cluster"),
     )
     sweep.add_argument("spec", metavar="SPEC.toml", help=spec_help)
     sweep.add_argument("--shards", required=True, help="directory or s3:// URI of the shards")
@@ -162,7 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
         "replay",
         verbs.track_replay,
         "log to MLflow what a sweep's files hold and MLflow does not",
-        needs=("track", "train"),
+        needs=("track",),
     )
     replay.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
     export = verb(

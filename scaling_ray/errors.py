@@ -38,7 +38,7 @@ class DamagedFiles(ScalingRayError):
 
 
 class RunsFailed(ScalingRayError):
-    """Some cells of a sweep have no result; the others do."""
+    """Some runs of a sweep have no result; the others do."""
 
 
 class LeaseHeld(ScalingRayError):

@@ -84,6 +84,25 @@ def test_a_run_is_exported_with_the_genes_of_its_shards(swept: Path, tiny_shards
     assert sum(parameter.numel() for parameter in network.parameters()) == row["params"]
 
 
+def test_the_report_of_a_sweep_shows_what_its_runs_left(swept: Path, tmp_path: Path) -> None:
+    from scaling_ray.report.build import build_report
+
+    page = Path(build_report(swept, tmp_path / "report")).read_text()
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    fit = json.loads((tmp_path / "report" / "fit.json").read_text())
+    rows = {row["run_id"]: row for row in pq.read_table(swept / "results.parquet").to_pylist()}
+    law = {run_id: row for run_id, row in rows.items() if row["role"] == "law"}
+    told = {run["run_id"]: run for run in report["runs"] if run["run_id"] in law}
+    assert told.keys() == law.keys()
+    for run_id, row in law.items():
+        for name in ("test_loss", "baseline_loss", "gaussian_loss", "bound_z", "mlflow_run_id"):
+            assert told[run_id][name] == row[name]
+    assert fit["headline"]["verdict"] == "refused", "one size is no law"
+    assert f"{max(row['test_loss'] for row in law.values()):.4f}" in page or "test_loss" in page
+    lowest = min(row["bound_z"] for row in law.values())
+    assert report["leak_test"]["lowest_z"] == lowest
+
+
 def test_a_second_call_finds_everything_done(swept: Path, tiny_shards: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in swept.rglob("result.json")}
     lines: list[str] = []
@@ -149,7 +168,10 @@ STACKED = STACKED.replace("rates = [3e-3, 1e-2]", "rates = [3e-3]").replace("= 6
 def test_tiny_runs_train_as_one_and_a_later_call_keeps_to_the_plan(tiny_shards: Path, tmp_path: Path) -> None:
     spec = tmp_path / "spec.toml"
     spec.write_text(STACKED.replace("= 6400", "= 640"))
-    rows = run_sweep(spec, tiny_shards, tmp_path / "sweep")
+    lines: list[str] = []
+    rows = run_sweep(spec, tiny_shards, tmp_path / "sweep", lines.append)
+    numbers = [int(line[1:4]) for line in lines if line.startswith("[")]
+    assert numbers == list(range(1, 13)), "each run that ends counts once, also where four end together"
     plan = json.loads((tmp_path / "sweep" / "plan.json").read_text())
     # six runs of each size and two processes
     assert [len(stack) for stack in plan["stacks"]] == [3, 3, 3, 3]

@@ -14,6 +14,7 @@ import numpy as np
 
 from scaling_ray.cluster import Pending, own_errors, ray, ray_session  # before ray.tune: it sets what ray reads once
 from scaling_ray.errors import BadInput, Preempted, RunsFailed
+from scaling_ray.extras import missing_modules
 from scaling_ray.records import ShardManifest
 from scaling_ray.results.columns import Row
 from scaling_ray.results.references import reference_name
@@ -195,7 +196,8 @@ def _followed(state: SweepState, seconds: float = 5.0) -> Iterator[None]:
     """Keep the tracking server in step until the block ends; then bring the results table up to date."""
     follower = _follower(state, seconds)
     if follower is None:
-        state.progress("not tracked: set MLFLOW_TRACKING_URI for a sweep on S3; `scaling-ray track replay` logs it all")
+        reason = "set MLFLOW_TRACKING_URI for a sweep on S3" if _can_track() else "MLflow is not installed"
+        state.progress(f"not tracked ({reason}); `scaling-ray track replay` logs it all later")
     else:
         follower.start()
     try:
@@ -207,8 +209,12 @@ def _followed(state: SweepState, seconds: float = 5.0) -> Iterator[None]:
             follower.finish(failed=bool(state.failed()))
 
 
+def _can_track() -> bool:
+    return not missing_modules("track")
+
+
 def _follower(state: SweepState, seconds: float) -> Any:
-    if tracking_uri(state.files) is None:
+    if tracking_uri(state.files) is None or not _can_track():
         return None
     from scaling_ray.tracking.mlflow import Follower, Tracker
 
