@@ -234,3 +234,20 @@ def test_a_driver_that_slept_past_its_lease_commits_nothing_more(
                 process.kill()
     whole = run_sweep(spec, tiny_shards, tmp_path / "undisturbed")
     assert exact(rows) == exact(whole)
+
+
+@pytest.mark.slow
+def test_worker_groups_train_on_s3_as_one_process_does_on_a_disk(
+    tiny_shards: Path, tmp_path: Path, s3: S3Server
+) -> None:
+    spec, uri = tmp_path / "spec.toml", "s3://shards/sweeps/groups"
+    text = TINY_SWEEP.replace('"choose"', '"fixed"').replace("[3e-3, 1e-2]", "[3e-3]")
+    spec.write_text(text + '[resources]\nworkers = { W4 = 2 }\nengine = "deepspeed"\nzero_stage = 1\n')
+    swept(spec, tiny_shards, uri, tmp_path, s3)
+    there = rows_there(uri, spec.read_text())
+    assert {(row.size, row.workers, row.engine) for row in there} == {("XXS", 1, "plain"), ("W4", 2, "deepspeed")}
+    assert not any("workers/" in name for name in s3.objects("shards", "sweeps/groups/")), "Ray's own files stay"
+    spec.write_text(text)
+    for one, other in zip(there, run_sweep(spec, tiny_shards, tmp_path / "alone"), strict=True):
+        assert (one.run_id, one.cells_seen) == (other.run_id, other.cells_seen)
+        assert one.test_loss == pytest.approx(other.test_loss, rel=1e-5)
