@@ -143,16 +143,22 @@ def test_a_second_holder_is_told_so_and_a_released_lease_is_free(where: Place) -
         pass
 
 
-def test_of_eight_processes_that_want_the_lease_at_once_one_holds_it(where: Place) -> None:
+def test_of_eight_processes_at_once_one_holds_the_lease_and_one_commits(where: Place) -> None:
     with ExitStack() as stack:
-        takers = [stack.enter_context(talking(WANT, where)) for _ in range(8)]
-        for _ in range(2):
-            for taker in takers:
+        eight = [stack.enter_context(talking(WANT, where)) for _ in range(8)]
+        for turn in range(2):
+            for taker in eight:
                 taker.send(f"held.enter_context(place.lease({LEASE!r})).token")
-            said = [taker.answer() for taker in takers]
+            said = [taker.answer() for taker in eight]
             assert sum(answer.startswith("LeaseHeld: ") for answer in said) == 7
-            winner = next(taker for taker, answer in zip(takers, said, strict=True) if len(answer) == 32)
+            winner = next(taker for taker, answer in zip(eight, said, strict=True) if len(answer) == 32)
             winner.ask("held.close()")
+            for number, writer in enumerate(eight):
+                data = f"{number} ".encode() * 1000
+                writer.send(f"place.commit('result-{turn}', place.claim('result-{turn}', '{number}'), {data!r})")
+            committed = [writer.answer() for writer in eight]
+            assert sorted(committed) == [False] * 7 + [True]
+            assert where.committed(f"result-{turn}") == f"{committed.index(True)} ".encode() * 1000
 
 
 def test_after_a_kill_the_lease_is_taken_over_at_once_on_the_same_machine(where: Place) -> None:
@@ -541,18 +547,6 @@ def test_what_was_committed_stays(where: Place) -> None:
     assert where.commit("runs/a/result.json", late, b"third") is False
     assert where.committed("runs/a/result.json") == b"first"
     assert where.claims() == []
-
-
-def test_of_eight_processes_that_claim_and_commit_at_once_one_commits(where: Place) -> None:
-    with ExitStack() as stack:
-        writers = [stack.enter_context(talking(WANT, where)) for _ in range(8)]
-        for turn in range(2):
-            for number, writer in enumerate(writers):
-                data = f"{number} ".encode() * 1000
-                writer.send(f"place.commit('result-{turn}', place.claim('result-{turn}', '{number}'), {data!r})")
-            said = [writer.answer() for writer in writers]
-            assert sorted(said) == [False] * 7 + [True]
-            assert where.committed(f"result-{turn}") == f"{said.index(True)} ".encode() * 1000
 
 
 def test_a_later_claim_voids_every_earlier_one_on_s3(on_s3: S3Place) -> None:
