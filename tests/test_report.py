@@ -23,6 +23,7 @@ from PIL import Image
 from scaling_ray.errors import BadInput
 from scaling_ray.report.build import build_report
 from scaling_ray.results.columns import SCHEMA, Row
+from scaling_ray.results.fitting import fit_place
 from scaling_ray.results.read import read_rows
 from scaling_ray.storage import open_place
 
@@ -489,3 +490,18 @@ def test_sweep_and_report_may_both_lie_on_s3(tmp_path: Path, s3: Any):
         assert data.replace(str(place).encode(), b"sweep") == here[name], name
     puts = [path for method, path, *_ in s3.requests() if method == "PUT" and f"{prefix}/report/" in path]
     assert puts[-1].endswith("report.html") and len(puts) == len(there)
+    assert fit_place(str(place)) == json.loads(there["fit.json"]) and read_rows(place) == rows_of(sweep)
+
+
+def test_losses_are_named_by_their_unit_and_only_an_mse_has_gaussian_bits(tmp_path: Path):
+    sweep = write_sweep(tmp_path / "s", sizes=("XXS", "W8", "TINY", "XS"), cells=(2_000,))
+    write_rows(sweep, [replace(one, loss_unit="nats", objective="poisson") for one in rows_of(sweep)])
+    page = build(sweep, tmp_path / "r")
+    report = json.loads((page.parent / "report.json").read_text())
+    assert report["best"]["entropy_bits"] is report["best"]["gain_bits"]["over_gene_mean"] is None
+    assert report["best"]["share_of_gap"]["shrunk_gaussian"] is not None
+    assert all(setting["shared_gaussian_bits"] is None for setting in report["bits"]["by_setting"])
+    assert "test nats per masked gene" in (page.parent / "figures" / "loss-by-size.svg").read_text()
+    seen = text_of(page)
+    assert "loss in nats per masked gene" in seen and "MSE" not in seen and "shared Gaussian" not in seen
+    assert json.loads((page.parent / "fit.json").read_text())["loss_unit"] == "nats"

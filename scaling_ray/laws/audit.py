@@ -1,4 +1,4 @@
-"""The published law, re-read: what was reported, and what the same runs support.
+"""The published law, re-read: the reported figures, and those that the same runs support.
 
 Needs the two run tables of ``reports/published`` (arXiv 2602.15253 and its released code; figures only) and nothing
 else. The study's own estimator is repeated to the digit; then the same 18 runs are fitted by least squares under every
@@ -40,7 +40,7 @@ _FIFTY_THOUSAND_CELLS = "sweep_gpu_census50k"
 
 
 def published_directory(given: Path | None = None) -> Path:
-    """Where the published tables are: given, in the checkout, or where an installation put them.
+    """Directory of the published tables: the one given, that of the checkout, or that of an installation.
 
     Raises:
         BadInput: in none of these places.

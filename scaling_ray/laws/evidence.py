@@ -1,4 +1,4 @@
-"""What a headline rests on: its law at the sizes trained, residuals run by run, and fits that leave something out."""
+"""Evidence for a headline: its law at the sizes trained, residuals run by run, and fits that leave something out."""
 
 from __future__ import annotations
 

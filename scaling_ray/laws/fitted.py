@@ -1,4 +1,4 @@
-"""One form on one set of runs, with everything that was asked of it. What it is worth: see :mod:`verdict`."""
+"""One form fitted to one set of runs: estimates, intervals, refits, tests. Its verdict is in :mod:`verdict`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from scaling_ray.laws.refits import Refit, leave_one_out
 class Fitted:
     """A form on the runs of ``points``: estimates, both kinds of interval, refits and tests.
 
-    Without estimates (``best`` is None) where the settings cannot fix the parameters; without ``tests`` where only
-    estimates were asked for, or the form has no axis.
+    ``best`` is None, and there are no estimates, where the settings cannot fix the parameters. ``tests`` is None where
+    only estimates were asked for, or the form has no axis.
     """
 
     form: Form

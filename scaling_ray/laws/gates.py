@@ -1,8 +1,8 @@
-"""The verdict, before the number: every reason not to believe a fitted law, as a plain sentence.
+"""Gates: every reason not to believe a fitted law, as a plain sentence.
 
-A gate gives a :class:`Refusal`: why, and what would settle it. Any refusal means "refused", and a refused fit has no
-headline parameters. A floor of zero is an answer; a parameter on the edge of a search is not. What is wrong with the
-runs themselves, whatever law is drawn through them: :mod:`protocol`.
+A gate gives a :class:`Refusal`: the reason, and the runs that would settle it. Any refusal means "refused", and a
+refused fit has no headline parameters. A floor of zero is an answer; a parameter on the edge of a search is not.
+Refusals by the runs' protocol, which no choice of law can mend, are in :mod:`protocol`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def choices_gate(alphas: Sequence[Mapping[str, Any]]) -> list[Refusal]:
 
 
 def fit_gates(law: Fitted) -> list[Refusal]:
-    """What the runs cannot say about this law; nothing where it was fitted without tests."""
+    """Refusals by the fit itself; none for a law that was fitted without tests."""
     form, points, best, tests = law.form, law.points, law.best, law.tests
     if best is None or tests is None:
         return []

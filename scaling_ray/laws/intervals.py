@@ -1,4 +1,4 @@
-"""What the runs leave open about one fit: F-profile intervals of parameters and of anything linear in coefficients.
+"""F-profile intervals of one fit: of its parameters and of anything linear in its coefficients.
 
 An interval is every value v of a quantity whose best fit, all else free, has
 ``RSS(v) <= RSS_min * (1 + F(1, n - p; level) / (n - p))``: Bates and Watts, Nonlinear Regression Analysis (1988),

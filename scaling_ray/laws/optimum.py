@@ -1,4 +1,4 @@
-"""What the next step would buy, and the best split of a budget: sentences and tables, only where a law is supported.
+"""Gains of the next step, and the best split of a budget: sentences and tables, only where a law is supported.
 
 Nothing here goes further than one step of the sampled ladder, or twice its cells. The split of a budget comes twice:
 from the law L(P, D) with exact FLOPs interpolated over the sizes, and from the minima of isoFLOP parabolas, which need
@@ -26,7 +26,7 @@ DRAWS = 400
 
 
 def next_steps(headline: Judged) -> list[dict[str, Any]]:
-    """What the next size and twice the cells would buy under a supported law: loss gained, with an interval.
+    """Loss gained by the next size, and by twice the cells, under a supported law, with intervals.
 
     The interval is the union of the profile of the difference with those of the leave-one-out refits.
 

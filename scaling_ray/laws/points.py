@@ -1,4 +1,4 @@
-"""Which runs of a table are points of a law, and which are not and why."""
+"""Points of a law: the runs of a table that it is fitted to, and the reasons why others are none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _GONE_WITHOUT_VALUES = frozenset(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Columns that must not differ within one law, and those that may follow the size and the data but nothing else."""
+    """Columns that must not differ within one law; those of ``by_size`` may follow the size and the data only."""
 
     within_law: tuple[str, ...] = ()
     by_size: tuple[str, ...] = ()
@@ -59,8 +59,8 @@ class Agreement:
 class Selected:
     """The finished runs of a table.
 
-    ``points`` are those that a law is fitted to; ``everyone`` holds the anchor sizes too. ``excluded`` says of the rest
-    how many and why; ``diverged`` counts those of the grid that diverged. Both tables have a column ``row``, from 1.
+    A law is fitted to ``points``; ``everyone`` holds the anchor sizes too. ``excluded`` counts other runs by reason,
+    ``diverged`` those of the grid that diverged. Both tables have a column ``row``: the row's number, from 1.
     """
 
     points: Rows
@@ -139,7 +139,7 @@ def select_points(columns: Mapping[str, Any], anchors: Sequence[str], agreement:
 
 
 def _known(table: Rows, keep: NDArray) -> Rows:
-    """The kept rows; columns of which none has a value are gone."""
+    """The kept rows, without columns that hold no value in them."""
     rows = {name: values[keep] for name, values in table.items()}
     empty = [name for name in _GONE_WITHOUT_VALUES if name in rows and not np.any(np.isfinite(rows[name]))]
     return {name: values for name, values in rows.items() if name not in empty}

@@ -1,7 +1,7 @@
-"""What is wrong with the runs themselves, whatever law is drawn through them; and the test for leaks.
+"""Gates on the runs' own protocol, which hold for every law, and the leak test.
 
-A paired z compares a run with the planted bound on the same cells and masks: no model can be better than the bound, so
-a z far below zero says that masked values leak into the input or test cells into training.
+A paired z compares a run with the planted bound on the same cells and masks. No model can be better than the bound, so
+a z far below zero means that masked values leak into the input or test cells into training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEAK_Z = -4.0
 
 
 def protocol_gates(rows: Rows, agreement: Agreement) -> list[Refusal]:
-    """Refusals against the points' runs, in an order that does not depend on the runs."""
+    """Refusals by the protocol of the points' runs, always in the same order."""
     refusals = []
     for name in agreement.within_law:
         if name in rows and len(found := np.unique(rows[name].astype(str))) > 1:

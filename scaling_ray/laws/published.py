@@ -18,7 +18,7 @@ STEPS, EDGE = 200, 0.99
 
 @dataclass(frozen=True)
 class PublishedFit:
-    """What the study's estimator returns, and whether its floor is only the end of the scan."""
+    """A fit by the study's estimator; ``c_at_bound`` says that its floor is only the end of the scan."""
 
     alpha: float
     a: float

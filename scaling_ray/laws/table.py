@@ -1,6 +1,6 @@
-"""From a table of runs to ``fit.json``: the verdict first, then what it rests on.
+"""From a table of runs to ``fit.json``: the verdict first, then its evidence.
 
-``fit_table`` is the one public way in. What it fits is decided by the shape of the table and not by the outcome:
+``fit_table`` is the one public way in. The shape of the table decides which law it fits, never the outcome:
 with at least three numbers of cells the headline is L(P, D), otherwise L(P) with a floor at the largest number.
 """
 
@@ -162,7 +162,7 @@ def nothing_to_fit(reason: str, columns: Mapping[str, Any], agreement: Agreement
 
 
 def _leak_test_of(columns: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The leak test of a table's finished runs, whatever else is wrong with it."""
+    """The leak test of a table's finished runs; it needs no law."""
     if "bound_z" not in columns:
         return None
     count = len(columns["bound_z"])

@@ -75,8 +75,8 @@ def is_mse(loss_unit: str | None) -> bool:
 def size_units(rows: Rows, loss_unit: str | None) -> dict[str, Any]:
     """Losses of each setting in every unit that the table can give, each named.
 
-    Bits of a shared Gaussian need a loss that is an MSE (see :func:`is_mse`); bits under per-gene Gaussians stand where
-    a column ``test_per_gene_bits`` has them, and discrete likelihoods where one of :data:`DISCRETE` does.
+    Bits of Gaussians need a loss that is an MSE (see :func:`is_mse`), those of per-gene Gaussians also a column
+    ``test_per_gene_bits``; discrete likelihoods stand where one of :data:`DISCRETE` has them.
     """
     keys = [rows["params"]] + ([rows["cells"]] if "cells" in rows else [])
     settings, index = np.unique(np.stack(keys, axis=1), axis=0, return_inverse=True)
@@ -88,20 +88,21 @@ def size_units(rows: Rows, loss_unit: str | None) -> dict[str, Any]:
         entry: dict[str, Any] = {"params": float(setting[0]), "cells": float(setting[1]) if len(setting) > 1 else None}
         entry |= {"runs": int(here.sum()), "loss": loss}
         entry["shared_gaussian_bits"] = None if mse is None else shared_gaussian_bits(mse)
-        entry["per_gene_gaussian_bits"] = _mean(rows, "test_per_gene_bits", here)
+        entry["per_gene_gaussian_bits"] = _mean(rows, "test_per_gene_bits", here) if is_mse(loss_unit) else None
         for name, column in (("gene_mean", "baseline_loss"), ("shrunk_gaussian", "gaussian_loss")):
             entry[f"gain_over_{name}_bits"] = gain_bits(mse, _mean(rows, column, here))
         entry["discrete_bits"] = {
             title: value for column, title in DISCRETE.items() if (value := _mean(rows, column, here)) is not None
         }
         table.append(entry)
+    names = {
+        "shared_gaussian_bits": {"name": ENTROPY_NAME, "formula": ENTROPY_FORMULA},
+        "per_gene_gaussian_bits": {"name": PER_GENE_NAME, "formula": PER_GENE_FORMULA},
+        "discrete_bits": {"name": DISCRETE_NAME, "formula": DISCRETE_FORMULA},
+        "gain_bits": {"name": GAIN_NAME, "formula": GAIN_FORMULA},
+    }
     return {
-        "names": {
-            "shared_gaussian_bits": {"name": ENTROPY_NAME, "formula": ENTROPY_FORMULA},
-            "per_gene_gaussian_bits": {"name": PER_GENE_NAME, "formula": PER_GENE_FORMULA},
-            "discrete_bits": {"name": DISCRETE_NAME, "formula": DISCRETE_FORMULA},
-            "gain_bits": {"name": GAIN_NAME, "formula": GAIN_FORMULA},
-        },
+        "names": {key: name for key, name in names.items() if is_mse(loss_unit) or key == "discrete_bits"},
         "conditional_on": CONDITIONAL,
         "by_setting": table,
     }

@@ -1,4 +1,4 @@
-"""What a fitted law is worth: supported, or refused with every reason and what would settle it."""
+"""The verdict on a fitted law: supported, or refused, with every reason and the runs that would settle it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Judged:
 
     @property
     def settles(self) -> list[str]:
-        """What would settle each reason, once."""
+        """Runs that would settle the reasons, each said once."""
         return list(dict.fromkeys(refusal.settles for refusal in self.refusals))
 
 
 def judge(law: Fitted, protocol: Sequence[Refusal]) -> Judged:
-    """Set a law against the gates; ``protocol`` is what is wrong with the runs whatever law is drawn through them.
+    """Apply the gates to a fitted law; ``protocol`` holds the refusals by the protocol of its runs.
 
-    The gates of the fit itself need its tests: a law that was fitted for its estimates only passes them unasked.
+    Gates on the fit need its tests, so a law that was fitted for its estimates only is judged without them.
     """
     refusals = [*gates.count_gates(law.form, law.points), *protocol]
     if law.best is None:

@@ -1,4 +1,4 @@
-"""Where the cells came from, what each rule left out, how they were split; and what made the numbers."""
+"""Data card (source of the cells, rules, splits) and provenance (hashes and versions behind the numbers)."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Chart:
-    """What to draw: loss against a logarithmic axis."""
+    """A chart to draw: loss against a logarithmic axis."""
 
     title: str
     x_label: str

@@ -79,7 +79,7 @@ def learning_rates(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def protocol(grid: Sequence[Row], spec: SweepSpec | None) -> dict[str, Any]:
-    """How each size was trained, and what all runs share."""
+    """The protocol of each size, and the rules that all runs share."""
     rows = []
     for params, size in sorted({(r.params, r.size) for r in grid}):
         here = [r for r in grid if r.size == size]

@@ -101,7 +101,7 @@ def _unit_words(loss_units: Sequence[str]) -> tuple[str, str]:
 
 
 def _sentence(head: dict[str, Any], fit: dict[str, Any]) -> str:
-    """The verdict in words: what the runs support, or why they do not."""
+    """The verdict in words: the law that the runs support, or the first reason why they support none."""
     supported = [f for f in fit["fits"] if f["verdict"] == "supported" and f["form"] not in ("constant", "cells_log")]
     if head["verdict"] == "supported":
         what = "size and data" if head["form"] == "params_cells" else "size"
@@ -115,7 +115,7 @@ def _sentence(head: dict[str, Any], fit: dict[str, Any]) -> str:
 
 
 def _second_sentence(head: dict[str, Any]) -> str | None:
-    """What the verdict comes to: the exponent with its headline interval, or what would settle it."""
+    """The second sentence: the exponent with its headline interval, or the runs that would settle it."""
     if head["verdict"] != "supported":
         return f"What would settle it first: {head['settles'][0]}." if head["settles"] else None
     alpha = head["parameters"]["alpha"]
@@ -167,7 +167,7 @@ def _bits(fit: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(row: Row) -> dict[str, Any]:
-    """One run's losses, and what they are worth against the lines beside them."""
+    """One run with its losses set against its baselines and floors."""
     loss, gene_mean, gaussian = row.test_loss, row.baseline_loss, row.gaussian_loss
     mse = loss if units.is_mse(row.loss_unit) else None
     return asdict(row) | {

@@ -1,4 +1,4 @@
-"""What every figure is made of: colours that follow light and dark, text, ticks, and the file of its own.
+"""Parts of every figure: colours that follow light and dark, text, ticks, and the figure as a file of its own.
 
 No drawing library, no fonts or scripts from elsewhere. Coordinates are pixels of the view box.
 """

@@ -1,4 +1,4 @@
-"""What a report reads of one sweep: its rows, learning curves, spec, plan and manifest, from a disk or from S3."""
+"""One sweep, read for a report: rows, learning curves, spec, plan and manifest, from a disk or from S3."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """What plan.json says of one run."""
+    """The entry of one run in plan.json."""
 
     hours: float
     hours_from: str
@@ -60,7 +60,7 @@ class Sweep:
 
     @property
     def split_noun(self) -> str:
-        """What the splits are made of."""
+        """Noun for the groups that make up the splits."""
         noun = self.manifest.split_by
         return {"donor_id": "donor", "dataset_id": "data set"}.get(noun, noun)
 
@@ -125,7 +125,7 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> list[Evaluation]:
 
 
 def tracking_link(tracked: Mapping[str, Any] | None) -> str | None:
-    """Where a browser finds a run, by what its mlflow.json holds: only of a tracking server, not of a database file."""
+    """Web address of a run from its mlflow.json; None unless it is on a tracking server that takes no password."""
     if tracked is None:
         return None
     uri, name = str(tracked["uri"]).rstrip("/"), str(tracked["mlflow_run_id"])

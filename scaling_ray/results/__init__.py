@@ -1,1 +1,1 @@
-"""What a sweep leaves, and other people's tables, as typed rows. No torch, no Ray."""
+"""Files and results of a sweep, other people's tables, and the laws fitted to both. No torch, no Ray."""

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_type_hints
 import pyarrow as pa
 
 ColumnRole = Literal["identity", "axis", "protocol", "execution", "state", "count", "loss", "reference", "note"]
-"""What a column is: an axis of the grid, a rule of training, how it was carried out, what was counted, a loss, ..."""
-Agreement = Literal["", "within_law", "by_size"]
-"""What runs of one law must share: nothing; the same value in all; the same in all of one size and data."""
+"""Kinds of columns: an axis of the grid, a rule of training, a detail of execution, a count, a loss, ..."""
+Agrees = Literal["", "within_law", "by_size"]
+"""How far runs of one law must agree: not at all; all of them; all of one size and number of cells."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,22 @@ class Column:
     unit: str
     role: ColumnRole
     required: bool
-    agrees: Agreement
+    agrees: Agrees
     aliases: tuple[str, ...]
 
 
 def _facts(
-    role: ColumnRole, unit: str = "", *aliases: str, required: bool = False, agrees: Agreement = ""
+    role: ColumnRole, unit: str = "", *aliases: str, required: bool = False, agrees: Agrees = ""
 ) -> dict[str, Any]:
     return {"role": role, "unit": unit, "aliases": aliases, "required": required, "agrees": agrees}
 
 
-def _always(role: ColumnRole, unit: str = "", *aliases: str, agrees: Agreement = "") -> Any:
+def _always(role: ColumnRole, unit: str = "", *aliases: str, agrees: Agrees = "") -> Any:
     """A column that every run has a value in, finished or not."""
     return field(metadata=_facts(role, unit, *aliases, required=True, agrees=agrees))
 
 
-def _column(role: ColumnRole, unit: str = "", *aliases: str, required: bool = False, agrees: Agreement = "") -> Any:
+def _column(role: ColumnRole, unit: str = "", *aliases: str, required: bool = False, agrees: Agrees = "") -> Any:
     return field(default=None, metadata=_facts(role, unit, *aliases, required=required, agrees=agrees))
 
 
@@ -138,7 +138,7 @@ COLUMNS = _columns()
 SCHEMA = pa.schema([(column.name, column.type) for column in COLUMNS])
 
 
-def _foreign(name: str, kind: type, *facts: Any, agrees: Agreement = "") -> Column:
+def _foreign(name: str, kind: type, *facts: Any, agrees: Agrees = "") -> Column:
     return Column(name=name, type=_TYPES[kind], **_facts(*facts, agrees=agrees))
 
 
@@ -155,9 +155,9 @@ FOREIGN = (
 """Columns that a fit reads where another's table has them, and that no sweep writes."""
 
 LOSSES = ("loss", "test_loss", "val_loss", "final_val_loss")
-"""Which column is the loss of a law: the first of these that every finished run of a table has."""
+"""Columns that can be the loss of a law, in order of preference: the first that every finished run has."""
 
 
-def agreeing(agrees: Agreement) -> tuple[str, ...]:
+def agreeing(agrees: Agrees) -> tuple[str, ...]:
     """Names of all columns that must agree so."""
     return tuple(column.name for column in (*COLUMNS, *FOREIGN) if column.agrees == agrees)
