@@ -48,6 +48,7 @@ CONVERT_AND_READ = (
     CONVERT
     + """
     import numpy as np
+    from scaling_ray.runs import runs_of
     from scaling_ray.storage import open_place
     from scaling_ray.shards.format import SPLITS, read_manifest
     from scaling_ray.shards.read import shards_order

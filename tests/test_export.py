@@ -22,7 +22,7 @@ from scaling_ray.records import ModelRecord, RunResult, ShardManifest
 from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import write_table
-from scaling_ray.storage import open_place, sealed_json, unseal, write_json
+from scaling_ray.storage import open_place, sealed_json, unseal
 from scaling_ray.sweep.export import keep_genes
 from scaling_ray.train.attempt import publish_winner
 from scaling_ray.train.engine import PlainEngine
@@ -80,7 +80,9 @@ def trained(shards: Path) -> Path:
     (sweep / "shards_manifest.json").write_text(manifest.to_json())
     keep_genes(open_place(sweep), manifest, open_place(shards))
     waiting = small_run(BUDGET, size="XS", genes=GENES)
-    write_json(sweep / "plan.json", {"settings": [{"run_id": run.run_id} for run in [*RUNS.values(), waiting]]})
+    (sweep / "plan.json").write_text(
+        sealed_json({"settings": [{"run_id": run.run_id} for run in [*RUNS.values(), waiting]]})
+    )
     return sweep
 
 

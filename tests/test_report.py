@@ -25,7 +25,7 @@ from scaling_ray.report.build import build_report
 from scaling_ray.results.columns import SCHEMA, Row
 from scaling_ray.results.fitting import fit_place
 from scaling_ray.results.read import read_rows
-from scaling_ray.storage import open_place
+from scaling_ray.storage import open_place, sealed_json
 
 SIZES = {
     "XXS": (1, 533),
@@ -133,7 +133,7 @@ def manifest() -> dict[str, Any]:
         "test": (1_500, ["<b>BM5</b>"]),
     }
     return {
-        "version": 2,
+        "version": 3,
         "name": "demo",
         "data_hash": "3f" * 32,
         "genes": 512,
@@ -188,7 +188,7 @@ def write_sweep(
     blank = {"val_loss": None, "test_loss": None, "final_val_loss": None, "cells_seen": None}
     waiting = {one.run_id for one in [one for one in rows if one.role == "law"][:unfinished]}
     write_rows(out, [replace(one, status="waiting", **blank) if one.run_id in waiting else one for one in rows])
-    (out / "shards_manifest.json").write_text(json.dumps(manifest()))
+    (out / "shards_manifest.json").write_text(sealed_json(manifest()))
     (out / "spec.toml").write_text(SPEC)
     return out
 
@@ -309,7 +309,7 @@ def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path):
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
     there = manifest()
     del there["splits"]["val"]
-    (sweep / "shards_manifest.json").write_text(json.dumps(there))
+    (sweep / "shards_manifest.json").write_text(sealed_json(there))
     with pytest.raises(BadInput, match="splits.val"):
         build(sweep, tmp_path / "r")
 
@@ -434,14 +434,14 @@ def test_the_plan_stands_against_what_was_done(tmp_path: Path):
     write_rows(sweep, rows)
     planned = {"hours": 0.01, "hours_from": "assumed", "execution": {"workers": 1}}
     settings = [{"run_id": one.run_id, "flops": 2 * one.flops, **planned} for one in rows]
-    (sweep / "plan.json").write_text(json.dumps({"version": 3, "settings": settings}))
+    (sweep / "plan.json").write_text(sealed_json({"version": 3, "settings": settings}))
     report = json.loads((build(sweep, tmp_path / "r").parent / "report.json").read_text())
     law, rate = report["plan_against_actual"]
     assert (law["runs"], rate["runs"]) == (1, 3)
     assert law["actual_hours"] == pytest.approx(12.5 / 3600) and law["flops_ratio"] == pytest.approx(0.5)
     assert rate["actual_hours"] == pytest.approx(12.5 / 3600), "three that trained as one took the time once"
     assert report["completeness"][0]["rows"][0]["settings"] == [{"done": 1, "planned": 2, "failed": 0}]
-    (sweep / "plan.json").write_text(json.dumps({"version": 2, "cells": settings}))
+    (sweep / "plan.json").write_text(sealed_json({"version": 2, "cells": settings}))
     with pytest.raises(BadInput, match="plan.json"):
         build(sweep, tmp_path / "r")
 
@@ -457,7 +457,7 @@ def test_the_plan_stands_against_what_was_done(tmp_path: Path):
 def test_runs_link_to_a_tracking_server_and_never_with_a_password(tmp_path: Path, uri: str, link: str | None):
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
     run_id = rows_of(sweep)[0].run_id
-    (sweep / "runs" / run_id / "mlflow.json").write_text(json.dumps({"mlflow_run_id": "abc123", "uri": uri}))
+    (sweep / "runs" / run_id / "mlflow.json").write_text(sealed_json({"mlflow_run_id": "abc123", "uri": uri}))
     page = build(sweep, tmp_path / "r").read_text()
     assert (f'href="{link}"' in page) if link else "#/runs/abc123" not in page
     assert "secret" not in page

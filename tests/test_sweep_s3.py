@@ -12,8 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import TINY_SWEEP, S3Server, free_port, serving
-from test_convert_s3 import PROXY
+from conftest import PROXY, TINY_SWEEP, S3Server, free_port, serving
 
 from scaling_ray.results.columns import Row
 from scaling_ray.results.sweep_files import SweepFiles

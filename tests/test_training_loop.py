@@ -324,7 +324,7 @@ def test_a_directory_belongs_to_one_spec(make_run: MakeRun, tmp_path: Path) -> N
     run = make_run()
     files_at(tmp_path).prepare(run)
     files_at(tmp_path).prepare(run)
-    assert RunSpec.model_validate_json((tmp_path / "spec.json").read_text()) == run
+    assert files_at(tmp_path).spec() == run
     with pytest.raises(BadInput, match="another seed"):
         files_at(tmp_path).prepare(run.model_copy(update={"seed": 2}))
 
