@@ -94,7 +94,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
-    from scaling_ray.results.fitting import fit_place
+    from scaling_ray.results.cohorts import fit_place
     from scaling_ray.storage import output_directory, write_json
 
     output_directory(options.out.parent)
