@@ -37,7 +37,7 @@ from scaling_ray.laws.forms import PARAMS_CELLS
 from scaling_ray.laws.intervals import profiles
 from scaling_ray.laws.many import Design
 from scaling_ray.laws.simulate import JudgedTables, draw, expected_ratio, fit_and_judge
-from scaling_ray.results.fitting import fit_columns
+from scaling_ray.results.cohorts import fit_columns
 from scaling_ray.storage import write_json
 
 HERE = Path(__file__).resolve().parent

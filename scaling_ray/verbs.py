@@ -132,7 +132,7 @@ def sweep(options: argparse.Namespace) -> int:
 
 def fit(options: argparse.Namespace) -> int:
     """Fit laws to a table."""
-    from scaling_ray.results.fitting import fit_place
+    from scaling_ray.results.cohorts import fit_place
     from scaling_ray.storage import output_directory, write_json
 
     output_directory(options.out.parent)

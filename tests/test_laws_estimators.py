@@ -9,12 +9,12 @@ from scipy.optimize import least_squares, minimize
 from scaling_ray.laws.elbow import find_elbow
 from scaling_ray.laws.estimators import HUBER_DELTA, huber_log, moderated, prior_freedom
 from scaling_ray.laws.fit import Points, Problem, gather
-from scaling_ray.laws.fitted import fit_law
 from scaling_ray.laws.forms import CELLS_LOG, PARAMS_CELLS, POWER_FLOOR
 from scaling_ray.laws.intervals import delta_t, profiles
+from scaling_ray.laws.law import fit_law
 from scaling_ray.laws.many import Design
 from scaling_ray.laws.simulate import draw, fit_and_judge
-from scaling_ray.results.fitting import fit_columns
+from scaling_ray.results.cohorts import fit_columns
 
 LADDER = np.array([9_953.0, 132_993.0, 859_137.0, 19_178_497.0, 100_510_801.0, 340_770_817.0])
 

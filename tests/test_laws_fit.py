@@ -11,7 +11,7 @@ from scipy.optimize import least_squares
 from scaling_ray.laws.fit import Problem, gather
 from scaling_ray.laws.forms import PARAMS_CELLS, POWER_FLOOR
 from scaling_ray.laws.intervals import profile
-from scaling_ray.results.fitting import fit_columns
+from scaling_ray.results.cohorts import fit_columns
 from scaling_ray.results.foreign import read_table
 
 PUBLISHED = Path(__file__).parent.parent / "reports" / "published" / "canonical_v512.csv"

@@ -14,7 +14,7 @@ import pytest
 
 from scaling_ray.errors import BadInput
 from scaling_ray.laws import units
-from scaling_ray.results.fitting import fit_columns
+from scaling_ray.results.cohorts import fit_columns
 from scaling_ray.results.foreign import read_table
 
 PUBLISHED = Path(__file__).parent.parent / "reports" / "published" / "canonical_v512.csv"

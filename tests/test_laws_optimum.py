@@ -7,7 +7,7 @@ import pytest
 
 from scaling_ray.laws import units
 from scaling_ray.laws.optimum import iso_flop
-from scaling_ray.results.fitting import fit_columns
+from scaling_ray.results.cohorts import fit_columns
 
 E, A, ALPHA, B, BETA = 1.0, 1e4**0.4, 0.4, 1e3**0.3, 0.3
 

@@ -13,7 +13,7 @@ import pytest
 
 from scaling_ray import cli
 from scaling_ray.errors import BadInput
-from scaling_ray.results.fitting import fit_columns, fit_place
+from scaling_ray.results.cohorts import fit_columns, fit_place
 from scaling_ray.results.foreign import read_table
 
 REPORTS = Path(__file__).resolve().parents[1] / "reports"

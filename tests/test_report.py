@@ -22,8 +22,8 @@ from PIL import Image
 
 from scaling_ray.errors import BadInput
 from scaling_ray.report.build import build_report
+from scaling_ray.results.cohorts import fit_place
 from scaling_ray.results.columns import SCHEMA, Row
-from scaling_ray.results.fitting import fit_place
 from scaling_ray.results.read import read_rows
 from scaling_ray.storage import open_place, sealed_json
 

@@ -19,8 +19,8 @@ from scaling_ray.report.page import NOT_SHOWN, render
 from scaling_ray.report.pictures import draw_pictures
 from scaling_ray.report.summary import summarise
 from scaling_ray.report.sweep import read_sweep
+from scaling_ray.results.cohorts import fit_cohorts, fit_columns, fit_place
 from scaling_ray.results.columns import COLUMNS, FOREIGN, SCHEMA, Row, agreeing
-from scaling_ray.results.fitting import fit_cohorts, fit_columns, fit_place
 from scaling_ray.results.foreign import read_table
 from scaling_ray.results.read import parse_results
 from scaling_ray.storage import sealed_json

@@ -18,9 +18,9 @@ from scaling_ray.errors import BadInput
 from scaling_ray.laws import gates, units
 from scaling_ray.laws.entries import parameter
 from scaling_ray.laws.fit import Floats
-from scaling_ray.laws.fitted import Fitted, fit_law
 from scaling_ray.laws.forms import POWER_FLOOR
 from scaling_ray.laws.intervals import union
+from scaling_ray.laws.law import Fitted, fit_law
 from scaling_ray.laws.points import Agreement, Rows, where
 from scaling_ray.laws.protocol import protocol_gates
 from scaling_ray.laws.published import EDGE, PublishedFit, published_grid

@@ -8,8 +8,8 @@ import numpy as np
 
 from scaling_ray.laws import gates
 from scaling_ray.laws.entries import NO_INTERVAL, parameter
-from scaling_ray.laws.fitted import Fitted, fit_law
 from scaling_ray.laws.forms import PARAMS_CELLS, POWER_FLOOR
+from scaling_ray.laws.law import Fitted, fit_law
 from scaling_ray.laws.points import Selected, at_cells, where
 
 

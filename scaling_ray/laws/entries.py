@@ -10,9 +10,9 @@ import numpy as np
 from scaling_ray.laws.elbow import FORMULA as ELBOW_FORMULA
 from scaling_ray.laws.elbow import find_elbow
 from scaling_ray.laws.estimators import HUBER, LEAST_SQUARES, MODERATED, huber_log, moderated
-from scaling_ray.laws.fitted import Fitted, fit_law
 from scaling_ray.laws.forms import POWER_FLOOR
 from scaling_ray.laws.intervals import OPEN
+from scaling_ray.laws.law import Fitted, fit_law
 from scaling_ray.laws.points import Rows
 from scaling_ray.laws.verdict import Judged, judge
 

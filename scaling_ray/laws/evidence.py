@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scaling_ray.laws.fitted import Fitted
+from scaling_ray.laws.law import Fitted
 from scaling_ray.laws.points import Rows, at_cells
 from scaling_ray.laws.refits import Refit, hold_out_largest
 from scaling_ray.laws.verdict import Judged

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from scaling_ray.laws.fit import Floats, Points, Solution
-from scaling_ray.laws.fitted import Fitted
 from scaling_ray.laws.forms import EXPONENT_SEARCH, Form
 from scaling_ray.laws.intervals import Interval
+from scaling_ray.laws.law import Fitted
 
 MIN_SIZES, MIN_CELL_COUNTS = 4, 3
 SIZE_EFFECT_P, LACK_OF_FIT_P = 0.001, 0.01

@@ -13,8 +13,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 from scaling_ray.laws.fit import Floats
-from scaling_ray.laws.fitted import Fitted
 from scaling_ray.laws.intervals import profile_at, union
+from scaling_ray.laws.law import Fitted
 from scaling_ray.laws.many import Design
 from scaling_ray.laws.points import Rows
 from scaling_ray.laws.verdict import Judged

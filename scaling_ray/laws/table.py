@@ -14,7 +14,6 @@ import numpy as np
 
 from scaling_ray.laws import entries, evidence, gates, optimum, units
 from scaling_ray.laws.choices import declared_choices
-from scaling_ray.laws.fitted import fit_law
 from scaling_ray.laws.forms import (
     CELLS_LOG,
     CONSTANT,
@@ -25,6 +24,7 @@ from scaling_ray.laws.forms import (
     POWER_FLOPS,
 )
 from scaling_ray.laws.gates import Refusal
+from scaling_ray.laws.law import fit_law
 from scaling_ray.laws.points import (
     ANCHORS,
     Agreement,
@@ -169,7 +169,7 @@ def _leak_test_of(columns: Mapping[str, Any]) -> dict[str, Any] | None:
     unsaid = [None] * count
     state = zip(columns.get("role", unsaid), columns.get("status", unsaid), strict=True)
     finished = [i for i, (role, status) in enumerate(state) if is_finished(role, status)]
-    scores = np.array([np.nan if columns["bound_z"][i] is None else columns["bound_z"][i] for i in finished])
+    scores = np.array([np.nan if columns["bound_z"][i] is None else float(columns["bound_z"][i]) for i in finished])
     names = columns.get("run_id", unsaid)
     return leak_test({"bound_z": scores, "run_id": np.array([str(names[i]) for i in finished])})
 

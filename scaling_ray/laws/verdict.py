@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scaling_ray.laws import gates
-from scaling_ray.laws.fitted import Fitted
 from scaling_ray.laws.gates import Refusal
+from scaling_ray.laws.law import Fitted
 
 
 @dataclass(frozen=True)

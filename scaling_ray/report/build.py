@@ -17,7 +17,7 @@ from scaling_ray.report.raster import png_of
 from scaling_ray.report.summary import summarise
 from scaling_ray.report.svg import standalone
 from scaling_ray.report.sweep import Sweep, read_sweep
-from scaling_ray.results.fitting import fit_cohorts, fit_document
+from scaling_ray.results.cohorts import fit_cohorts, fit_document
 from scaling_ray.results.sweep_files import write_json
 from scaling_ray.storage import Place, open_place
 

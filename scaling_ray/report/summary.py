@@ -33,7 +33,7 @@ def summarise(sweep: Sweep, fits: Mapping[int, dict[str, Any]]) -> dict[str, Any
 
     Args:
         sweep: what its files say.
-        fits: genes -> fit of that cohort, the first one on top (see :func:`scaling_ray.results.fitting.fit_cohorts`).
+        fits: genes -> fit of that cohort, the first one on top (see :func:`scaling_ray.results.cohorts.fit_cohorts`).
     """
     genes, fit = next(iter(fits.items()))
     grid = sweep.law_rows

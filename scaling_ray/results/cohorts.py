@@ -1,4 +1,4 @@
-"""Laws for a sweep's rows or anybody's table: where the declared columns meet the fits."""
+"""Cohorts: runs of a sweep, or of any table, that may share one law, fitted by what the declared columns say."""
 
 from __future__ import annotations
 
