@@ -66,7 +66,15 @@ from scaling_ray.shards.prepare import (
     reading_rules,
 )
 from scaling_ray.spec import SweepSpec, content_hash
-from scaling_ray.storage import LocalPlace, Place, open_place, output_directory, patiently, sweep_partial_files
+from scaling_ray.storage import (
+    LocalPlace,
+    Place,
+    fenced,
+    open_place,
+    output_directory,
+    patiently,
+    sweep_partial_files,
+)
 
 BUILDING = "building/"
 """Below the target: the files of an unfinished conversion."""
@@ -211,7 +219,10 @@ class _Build:
         return plan
 
     def _hold(self, lease: ExitStack) -> None:
-        lease.enter_context(self.target.lease(f"{BUILDING}.lease"))
+        held = lease.enter_context(self.target.lease(f"{BUILDING}.lease", self.progress))
+        # From here on nothing is written, here or in a task, once another driver has taken over.
+        self.target = fenced(self.target, held)
+        self.building = self.target.below(BUILDING.rstrip("/"))
         if isinstance(self.target, LocalPlace):
             sweep_partial_files(self.target.path)
 
