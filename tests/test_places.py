@@ -229,6 +229,11 @@ def test_a_folder_made_by_hand_is_an_empty_place(on_s3: S3Place, s3: S3Server) -
     assert on_s3.names() == {}
     on_s3.write("file", b"x")
     assert on_s3.names() == {"file": 1}
+    for folder in ("sub/", "sub/deep/"):
+        s3.client.put_object(Bucket="shards", Key=on_s3.prefix + folder, Body=b"")
+    on_s3.remove("sub/")
+    there = s3.client.list_objects_v2(Bucket="shards", Prefix=on_s3.prefix)["Contents"]
+    assert {entry["Key"].removeprefix(on_s3.prefix) for entry in there} == {"", "file"}
 
 
 def everything(where: Place) -> dict[str, Callable[[], object]]:

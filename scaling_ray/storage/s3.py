@@ -210,13 +210,15 @@ class S3Place(Place):
 
     def names(self, below: str = "") -> dict[str, int]:
         """See Place."""
+        return {name: size for name, size in self._keys(below).items() if not name.endswith("/") and name}
+
+    def _keys(self, below: str) -> dict[str, int]:
+        """Every object below, the signs of folders included that the console, and Arrow, leave: keys that end in "/"."""
         found: dict[str, int] = {}
         more: dict[str, str] = {}
         while True:
             page = self.ask("list_objects_v2", Prefix=self.prefix + below, **more)
             for entry in page.get("Contents", []):
-                if entry["Key"].endswith("/"):  # the sign of a folder that the console leaves
-                    continue
                 found[entry["Key"].removeprefix(self.prefix)] = entry["Size"]
             if not page.get("IsTruncated"):
                 return found
@@ -224,7 +226,7 @@ class S3Place(Place):
 
     def remove(self, below: str) -> None:
         """See Place."""
-        for name in self.names(below) if below.endswith("/") else [below]:
+        for name in self._keys(below) if below.endswith("/") else [below]:
             self.ask("delete_object", name)
 
     def parquet_source(self, name: str) -> Any:

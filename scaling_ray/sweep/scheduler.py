@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scaling_ray.cluster import ray  # before ray.tune: it sets what ray reads once
-from scaling_ray.errors import LeaseHeld, Preempted
+from scaling_ray.errors import LeaseHeld, Preempted, ScalingRayError
 from scaling_ray.records import ShardManifest
 from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.runs import RunSpec
@@ -87,6 +87,7 @@ class Scheduler:
             }
             for unit in units
         ]
+        ended = Ended(state)
         with scratch_of(state.files, "tune") as storage:
             tune.Tuner(
                 trainable,
@@ -97,9 +98,11 @@ class Scheduler:
                     storage_path=storage,
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=state.spec.resources.max_failures),
-                    callbacks=[_announcing(state)],
+                    callbacks=[_announcing(ended)],
+                    stop=_stopping(ended),
                 ),
             ).fit()
+        ended.raise_problem()
         if state.files.stop_requested():
             return
         for run in state.waiting([run for unit in units for run in unit.runs]):
@@ -181,13 +184,47 @@ def _trial(
     tune.report({"seconds": time.monotonic() - began})
 
 
-def _announcing(state: SweepState) -> Any:
+class Ended:
+    """Announces runs that ended. Ray Tune swallows what its callbacks raise: the first error waits here."""
+
+    def __init__(self, state: SweepState) -> None:
+        self._state = state
+        self.problem: ScalingRayError | None = None
+
+    def announce(self, runs: Sequence[RunSpec], seconds: float) -> None:
+        """Say so of each; nothing more once something went wrong: a lost lease, a disk that is full."""
+        try:
+            for run in runs if self.problem is None else ():
+                self._state.announce(run, seconds)
+        except ScalingRayError as error:
+            self.problem = error
+
+    def raise_problem(self) -> None:
+        """Let the error that waits rise."""
+        if self.problem is not None:
+            raise self.problem
+
+
+def _announcing(ended: Ended) -> Any:
     from ray import tune
 
     class Announce(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            for text in trial.config["unit"]["runs"]:
-                seconds = float((trial.last_result or {"seconds": 0.0})["seconds"])
-                state.announce(RunSpec.model_validate_json(text), seconds)
+            runs = [RunSpec.model_validate_json(text) for text in trial.config["unit"]["runs"]]
+            ended.announce(runs, float((trial.last_result or {"seconds": 0.0})["seconds"]))
 
     return Announce()
+
+
+def _stopping(ended: Ended) -> Any:
+    """Ends the experiment once an announcement failed: whatever still trains could not be told of either."""
+    from ray import tune
+
+    class Stop(tune.Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return ended.problem is not None
+
+    return Stop()
