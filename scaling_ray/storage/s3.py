@@ -213,7 +213,7 @@ class S3Place(Place):
         return {name: size for name, size in self._keys(below).items() if not name.endswith("/") and name}
 
     def _keys(self, below: str) -> dict[str, int]:
-        """Every object below, the signs of folders included that the console, and Arrow, leave: keys that end in "/"."""
+        """Every object below, also the signs of folders that the console and Arrow leave: keys that end in "/"."""
         found: dict[str, int] = {}
         more: dict[str, str] = {}
         while True:
