@@ -45,9 +45,9 @@ class SweepState:
         self.train_cells = manifest.splits["train"].cells
         publish_winners(files)
         self.table = ResultsTable(files, runs, self.train_cells)
-        self._announced: set[str] = set()
         self.choose_rates()
-        self._ended_before = len(runs) - len(self.waiting())
+        waiting = {run.run_id for run in self.waiting()}
+        self._ended = {run.run_id for run in runs} - waiting
 
     def row(self, run: RunSpec) -> Row:
         """What is known of a run."""
@@ -97,11 +97,10 @@ class SweepState:
         row = self.row(run)
         if row.status not in ("done", "failed") and self.files.stop_requested():
             return
-        self._announced.add(run.run_id)
-        number = self._ended_before + len(self._announced)
+        self._ended.add(run.run_id)
         unit = row.loss_unit or "loss"
         end = f"val_loss {row.val_loss:.4f} {unit}" if row.status == "done" else f"failed ({row.failure or 'lost'})"
-        self.progress(f"[{number:>3}/{len(self.runs)}] {run.run_id:55} {end}  {seconds:.0f} s")
+        self.progress(f"[{len(self._ended):>3}/{len(self.runs)}] {run.run_id:55} {end}  {seconds:.0f} s")
         files = self.files.run(run.run_id)
         for note in (one for one in files.rows() if one["kind"] == "note"):
             self.progress(f"{run.run_id}: {note['note']}")
