@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,9 @@ from scaling_ray.errors import BadInput
 from scaling_ray.report.build import build_report
 from scaling_ray.results.columns import SCHEMA, Row
 from scaling_ray.results.read import read_rows
-from scaling_ray.storage import open_place
+from scaling_ray.storage import open_place, sealed_json
 
+T = TypeVar("T")
 SIZES = {
     "XXS": (1, 533),
     "W8": (8, 4_600),
@@ -53,7 +54,9 @@ rates = [3e-4, 1e-3, 3e-3]
 """
 
 
-def row(number: int, role: str, size: str, cells: int, seed: int, lr: float, loss: float, planted: bool) -> Row:
+def row(
+    number: int, role: Literal["law", "rate"], size: str, cells: int, seed: int, lr: float, loss: float, planted: bool
+) -> Row:
     """A finished run as the driver writes it."""
     width, params = SIZES[size]
     return Row(
@@ -116,6 +119,12 @@ def rows_of(sweep: Path) -> list[Row]:
     return read_rows(open_place(sweep))
 
 
+def known(value: T | None) -> T:
+    """A value of a row that must be there."""
+    assert value is not None
+    return value
+
+
 def curve(loss: float, rng: np.random.Generator) -> list[dict[str, Any]]:
     seen = np.linspace(2_400, 48_000, 20)
     losses = loss + 0.1 * np.exp(-seen / 9_000) + rng.normal(0, 0.002, seen.size)
@@ -132,7 +141,7 @@ def manifest() -> dict[str, Any]:
         "test": (1_500, ["<b>BM5</b>"]),
     }
     return {
-        "version": 2,
+        "version": 3,
         "name": "demo",
         "data_hash": "3f" * 32,
         "genes": 512,
@@ -172,7 +181,8 @@ def write_sweep(
 ) -> Path:
     """A sweep's directory as the driver leaves it, around a known law."""
     rng = np.random.default_rng(7)
-    rows = []
+    rows: list[Row] = []
+    runs: list[tuple[Literal["law", "rate"], str, int, int, float]]
     runs = [("law", s, d, seed, 1e-3) for s in sizes for d in cells for seed in seeds]
     runs += [("rate", s, cells[-1], 101, lr) for s in sizes for lr in RATES]
     for role, size, count, seed, lr in runs:
@@ -184,10 +194,10 @@ def write_sweep(
         folder.mkdir(parents=True)
         text = "".join(json.dumps(line) + "\n" for line in [{"kind": "train", "cells_seen": 1}, *curve(loss, rng)])
         (folder / "metrics.jsonl").write_text(text + '{"kind": "ev')
-    blank = {"val_loss": None, "test_loss": None, "final_val_loss": None, "cells_seen": None}
+    blank: dict[str, Any] = {"val_loss": None, "test_loss": None, "final_val_loss": None, "cells_seen": None}
     waiting = {one.run_id for one in [one for one in rows if one.role == "law"][:unfinished]}
     write_rows(out, [replace(one, status="waiting", **blank) if one.run_id in waiting else one for one in rows])
-    (out / "shards_manifest.json").write_text(json.dumps(manifest()))
+    (out / "shards_manifest.json").write_text(sealed_json(manifest()))
     (out / "spec.toml").write_text(SPEC)
     return out
 
@@ -235,16 +245,15 @@ def test_numbers_are_those_of_the_results(built: tuple[Path, Path]) -> None:
     report = json.loads((page.parent / "report.json").read_text())
     fit = json.loads((page.parent / "fit.json").read_text())
     rows = [one for one in rows_of(sweep) if one.role == "law"]
-    best = min(rows, key=lambda one: one.val_loss)
+    best = min(rows, key=lambda one: known(one.val_loss))
+    best_loss = known(best.test_loss)
     assert report["best"]["run_id"] == best.run_id
-    assert report["best"]["share_of_gap"]["attainable_floor"] == pytest.approx(
-        (0.335 - best.test_loss) / (0.335 - 0.16)
-    )
-    assert report["best"]["gain_bits"]["over_gene_mean"] == pytest.approx(0.5 * np.log2(0.335 / best.test_loss))
+    assert report["best"]["share_of_gap"]["attainable_floor"] == pytest.approx((0.335 - best_loss) / (0.335 - 0.16))
+    assert report["best"]["gain_bits"]["over_gene_mean"] == pytest.approx(0.5 * np.log2(0.335 / best_loss))
     assert report["headline"] == fit["headline"]
     assert report["date"] == "2026-09-21"
     setting = next(c for c in report["settings"] if (c["size"], c["cells"]) == ("TINY", 2_000))
-    two = [one.test_loss for one in rows if (one.size, one.cells) == ("TINY", 2_000)]
+    two = [known(one.test_loss) for one in rows if (one.size, one.cells) == ("TINY", 2_000)]
     assert setting["test_loss"] == pytest.approx(np.mean(two)) and setting["done"] == 2
     assert report["leak_test"]["passed"] and report["leak_test"]["runs"] == len(rows)
     tried = {row["size"]: [t["lr"] for t in row["tried"]] for row in report["learning_rates"]}
@@ -308,7 +317,7 @@ def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
     there = manifest()
     del there["splits"]["val"]
-    (sweep / "shards_manifest.json").write_text(json.dumps(there))
+    (sweep / "shards_manifest.json").write_text(sealed_json(there))
     with pytest.raises(BadInput, match="splits.val"):
         build(sweep, tmp_path / "r")
 
@@ -357,7 +366,7 @@ def test_every_run_is_on_the_page_and_every_setting_leads_to_its_runs(built: tup
     sweep, page = built
     text = page.read_text()
     for one in rows_of(sweep):
-        assert one.run_id in text and one.mlflow_run_id in text
+        assert one.run_id in text and known(one.mlflow_run_id) in text
     targets = set(re.findall(r'href="#(run-\d+)"', text))
     assert len(targets) >= 36 and targets <= set(re.findall(r'id="(run-\d+)"', text))
 
@@ -383,11 +392,11 @@ def test_figures_are_also_png_of_twice_the_size(built: tuple[Path, Path]) -> Non
     for picture in pictures:
         data = picture.with_suffix(".png").read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and data[-8:-4] == b"IEND"
-        width = int(ElementTree.parse(picture).getroot().get("width"))
+        width = int(ElementTree.parse(picture).getroot().attrib["width"])
         assert int.from_bytes(data[16:20], "big") == 2 * width
         with Image.open(picture.with_suffix(".png")) as image:
-            colours = len(image.convert("RGB").getcolors(1 << 20))
-        assert colours > 50, "letters and lines leave many shades"
+            colours = image.convert("RGB").getcolors(1 << 20)
+        assert colours is not None and len(colours) > 50, "letters and lines leave many shades"
 
 
 def test_the_page_is_for_desks_phones_dark_rooms_and_paper(built: tuple[Path, Path]) -> None:
@@ -432,15 +441,15 @@ def test_the_plan_stands_against_what_was_done(tmp_path: Path) -> None:
     rows = [replace(one, stacked=3 if one.role == "rate" else 1) for one in rows_of(sweep)]
     write_rows(sweep, rows)
     planned = {"hours": 0.01, "hours_from": "assumed", "execution": {"workers": 1}}
-    settings = [{"run_id": one.run_id, "flops": 2 * one.flops, **planned} for one in rows]
-    (sweep / "plan.json").write_text(json.dumps({"version": 3, "settings": settings}))
+    settings = [{"run_id": one.run_id, "flops": 2 * known(one.flops), **planned} for one in rows]
+    (sweep / "plan.json").write_text(sealed_json({"version": 3, "settings": settings}))
     report = json.loads((build(sweep, tmp_path / "r").parent / "report.json").read_text())
     law, rate = report["plan_against_actual"]
     assert (law["runs"], rate["runs"]) == (1, 3)
     assert law["actual_hours"] == pytest.approx(12.5 / 3600) and law["flops_ratio"] == pytest.approx(0.5)
     assert rate["actual_hours"] == pytest.approx(12.5 / 3600), "three that trained as one took the time once"
     assert report["completeness"][0]["rows"][0]["settings"] == [{"done": 1, "planned": 2, "failed": 0}]
-    (sweep / "plan.json").write_text(json.dumps({"version": 2, "cells": settings}))
+    (sweep / "plan.json").write_text(sealed_json({"version": 2, "cells": settings}))
     with pytest.raises(BadInput, match="plan.json"):
         build(sweep, tmp_path / "r")
 
@@ -456,7 +465,7 @@ def test_the_plan_stands_against_what_was_done(tmp_path: Path) -> None:
 def test_runs_link_to_a_tracking_server_and_never_with_a_password(tmp_path: Path, uri: str, link: str | None) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
     run_id = rows_of(sweep)[0].run_id
-    (sweep / "runs" / run_id / "mlflow.json").write_text(json.dumps({"mlflow_run_id": "abc123", "uri": uri}))
+    (sweep / "runs" / run_id / "mlflow.json").write_text(sealed_json({"mlflow_run_id": "abc123", "uri": uri}))
     page = build(sweep, tmp_path / "r").read_text()
     assert (f'href="{link}"' in page) if link else "#/runs/abc123" not in page
     assert "secret" not in page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import typing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from scaling_ray.results.columns import COLUMNS, FOREIGN, SCHEMA, Row, agreeing
 from scaling_ray.results.fitting import fit_cohorts, fit_columns, fit_place
 from scaling_ray.results.foreign import read_table
 from scaling_ray.results.read import parse_results
+from scaling_ray.storage import sealed_json
 
 NAMES = [column.name for column in COLUMNS]
 
@@ -150,7 +150,7 @@ def test_every_column_is_shown_or_listed_as_not_shown(sweep: Path) -> None:
         {"run_id": row.run_id, "hours": 1.0, "hours_from": "assumed", "flops": 1.0, "execution": {"workers": 1}}
         for row in rows_of(sweep)
     ]
-    (sweep / "plan.json").write_text(json.dumps({"version": 3, "settings": plan}))
+    (sweep / "plan.json").write_text(sealed_json({"version": 3, "settings": plan}))
     hints, rows, fits = typing.get_type_hints(Row), rows_of(sweep), fit_cohorts(rows_of(sweep))
     words, whole = page_of(sweep, fits), page_of(sweep)
     given, unseen = {"role": "rate", "status": "running"}, []
