@@ -10,7 +10,7 @@ from scipy.optimize import OptimizeResult, least_squares, minimize
 
 from scaling_ray.laws.elbow import find_elbow
 from scaling_ray.laws.estimators import HUBER_DELTA, huber_log, moderated, prior_freedom
-from scaling_ray.laws.fit import Floats, Points, Problem, gather
+from scaling_ray.laws.fit import Points, Problem, gather
 from scaling_ray.laws.fitted import fit_law
 from scaling_ray.laws.forms import CELLS_LOG, PARAMS_CELLS, POWER_FLOOR
 from scaling_ray.laws.intervals import delta_t, profiles
@@ -28,7 +28,9 @@ def table(alpha: float, floor: float, noise: float, seed: int) -> dict[str, np.n
 
 
 def best_of_many_starts(
-    residuals: Callable[[Floats], Floats], starts: Sequence[list[float]], bounds: tuple[list[float], list[float]]
+    residuals: Callable[[np.ndarray], np.ndarray],
+    starts: Sequence[list[float]],
+    bounds: tuple[list[float], list[float]],
 ) -> OptimizeResult:
     found = [
         least_squares(residuals, start, bounds=bounds, x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=2000)
@@ -49,7 +51,7 @@ def test_least_squares_is_the_minimum_that_many_starts_of_another_solver_find(se
         [rng.uniform(0.3, 1.5, 12), rng.uniform(0.3, 2.0, 12), np.exp(rng.uniform(-3, 0.5, 12))], axis=1
     ).tolist()
 
-    def residuals(x: Floats) -> Floats:
+    def residuals(x: np.ndarray) -> np.ndarray:
         return x[0] + x[1] * scaled ** -x[2] - runs["loss"]
 
     other = best_of_many_starts(residuals, starts, ([0, 0, 0.01], [np.inf, np.inf, 3.0]))
@@ -64,7 +66,7 @@ def test_size_and_data_together_agree_with_many_starts_of_another_solver() -> No
     problem = Problem(PARAMS_CELLS, gather({"params": sizes, "cells": cells}, loss))
     best = problem.search()
 
-    def residuals(x: Floats) -> Floats:
+    def residuals(x: np.ndarray) -> np.ndarray:
         return x[0] + x[1] * (sizes / 1e5) ** -x[3] + x[2] * (cells / 2e3) ** -x[4] - loss
 
     starts = [[1, 1, 1, 0.3, 0.3], [0.5, 0.5, 2, 0.6, 0.1], [1.5, 2, 0.5, 0.1, 0.6], [0.1, 1, 1, 1.0, 1.0]]
@@ -139,7 +141,7 @@ def test_huber_on_the_log_loss_agrees_with_another_optimiser_and_shrugs_at_an_ou
     found = huber_log(problem, {"params": runs["params"]}, runs["loss"], best)
     scaled, target = runs["params"] / LADDER[0], np.log(runs["loss"])
 
-    def objective(x: Floats) -> float:
+    def objective(x: np.ndarray) -> float:
         away = np.abs(np.log(np.exp(x[0]) + np.exp(x[1]) * scaled ** -np.exp(x[2])) - target)
         return float(np.sum(np.where(away <= HUBER_DELTA, away**2 / 2, HUBER_DELTA * (away - HUBER_DELTA / 2))))
 
