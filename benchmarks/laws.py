@@ -83,7 +83,8 @@ def describe(judged: JudgedTables, alpha: float) -> dict[str, Any]:
 
 def clean(tables: int) -> dict[str, Any]:
     """Recovery, coverage and answers on clean tables, every setting and pooled."""
-    settings, pooled = [], []
+    settings: list[dict[str, Any]] = []
+    pooled: list[tuple[dict[str, Any], JudgedTables]] = []
     for title, params in LADDERS.items():
         for noise in NOISES:
             for alpha in ALPHAS:
@@ -91,7 +92,7 @@ def clean(tables: int) -> dict[str, Any]:
                     rng = np.random.default_rng([1, len(settings)])
                     law = law_of(params, alpha, floor)
                     judged = fit_and_judge(params, draw(law, noise, tables, SEEDS, rng))
-                    setting = {"ladder": title, "noise": noise, "alpha": alpha, "floor": floor}
+                    setting: dict[str, Any] = {"ladder": title, "noise": noise, "alpha": alpha, "floor": floor}
                     setting["expected_ratio"] = expected_ratio(params, law, noise, SEEDS)
                     settings.append(setting | describe(judged, alpha))
                     pooled.append((setting, judged))
@@ -105,34 +106,26 @@ def clean(tables: int) -> dict[str, Any]:
     def everything(setting: dict[str, Any]) -> bool:
         return True
 
-    errors = {
-        f"{noise:g}": float(
-            np.median(over(lambda c, n=noise: c["noise"] == n, lambda j, alpha: np.abs(j.alpha / alpha - 1.0)))
+    def median_error(noise: float, floors: tuple[bool, ...]) -> float:
+        errors = over(
+            lambda c: c["noise"] == noise and c["floor"] in floors, lambda j, alpha: np.abs(j.alpha / alpha - 1.0)
         )
-        for noise in NOISES
-    }
-    with_floor = {
-        f"{noise:g}": float(
-            np.median(
-                over(lambda c, n=noise: c["noise"] == n and c["floor"], lambda j, alpha: np.abs(j.alpha / alpha - 1.0))
-            )
-        )
-        for noise in NOISES
-    }
-    widths = over(everything, lambda j, alpha: j.log_width_ratio()[j.answered])
-    by_ladder = {
-        title: float(
-            np.median(over(lambda c, t=title: c["ladder"] == t, lambda j, alpha: j.log_width_ratio()[j.answered]))
-        )
-        for title in LADDERS
-    }
+        return float(np.median(errors))
+
+    def widths_where(chosen: Callable[[dict[str, Any]], bool]) -> np.ndarray:
+        return over(chosen, lambda j, alpha: j.log_width_ratio()[j.answered])
+
+    def median_width_of_ladder(title: str) -> float:
+        return float(np.median(widths_where(lambda c: c["ladder"] == title)))
+
+    widths = widths_where(everything)
     return {
-        "median_relative_error": errors,
-        "median_relative_error_with_floor": with_floor,
+        "median_relative_error": {f"{noise:g}": median_error(noise, (True, False)) for noise in NOISES},
+        "median_relative_error_with_floor": {f"{noise:g}": median_error(noise, (True,)) for noise in NOISES},
         "statistical_coverage": share(over(everything, lambda j, alpha: j.covers(alpha)[j.answered])),
         "headline_coverage": share(over(everything, lambda j, alpha: j.covers(alpha, headline=True)[j.answered])),
         "log_width_ratio_median": float(np.median(widths)),
-        "log_width_ratio_median_by_ladder": by_ladder,
+        "log_width_ratio_median_by_ladder": {title: median_width_of_ladder(title) for title in LADDERS},
         "log_width_ratio_above_4": share(widths > 4.0),
         "answered_where_expected_ratio_below_2": share(
             over(lambda c: c["expected_ratio"] < 2.0, lambda j, alpha: j.answered)
@@ -157,7 +150,8 @@ def half_gap(tables: int) -> dict[str, Any]:
 
 def undertrained(tables: int) -> dict[str, Any]:
     """Coverage where the largest size is 0.03 worse than its law."""
-    settings, hits, every = [], [], []
+    settings: list[dict[str, Any]] = []
+    hits, every = [], []
     for title, params in LADDERS.items():
         for noise in NOISES:
             for alpha in ALPHAS:

@@ -51,13 +51,13 @@ class Execution(BaseModel):
     checkpoint_seconds: float = 30.0
 
     def repeating(self, planned: dict[str, Any]) -> Self:
-        """This, with what an earlier plan said of the run: all fields but those in ``FOLLOWS_SPEC``."""
+        """This execution with the values of an earlier plan, except for the fields in ``FOLLOWS_SPEC``."""
         kept = {name: value for name, value in planned.items() if name not in self.FOLLOWS_SPEC}
         return self.model_validate(self.model_dump() | kept)
 
 
 def device_here() -> Device:
-    """What runs would train on in this process, of what its machine has and it may use."""
+    """The device that runs would train on in this process: a GPU that it may use, else the CPU."""
     if os.path.exists("/dev/nvidia0") and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         return "cuda"
     return cpu_here()
@@ -81,8 +81,8 @@ def choose_precision(shape: Shape, device: Device) -> Precision:
 def choose_micro_batch(shape: Shape, genes: int, cells_per_step: int, dropout: float, device: Device) -> int:
     """Cells of one forward and backward pass: what keeps activations in a CPU's cache, or a GPU busy.
 
-    A model of one layer never makes a whole attention matrix: all cells of an update at once. Others on a CPU take few
-    cells, fewer still where dropout keeps each matrix for the backward pass.
+    A model of one layer never makes a whole attention matrix, so it takes all cells of an update at once. Deeper models
+    on a CPU take few cells, and fewer still where dropout keeps each matrix for the backward pass.
     """
     if device == "cuda":
         most = max(1, (1 << 25) // (shape.width * genes * shape.layers))
@@ -95,9 +95,9 @@ def choose_micro_batch(shape: Shape, genes: int, cells_per_step: int, dropout: f
 
 
 def choose_stack(shape: Shape, micro_batch: int, device: Device) -> int:
-    """Most models of this shape that train as one: those whose operations are too small to be worth their start.
+    """Most models of this shape that train as one; more than 1 where starting an operation costs more than doing it.
 
-    On a CPU more of them fit into its cache where each is smaller; beyond it they would only take turns.
+    On a CPU, more models fit into the cache where each is smaller; beyond the cache they would only take turns.
     """
     if shape.layers > 1 or shape.width > 16:
         return 1

@@ -1,4 +1,4 @@
-"""The grid of a sweep as runs: what each run is, once, and beside it how it is carried out.
+"""The grid of a sweep as runs: what each run is, said once, and beside it how it is carried out.
 
 ``RunSpec`` is a run's identity plus a nested ``Execution``. Whoever asks whether two runs are the same, what a stack
 shares, what plan.json repeats or what a checkpoint refuses reads it from here.
@@ -68,7 +68,7 @@ class RunSpec(Frozen):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the run is, as JSON, with the numerics version: all that two tries at it must agree in."""
+        """What the run is, as JSON, with the numerics version: all that two attempts at it must agree in."""
         return {"numerics": NUMERICS_VERSION} | self.model_dump(mode="json", exclude={"execution"})
 
     def carried_out(self, **changes: Any) -> RunSpec:
@@ -89,7 +89,7 @@ def differing(there: dict[str, Any], here: dict[str, Any], above: str = "") -> l
 
 
 def stack_mates(run: RunSpec) -> str:
-    """What a run must share with others to train as one with them, as canonical text."""
+    """Hash of what runs must have in common to train as one."""
     shared = run.model_dump(mode="json", exclude=set(MEMBERS_OWN))
     shared["execution"].pop("stack")
     return content_hash(shared)
@@ -100,8 +100,8 @@ def runs_of(spec: SweepSpec, device: Device | None = None) -> list[RunSpec]:
 
     Args:
         spec: the sweep's.
-        device: what they train on: micro-batches and precision follow it. Where it is left out, the spec's, or a CPU;
-            identities are the same for every device.
+        device: that they train on, which decides micro-batches and precision. None takes the spec's, or a CPU where
+            that is "auto". Identities are the same for every device.
     """
     if device is None:
         device = "cpu" if spec.resources.device == "auto" else spec.resources.device
@@ -127,7 +127,7 @@ def runs_of(spec: SweepSpec, device: Device | None = None) -> list[RunSpec]:
 
 
 def execution_of(spec: SweepSpec, size: str, genes: int, device: Device) -> Execution:
-    """How runs of a size are carried out on a device: what the spec names, and else what was measured to be best."""
+    """The execution of runs of a size on a device: what the spec names, and else what was measured to be best."""
     shape, train, resources = spec.shape(size), spec.train, spec.resources
     workers = resources.workers.get(size, 1)
     named = train.micro_batch

@@ -79,10 +79,12 @@ def write_cells_as_shards(
             for i in range(len(block_widths(genes)))
         }
         table = pa.table(columns)
-        files = [
+        written = [
             write_file(target, f"{split}-{n:05d}.parquet", [table.slice(start, file_cells)], genes, row_group_cells)
             for n, start in enumerate(range(0, len(cells), file_cells))
         ]
+        files = [file for file in written if file is not None]
+        assert len(files) == len(written)
         entries[split] = SplitEntry(
             cells=len(cells),
             fraction=1 / 3,

@@ -130,7 +130,8 @@ def test_the_probe_stops_where_memory_ends() -> None:
 def test_a_sweep_probes_once_and_keeps_to_it(tiny_shards: Path, tmp_path: Path) -> None:
     from scaling_ray.sweep.run import run_sweep
 
-    spec, lines = tmp_path / "spec.toml", []
+    lines: list[str] = []
+    spec = tmp_path / "spec.toml"
     text = TINY_SWEEP.replace('"choose"', '"fixed"').replace("[3e-3, 1e-2]", "[3e-3]")
     spec.write_text(text.replace("[train]", '[train]\nmicro_batch = "probe"'))
     run_sweep(spec, tiny_shards, tmp_path / "sweep", lines.append)

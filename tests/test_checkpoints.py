@@ -249,9 +249,8 @@ def test_only_the_chosen_checkpoint_of_a_finished_run_stays(make_run: MakeRun, t
     from scaling_ray.train.loop import RunData, run_to_result
 
     run = make_run("max_cells_seen = 320\ncheckpoint_seconds = 1e-6", size="XXS")
-    parts = [synthetic_cells(count, first_id=first) for count, first in ((64, 0), (32, 1000), (32, 2000))]
-    run_to_result(
-        run, RunData(*parts, data_hash="synthetic"), PlainEngine(run, torch.device("cpu")), files_at(tmp_path)
-    )
+    train, val, test = (synthetic_cells(count, first_id=first) for count, first in ((64, 0), (32, 1000), (32, 2000)))
+    data = RunData(train, val, test, data_hash="synthetic")
+    run_to_result(run, data, PlainEngine(run, torch.device("cpu")), files_at(tmp_path))
     publish_winner(files_at(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["best"]

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from scaling_ray.cli import main
 from scaling_ray.runs import RunSpec
-from scaling_ray.shards.read import ResidentFeed, run_order
 from scaling_ray.train.batches import evaluation_batches
 from scaling_ray.train.choice import build_engine
 from scaling_ray.train.engine import Engine
@@ -87,8 +86,8 @@ def run_of(combination: Combination) -> RunSpec:
 
 
 def data() -> RunData:
-    splits = (synthetic_cells(n, unmeasured=9, first_id=1000 * i) for i, n in enumerate((100, 45, 51)))
-    return RunData(*splits, data_hash="synthetic")
+    train, val, test = (synthetic_cells(n, unmeasured=9, first_id=1000 * i) for i, n in enumerate((100, 45, 51)))
+    return RunData(train, val, test, data_hash="synthetic")
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,7 @@ def trained_as_a_stack(combination: Combination) -> Seen:
     """The same of the first of two members; the second has another seed."""
     run, cells = run_of(combination), data()
     runs = [run, run.model_copy(update={"seed": run.seed + 1})]
-    feeds = [ResidentFeed(cells.train, run_order(one, len(cells.train), donor=cells.train.donor)) for one in runs]
-    loop = StackedLoop(runs, feeds, cells.val, cells.test, CPU)
+    loop = StackedLoop(runs, [cells.feed(one) for one in runs], cells.val, cells.test, CPU)
 
     def state() -> dict[str, Tensor]:
         parts = {"model.": loop.model.flat, "optimizer.exp_avg.": loop.optimizer.first}

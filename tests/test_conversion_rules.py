@@ -138,8 +138,10 @@ class Truth:
 
 def truth_of(census: Path) -> Truth:
     # one thread and no merge of tile orders, which races in TileDB and now and then ends the process
+    config: dict[str, str | float]
     config = {"sm.compute_concurrency_level": 1, "sm.query.sparse_global_order.preprocess_tile_merge": 0}
     with soma.open(str(census), context=soma.SOMATileDBContext(tiledb_config=config)) as root:
+        assert isinstance(root, soma.Collection)
         human = root["census_data"]["homo_sapiens"]
         obs = human.obs.read().concat().to_pandas().sort_values("soma_joinid", ignore_index=True)
         table = human.ms["RNA"].X["raw"].read().tables().concat()
@@ -754,6 +756,7 @@ def test_a_bound_on_memory_that_cannot_be_kept_is_one_line(
 
 def a_newer_encoding(census: Path) -> None:
     """The root says that it was written by a tiledbsoma of the future."""
+    root: soma.Collection[Any]
     with soma.Collection.open(str(census), "w") as root:
         root._handle.set_metadata("soma_encoding_version", np.array(["99"], "S"), True)
     (census / "census.json").unlink()  # it knows the number of files

@@ -61,10 +61,11 @@ def test_draws_repeat_from_the_generator() -> None:
     assert not torch.equal(first, dropout(torch.ones(1000), 0.4))
 
 
-def projections(heads: int, asking: int, genes: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+def projections(heads: int, asking: int, genes: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(4)
     shapes = [(2, heads, n, width) for n in (asking, genes, genes)]
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+    return query, key, value
 
 
 # the second takes several chunks of heads, the last not a whole number of them
@@ -72,7 +73,7 @@ def projections(heads: int, asking: int, genes: int, width: int, dtype: torch.dt
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("under_autocast", [False, True])
 def test_attention_and_its_gradients_follow_from_the_entries_it_kept(
-    shape: tuple[int, ...], rate: float, under_autocast: bool
+    shape: tuple[int, int, int, int], rate: float, under_autocast: bool
 ) -> None:
     """Against the plain formula in float64; an autocast around it, in either direction, changes nothing."""
     query, key, value = projections(*shape, dtype=torch.float32)
@@ -108,15 +109,15 @@ def test_attention_and_its_gradients_follow_from_the_entries_it_kept(
 def test_attention_takes_bfloat16_and_answers_in_it(under_autocast: bool) -> None:
     """As in float32 on the same rounded numbers, rounded once."""
     rounded = projections(2, 7, 30, 4, torch.bfloat16)
-    exact = [projection.detach().float().requires_grad_() for projection in rounded]
+    query, key, value = (projection.detach().float().requires_grad_() for projection in rounded)
     upstream = torch.randn(2, 2, 7, 4, generator=torch.Generator().manual_seed(6)).bfloat16()
     torch.manual_seed(7)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast):
         out = attention(*rounded, 0.1)
         found = torch.autograd.grad(out, rounded, upstream)
     torch.manual_seed(7)
-    plain = attention(*exact, 0.1)
-    expected = torch.autograd.grad(plain, exact, upstream.float())
+    plain = attention(query, key, value, 0.1)
+    expected = torch.autograd.grad(plain, (query, key, value), upstream.float())
     assert torch.equal(out, plain.bfloat16())
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other.bfloat16())

@@ -86,8 +86,8 @@ def spec(extra: str = "") -> RunSpec:
 
 def data() -> RunData:
     # 45 validation cells make 8 micro-batches, 51 test cells 9: the ranks' shares are equal once, and once not
-    splits = (synthetic_cells(n, unmeasured=9, first_id=1000 * i) for i, n in enumerate((100, 45, 51)))
-    return RunData(*splits, data_hash="synthetic")
+    train, val, test = (synthetic_cells(n, unmeasured=9, first_id=1000 * i) for i, n in enumerate((100, 45, 51)))
+    return RunData(train, val, test, data_hash="synthetic")
 
 
 def run_to_result(

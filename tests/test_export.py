@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -70,11 +71,11 @@ def trained(shards: Path) -> Path:
     torch.set_num_threads(1)
     sweep = shards.parent / "sweep"
     manifest = ShardManifest.read(shards / "manifest.json")
-    splits = [read_split(shards, manifest, split, GENES) for split in ("train", "val", "test")]
+    train, val, test = (read_split(shards, manifest, split, GENES) for split in ("train", "val", "test"))
     for run in RUNS.values():
         files = SweepFiles.at(sweep).run(run.run_id)
         files.prepare(run)
-        data = RunData(*splits, manifest.data_hash)
+        data = RunData(train, val, test, manifest.data_hash)
         assert run_to_result(run, data, PlainEngine(run, torch.device("cpu")), files)
         publish_winner(files)
     (sweep / "shards_manifest.json").write_text(manifest.to_json())
@@ -214,7 +215,11 @@ def without_manifest(sweep: Path, run: RunSpec) -> None:
     ],
 )
 def test_a_damaged_sweep_is_one_line_and_leaves_nothing(
-    damage, expected: str, sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[Path, RunSpec], None],
+    expected: str,
+    sweep: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = RUNS["corrected"]
     damage(sweep, run)

@@ -19,7 +19,8 @@ from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, run_to_result
 
 CPU = torch.device("cpu")
-DATA = RunData(*(synthetic_cells(n, first_id=1000 * n) for n in (100, 40, 30)), data_hash="synthetic")
+TRAIN, VAL, TEST = (synthetic_cells(n, first_id=1000 * n) for n in (100, 40, 30))
+DATA = RunData(TRAIN, VAL, TEST, data_hash="synthetic")
 
 
 class SmallMemory(PlainEngine):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,11 +19,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
+def found() -> dict[str, Any]:
     return audit()
 
 
-def test_the_published_estimator_is_repeated_to_the_last_digit(found):
+def test_the_published_estimator_is_repeated_to_the_last_digit(found: dict[str, Any]) -> None:
     published = found["published"]
     assert repr(published["alpha"]) == "0.26642859805500463"
     assert repr(published["a"]) == "2.1527631574716932"
@@ -51,7 +52,9 @@ def test_the_published_estimator_is_repeated_to_the_last_digit(found):
         ("parameters without the gene embedding, without XXS", (0.259, None, None), None),
     ],
 )
-def test_declared_choices_have_their_known_answers(found, name, alpha, c):
+def test_declared_choices_have_their_known_answers(
+    found: dict[str, Any], name: str, alpha: tuple[float | str | None, ...], c: float | None
+) -> None:
     choice = next(c for c in found["choices"] if c["name"].startswith(name))
     for key, expected in zip(("value", "low", "high"), alpha, strict=True):
         if expected == "open":
@@ -62,7 +65,7 @@ def test_declared_choices_have_their_known_answers(found, name, alpha, c):
         assert choice["c"]["value"] == pytest.approx(c, abs=6e-4)
 
 
-def test_no_single_value_is_the_answer(found):
+def test_no_single_value_is_the_answer(found: dict[str, Any]) -> None:
     supported = found["supported"]
     assert supported["verdict"] == "refused"
     assert set(supported["alpha"]) >= {"low", "high"} and "value" not in supported["alpha"]
@@ -71,7 +74,7 @@ def test_no_single_value_is_the_answer(found):
     assert any("edge of its own search" in reason for reason in supported["reasons"])
 
 
-def test_findings_are_computed_rows(found):
+def test_findings_are_computed_rows(found: dict[str, Any]) -> None:
     rows = {row["name"]: row for row in found["rows"]}
     assert {row["finding"] for row in found["rows"]} == {1, 4, 5, 7, 10, 11}
     edges = {0.9: 0.120, 0.95: 0.165, 0.98: 0.225, 0.99: 0.266, 0.995: 0.274}
@@ -88,7 +91,7 @@ def test_findings_are_computed_rows(found):
     assert list(rows["50,000 cells alone"]["value"].values()) == pytest.approx([1.161, 1.129, 1.102], abs=6e-4)
 
 
-def test_the_verb_writes_a_page_that_asks_nobody_without_torch_or_ray(tmp_path: Path):
+def test_the_verb_writes_a_page_that_asks_nobody_without_torch_or_ray(tmp_path: Path) -> None:
     code = (
         "import sys; from scaling_ray.cli import main; code = main(['audit', '--out', sys.argv[1]]); "
         "print([m for m in ('torch', 'ray', 'mlflow', 'pandas') if m in sys.modules]); sys.exit(code)"
@@ -112,7 +115,7 @@ def test_the_verb_writes_a_page_that_asks_nobody_without_torch_or_ray(tmp_path: 
     assert str(tmp_path) not in page
 
 
-def test_missing_or_damaged_tables_are_bad_input(tmp_path: Path, capsys):
+def test_missing_or_damaged_tables_are_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BadInput, match="canonical_v512.csv"):
         published_directory(tmp_path)
     assert cli.main(["audit", "--out", str(tmp_path / "a"), "--published", str(tmp_path)]) == 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import OptimizeResult, least_squares, minimize
 
 from scaling_ray.laws.elbow import find_elbow
 from scaling_ray.laws.estimators import HUBER_DELTA, huber_log, moderated, prior_freedom
@@ -25,7 +27,11 @@ def table(alpha: float, floor: float, noise: float, seed: int) -> dict[str, np.n
     return {"params": params, "loss": loss}
 
 
-def best_of_many_starts(residuals, starts, bounds):
+def best_of_many_starts(
+    residuals: Callable[[np.ndarray], np.ndarray],
+    starts: Sequence[list[float]],
+    bounds: tuple[list[float], list[float]],
+) -> OptimizeResult:
     found = [
         least_squares(residuals, start, bounds=bounds, x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=2000)
         for start in starts
@@ -34,16 +40,18 @@ def best_of_many_starts(residuals, starts, bounds):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_least_squares_is_the_minimum_that_many_starts_of_another_solver_find(seed):
+def test_least_squares_is_the_minimum_that_many_starts_of_another_solver_find(seed: int) -> None:
     truth = (0.15, 0.3, 0.45, 0.6)[seed]
     runs = table(truth, 1.0, 0.006, seed)
     problem = Problem(POWER_FLOOR, gather({"params": runs["params"]}, runs["loss"]))
     best = problem.search()
     scaled = runs["params"] / LADDER[0]
     rng = np.random.default_rng(9)
-    starts = np.stack([rng.uniform(0.3, 1.5, 12), rng.uniform(0.3, 2.0, 12), np.exp(rng.uniform(-3, 0.5, 12))], axis=1)
+    starts = np.stack(
+        [rng.uniform(0.3, 1.5, 12), rng.uniform(0.3, 2.0, 12), np.exp(rng.uniform(-3, 0.5, 12))], axis=1
+    ).tolist()
 
-    def residuals(x):
+    def residuals(x: np.ndarray) -> np.ndarray:
         return x[0] + x[1] * scaled ** -x[2] - runs["loss"]
 
     other = best_of_many_starts(residuals, starts, ([0, 0, 0.01], [np.inf, np.inf, 3.0]))
@@ -52,13 +60,13 @@ def test_least_squares_is_the_minimum_that_many_starts_of_another_solver_find(se
     assert ours == pytest.approx(list(other.x), rel=1e-6)
 
 
-def test_size_and_data_together_agree_with_many_starts_of_another_solver():
+def test_size_and_data_together_agree_with_many_starts_of_another_solver() -> None:
     sizes, cells = (np.repeat(g.ravel(), 3) for g in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(2e3, 2e5, 5)))
     loss = 1 + (sizes / 1e5) ** -0.34 + (cells / 2e3) ** -0.28 + np.random.default_rng(1).normal(0, 0.006, sizes.size)
     problem = Problem(PARAMS_CELLS, gather({"params": sizes, "cells": cells}, loss))
     best = problem.search()
 
-    def residuals(x):
+    def residuals(x: np.ndarray) -> np.ndarray:
         return x[0] + x[1] * (sizes / 1e5) ** -x[3] + x[2] * (cells / 2e3) ** -x[4] - loss
 
     starts = [[1, 1, 1, 0.3, 0.3], [0.5, 0.5, 2, 0.6, 0.1], [1.5, 2, 0.5, 0.1, 0.6], [0.1, 1, 1, 1.0, 1.0]]
@@ -68,7 +76,7 @@ def test_size_and_data_together_agree_with_many_starts_of_another_solver():
     assert ours == pytest.approx([other.x[0], other.x[3], other.x[4]], rel=1e-6)
 
 
-def test_many_tables_at_once_are_the_same_fits():
+def test_many_tables_at_once_are_the_same_fits() -> None:
     sizes, cells = (g.ravel() for g in np.meshgrid(np.geomspace(1e4, 1e8, 6), np.geomspace(2e3, 2e5, 5)))
     runs = np.where(np.arange(sizes.size) % 2 == 0, 3.0, 2.0)
     rng = np.random.default_rng(0)
@@ -85,7 +93,7 @@ def test_many_tables_at_once_are_the_same_fits():
 
 
 @pytest.mark.parametrize("kind", ["clean", "undertrained", "plateau", "noise", "steep"])
-def test_the_rule_on_many_tables_is_that_of_fit_columns(kind):
+def test_the_rule_on_many_tables_is_that_of_fit_columns(kind: str) -> None:
     x = LADDER / LADDER[0]
     law = {"clean": 1 + x**-0.2, "noise": np.full(6, 1.5), "steep": 1.45 + x**-4.0}.get(kind, 1 + x**-0.3)
     law[-1] += 0.02 if kind == "undertrained" else 0.0
@@ -108,12 +116,13 @@ def test_the_rule_on_many_tables_is_that_of_fit_columns(kind):
                 assert np.isnan(ours) if shown[theirs] is None else ours == pytest.approx(shown[theirs], rel=1e-4)
 
 
-def test_moderated_weights_are_never_those_of_three_seeds():
+def test_moderated_weights_are_never_those_of_three_seeds() -> None:
     rng = np.random.default_rng(2)
     runs = table(0.3, 1.0, 0.0, 0)
     scale = np.repeat([0.05, 0.002, 0.02, 0.001, 0.004, 0.03], 3)  # noise that truly differs between sizes
     points = gather({"params": runs["params"]}, runs["loss"] + rng.normal(0, 1, 18) * scale)
     weighted = moderated(points)
+    assert points.setting_rss is not None and weighted.run_weight is not None
     assert prior_freedom(points.setting_rss, points.runs) >= 4.0
     raw = 1.0 / points.setting_rss
     spread, raw_spread = (float(w.max() / w.min()) for w in (weighted.run_weight, raw))
@@ -124,7 +133,7 @@ def test_moderated_weights_are_never_those_of_three_seeds():
     assert moderated(alike) is alike
 
 
-def test_huber_on_the_log_loss_agrees_with_another_optimiser_and_shrugs_at_an_outlier():
+def test_huber_on_the_log_loss_agrees_with_another_optimiser_and_shrugs_at_an_outlier() -> None:
     runs = table(0.3, 1.0, 0.004, 6)
     runs["loss"][7] += 0.5
     problem = Problem(POWER_FLOOR, gather({"params": runs["params"]}, runs["loss"]))
@@ -132,13 +141,13 @@ def test_huber_on_the_log_loss_agrees_with_another_optimiser_and_shrugs_at_an_ou
     found = huber_log(problem, {"params": runs["params"]}, runs["loss"], best)
     scaled, target = runs["params"] / LADDER[0], np.log(runs["loss"])
 
-    def objective(x):
+    def objective(x: np.ndarray) -> float:
         away = np.abs(np.log(np.exp(x[0]) + np.exp(x[1]) * scaled ** -np.exp(x[2])) - target)
         return float(np.sum(np.where(away <= HUBER_DELTA, away**2 / 2, HUBER_DELTA * (away - HUBER_DELTA / 2))))
 
     lowest = np.inf
     for alpha in (0.2, 0.3, 0.5):
-        start = [0.0, 0.0, np.log(alpha)]
+        start = np.array([0.0, 0.0, np.log(alpha)])
         for _ in range(4):
             start = minimize(objective, start, method="Nelder-Mead", options={"xatol": 1e-11, "fatol": 1e-17}).x
         lowest = min(lowest, objective(start))
@@ -147,34 +156,36 @@ def test_huber_on_the_log_loss_agrees_with_another_optimiser_and_shrugs_at_an_ou
     assert abs(found["alpha"] / 0.3 - 1) < 0.05 < abs(problem.value(best, "alpha") / 0.3 - 1)
 
 
-def test_delta_t_stands_beside_the_profile_and_agrees_where_noise_is_small():
+def test_delta_t_stands_beside_the_profile_and_agrees_where_noise_is_small() -> None:
     runs = table(0.35, 1.0, 0.002, 8)
     problem = Problem(POWER_FLOOR, gather({"params": runs["params"]}, runs["loss"]))
     best = problem.search()
     deltas = delta_t(problem, best)
     for name, exact in profiles(problem, best, ("alpha", "c", "a")).items():
+        assert exact.low is not None and exact.high is not None
         width = exact.high - exact.low
         assert deltas[name].low == pytest.approx(exact.low, abs=0.05 * width)
         assert deltas[name].high == pytest.approx(exact.high, abs=0.05 * width)
 
 
-def test_a_plateau_is_found_where_it_begins_and_a_smooth_law_has_none():
+def test_a_plateau_is_found_where_it_begins_and_a_smooth_law_has_none() -> None:
     sizes = np.geomspace(1e4, 1e8, 7)
     for law, breaks in ((1.5 * np.minimum(sizes / 1e4, 10**2.3) ** -0.3, True), (1 + (sizes / 1e4) ** -0.3, False)):
         losses = np.repeat(law, 3) + np.random.default_rng(3).normal(0, 0.004, 21)
         points = gather({"params": np.repeat(sizes, 3)}, losses)
         problem = Problem(POWER_FLOOR, points)
         found = find_elbow(points, problem.search(), problem.freedom)
+        assert found is not None and found.p is not None
         assert (found.p < 0.01) == breaks
         if breaks:
             assert np.log10(found.break_params) == pytest.approx(6.3, abs=0.15)
     rising = gather({"params": np.repeat(sizes, 3)}, 1 + 0.01 * np.log(np.repeat(sizes, 3)))
     problem = Problem(POWER_FLOOR, rising)
     found = find_elbow(rising, problem.search(), problem.freedom)
-    assert found.coefficient >= 0 and found.floor >= 0
+    assert found is not None and found.coefficient >= 0 and found.floor >= 0
 
 
-def test_the_logarithmic_law_is_linear_least_squares():
+def test_the_logarithmic_law_is_linear_least_squares() -> None:
     cells = np.repeat(np.geomspace(1e3, 1e5, 5), 2)
     loss = 1.3 - 0.05 * np.log(cells / 1e5) + np.random.default_rng(0).normal(0, 0.003, 10)
     problem = Problem(CELLS_LOG, gather({"cells": cells}, loss))
@@ -183,7 +194,7 @@ def test_the_logarithmic_law_is_linear_least_squares():
     assert [problem.value(best, "b"), problem.value(best, "k")] == pytest.approx([slope, level], rel=1e-9)
 
 
-def test_all_shapes_and_estimators_are_shown_and_aicc_counts_sizes():
+def test_all_shapes_and_estimators_are_shown_and_aicc_counts_sizes() -> None:
     sizes, cells = (g.ravel() for g in np.meshgrid(np.geomspace(1e4, 1e7, 6), [1e3, 1e4, 1e5]))
     noise = np.random.default_rng(3).normal(0, 0.004, sizes.size)
     loss = 1 + (sizes / 1e4) ** -0.4 + (cells / 1e3) ** -0.3 + noise
@@ -200,5 +211,6 @@ def test_all_shapes_and_estimators_are_shown_and_aicc_counts_sizes():
     # Two seeds in place of one leave six sizes: only their means count, and these are the same here.
     twice = fit_law(POWER_FLOOR, {n: np.repeat(v[cells == 1e5], 2) for n, v in columns.items()}, thorough=False)
     rss = own["power_floor"]["rss"]
+    assert twice.best is not None and twice.aicc is not None
     assert twice.best.misfit_rss == pytest.approx(2 * rss)
     assert twice.aicc - own["power_floor"]["aicc"] == pytest.approx(6 * np.log(2))

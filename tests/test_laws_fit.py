@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from scaling_ray.laws.fit import Problem, gather
+from scaling_ray.laws.fit import Floats, Problem, gather
 from scaling_ray.laws.forms import PARAMS_CELLS, POWER_FLOOR
 from scaling_ray.laws.intervals import profile
 from scaling_ray.results.cohorts import fit_columns
@@ -18,7 +18,9 @@ PUBLISHED = Path(__file__).parent.parent / "reports" / "published" / "canonical_
 LADDER = np.array([9_953.0, 30_000.0, 132_993.0, 400_000.0, 859_137.0, 4_000_000.0, 19_178_497.0])
 
 
-def power_table(alpha: float, floor: float, noise: float, seed: int, *, sizes: np.ndarray = LADDER, runs: int = 3):
+def power_table(
+    alpha: float, floor: float, noise: float, seed: int, *, sizes: np.ndarray = LADDER, runs: int = 3
+) -> dict[str, np.ndarray]:
     """A table of ``runs`` seeds per size around a known law whose smallest size stands 0.5 above the floor."""
     params = np.repeat(sizes, runs)
     loss = floor + 0.5 * (params / sizes[0]) ** -alpha
@@ -26,7 +28,7 @@ def power_table(alpha: float, floor: float, noise: float, seed: int, *, sizes: n
     return {"params": params, "loss": loss, "seed": np.tile(np.arange(runs), sizes.size)}
 
 
-def grid_table(noise: float, seed: int, runs: int = 2):
+def grid_table(noise: float, seed: int, runs: int = 2) -> dict[str, np.ndarray]:
     sizes, cells = np.geomspace(1e4, 1e7, 5), np.geomspace(1e3, 1e5, 4)
     params, cells = (np.repeat(g.ravel(), runs) for g in np.meshgrid(sizes, cells))
     loss = 1.2 + 6.0 * params**-0.3 + 8.0 * cells**-0.4
@@ -41,7 +43,9 @@ def grid_table(noise: float, seed: int, runs: int = 2):
         ("TINY to M", (0.325, 0.220, 0.456), 1.448),
     ],
 )
-def test_published_runs_give_the_known_least_squares_figures(rows, alpha, c):
+def test_published_runs_give_the_known_least_squares_figures(
+    rows: str, alpha: tuple[float, float, float], c: float | None
+) -> None:
     table = read_table(PUBLISHED)
     keep = {"all": (), "without XXS": ("XXS",), "TINY to M": ("XXS", "L")}[rows]
     fit = next(f for f in fit_columns(table, anchors=keep)["fits"] if f["form"] == "power_floor")
@@ -52,7 +56,7 @@ def test_published_runs_give_the_known_least_squares_figures(rows, alpha, c):
         assert fit["parameters"]["c"]["value"] == pytest.approx(c, abs=5e-4)
 
 
-def test_published_final_losses_leave_alpha_unbounded_above():
+def test_published_final_losses_leave_alpha_unbounded_above() -> None:
     choices = {c["name"].split(", 200,000")[0]: c["alpha"] for c in fit_columns(read_table(PUBLISHED))["choices"]}
     final = choices["final validation loss"]
     assert final["value"] == pytest.approx(0.582, abs=1e-3)
@@ -60,7 +64,7 @@ def test_published_final_losses_leave_alpha_unbounded_above():
     assert final["high"] is None and final["closed"] is False
 
 
-def test_an_exact_law_is_recovered_to_the_optimisers_error():
+def test_an_exact_law_is_recovered_to_the_optimisers_error() -> None:
     table = power_table(0.31, 1.1, 0.0, 0)
     problem = Problem(POWER_FLOOR, gather({"params": table["params"]}, table["loss"]))
     best = problem.search()
@@ -68,12 +72,12 @@ def test_an_exact_law_is_recovered_to_the_optimisers_error():
     assert problem.value(best, "c") == pytest.approx(1.1, rel=1e-6)
 
 
-def test_an_independent_solver_finds_no_lower_residual_and_the_same_place():
+def test_an_independent_solver_finds_no_lower_residual_and_the_same_place() -> None:
     table = grid_table(0.01, 5)
     problem = Problem(PARAMS_CELLS, gather({"params": table["params"], "cells": table["cells"]}, table["loss"]))
     best = problem.search()
 
-    def residuals(x):
+    def residuals(x: Floats) -> Floats:
         return x[0] + x[1] * table["params"] ** -x[3] + x[2] * table["cells"] ** -x[4] - table["loss"]
 
     other = least_squares(residuals, [1.0, 5.0, 5.0, 0.4, 0.4], x_scale=[1, 5, 5, 0.3, 0.3], xtol=1e-15, ftol=1e-15)
@@ -82,7 +86,7 @@ def test_an_independent_solver_finds_no_lower_residual_and_the_same_place():
     assert [problem.value(best, n) for n in names] == pytest.approx(list(other.x), rel=1e-4)
 
 
-def test_profile_ends_lie_where_the_constrained_refit_reaches_the_f_limit():
+def test_profile_ends_lie_where_the_constrained_refit_reaches_the_f_limit() -> None:
     table = power_table(0.4, 1.0, 0.01, 3)
     problem = Problem(POWER_FLOOR, gather({"params": table["params"]}, table["loss"]))
     best = problem.search()
@@ -91,8 +95,9 @@ def test_profile_ends_lie_where_the_constrained_refit_reaches_the_f_limit():
     for name in ("alpha", "c"):
         interval = profile(problem, best, name)
         for end in (interval.low, interval.high):
+            assert end is not None
 
-            def residuals(x, end=end, name=name):
+            def residuals(x: Floats, end: float = end, name: str = name) -> Floats:
                 alpha, c = (end, x[1]) if name == "alpha" else (x[1], end)
                 return c + x[0] * scaled**-alpha - table["loss"]
 
@@ -101,7 +106,7 @@ def test_profile_ends_lie_where_the_constrained_refit_reaches_the_f_limit():
             assert 2 * refit.cost == pytest.approx(limit, rel=1e-5)
 
 
-def test_a_law_without_a_floor_answers_zero_and_is_not_refused():
+def test_a_law_without_a_floor_answers_zero_and_is_not_refused() -> None:
     sizes = np.geomspace(1e3, 1e8, 7)
     params = np.repeat(sizes, 3)
     noise = np.random.default_rng(2).normal(0, 0.001, params.size)
@@ -111,7 +116,7 @@ def test_a_law_without_a_floor_answers_zero_and_is_not_refused():
     assert not any("c " in reason for reason in fit["reasons"])
 
 
-def test_coverage_of_the_profile_is_near_its_level():
+def test_coverage_of_the_profile_is_near_its_level() -> None:
     hits, floor_hits, draws = 0, 0, 120
     for draw in range(draws):
         table = power_table(0.35, 1.2, 0.01, 1000 + draw, runs=2)
@@ -124,7 +129,7 @@ def test_coverage_of_the_profile_is_near_its_level():
     assert floor_hits / 40 >= 0.82
 
 
-def test_params_and_cells_are_recovered_together():
+def test_params_and_cells_are_recovered_together() -> None:
     result = fit_columns(grid_table(0.004, 5))
     head = result["headline"]
     assert head["form"] == "params_cells" and head["verdict"] == "supported", head["reasons"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,9 @@ LADDER = np.array([9_953.0, 30_000.0, 132_993.0, 400_000.0, 859_137.0, 4_000_000
 ALL_RUNS = PUBLISHED.parent / "all_runs.csv"
 
 
-def power_table(alpha: float, floor: float, noise: float, seed: int, *, sizes: np.ndarray = LADDER, runs: int = 3):
+def power_table(
+    alpha: float, floor: float, noise: float, seed: int, *, sizes: np.ndarray = LADDER, runs: int = 3
+) -> dict[str, np.ndarray]:
     """A table of ``runs`` seeds per size around a known law whose smallest size stands 0.5 above the floor."""
     params = np.repeat(sizes, runs)
     loss = floor + 0.5 * (params / sizes[0]) ** -alpha
@@ -30,19 +34,19 @@ def power_table(alpha: float, floor: float, noise: float, seed: int, *, sizes: n
     return {"params": params, "loss": loss, "seed": np.tile(np.arange(runs), sizes.size)}
 
 
-def headline(table, **options):
-    return fit_columns(table, **options)["headline"]
+def headline(table: Mapping[str, Any]) -> dict[str, Any]:
+    return fit_columns(table)["headline"]
 
 
-def reasons(table, **options) -> str:
-    head = headline(table, **options)
+def reasons(table: Mapping[str, Any]) -> str:
+    head = headline(table)
     assert head["verdict"] == "refused"
     assert "parameters" not in head
     assert head["settles"]
     return " | ".join(head["reasons"])
 
 
-def test_a_clean_law_is_supported_with_both_intervals():
+def test_a_clean_law_is_supported_with_both_intervals() -> None:
     result = fit_columns(power_table(0.4, 1.0, 0.004, 1))
     head = result["headline"]
     assert head["verdict"] == "supported" and head["reasons"] == []
@@ -54,7 +58,7 @@ def test_a_clean_law_is_supported_with_both_intervals():
     json.dumps(result, allow_nan=False)
 
 
-def test_pure_noise_is_refused():
+def test_pure_noise_is_refused() -> None:
     rng = np.random.default_rng(0)
     for _ in range(3):
         params = np.repeat(LADDER, 3)
@@ -62,32 +66,32 @@ def test_pure_noise_is_refused():
         assert "within the noise" in text
 
 
-def test_two_or_three_sizes_are_refused():
+def test_two_or_three_sizes_are_refused() -> None:
     for count in (1, 2, 3):
         text = reasons(power_table(0.4, 1.0, 0.004, 1, sizes=LADDER[:count]))
         assert f"only {count} sizes (anchor sizes left out)" in text
 
 
-def test_a_plateau_is_a_lack_of_fit_or_an_unbounded_exponent():
+def test_a_plateau_is_a_lack_of_fit_or_an_unbounded_exponent() -> None:
     table = power_table(0.5, 0.5, 0.003, 4)
     table["loss"] = np.maximum(table["loss"], 0.6)
     assert "form does not fit" in reasons(table) or "search" in reasons(table)
 
 
-def test_one_seed_per_setting_cannot_show_its_noise():
+def test_one_seed_per_setting_cannot_show_its_noise() -> None:
     assert "two seeds" in reasons(power_table(0.4, 1.0, 0.004, 1, runs=1))
 
 
-def test_the_published_law_is_refused_because_declared_choices_disagree():
+def test_the_published_law_is_refused_because_declared_choices_disagree() -> None:
     assert "declared choices disagree" in reasons(read_table(PUBLISHED))
 
 
-def test_pooled_runs_of_other_genes_and_budgets_are_refused():
+def test_pooled_runs_of_other_genes_and_budgets_are_refused() -> None:
     text = reasons(read_table(ALL_RUNS))
     assert "mixed cohorts" in text and "genes" in text and "micro_steps" in text
 
 
-def test_a_budget_per_size_is_protocol_and_is_said():
+def test_a_budget_per_size_is_protocol_and_is_said() -> None:
     table = power_table(0.4, 1.0, 0.004, 1)
     table["max_cells_seen"] = np.where(table["params"] > 1e6, 4e5, 2e5)
     result = fit_columns(table)
@@ -107,7 +111,7 @@ def test_a_budget_per_size_is_protocol_and_is_said():
         ("recipe", "published", "mixed cohorts"),
     ],
 )
-def test_a_fault_of_the_runs_themselves_refuses(column, value, sentence):
+def test_a_fault_of_the_runs_themselves_refuses(column: str, value: Any, sentence: str) -> None:
     table = power_table(0.4, 1.0, 0.004, 1, sizes=LADDER[::2])
     harmless = {"undertrained": False, "bound_z": 2.0, "baseline_loss": 9.0, "lr_at_edge": False, "recipe": "corrected"}
     clean = [harmless[column]] * table["loss"].size
@@ -115,10 +119,10 @@ def test_a_fault_of_the_runs_themselves_refuses(column, value, sentence):
     assert sentence in reasons(table | {column: [value, value, value, *clean[3:]]})
 
 
-def test_diverged_and_unfinished_runs_are_no_points_and_diverged_ones_refuse():
+def test_diverged_and_unfinished_runs_are_no_points_and_diverged_ones_refuse() -> None:
     table = power_table(0.4, 1.0, 0.004, 1)
     status = ["done"] * table["loss"].size
-    failure = [None] * len(status)
+    failure: list[str | None] = [None] * len(status)
     loss = list(table["loss"])
     status[4], loss[4] = "waiting", None
     result = fit_columns(table | {"status": status, "failure": failure, "loss": loss})
@@ -127,18 +131,18 @@ def test_diverged_and_unfinished_runs_are_no_points_and_diverged_ones_refuse():
     assert "diverged" in reasons(table | {"status": status, "failure": failure, "loss": loss})
 
 
-def test_anchor_sizes_are_never_points():
+def test_anchor_sizes_are_never_points() -> None:
     table = power_table(0.4, 1.0, 0.004, 1)
     table["size"] = np.array([f"P{p:.0f}" for p in table["params"]])
     table["width"] = np.full(table["loss"].size, 8)
-    extra = {"params": 533.0, "loss": 1.9, "seed": 0, "size": "tiny-mean", "width": 1}
-    with_anchor = {name: np.append(values, extra[name]) for name, values in table.items()}
+    extra: dict[str, Any] = {"params": 533.0, "loss": 1.9, "seed": 0, "size": "tiny-mean", "width": 1}
+    with_anchor = {name: np.append(values, [extra[name]]) for name, values in table.items()}
     result = fit_columns(with_anchor)
     assert result["headline"]["parameters"] == fit_columns(table)["headline"]["parameters"]
     assert [anchor["size"] for anchor in result["anchors"]] == ["tiny-mean"]
 
 
-def test_missing_columns_and_values_that_are_no_numbers_are_bad_input():
+def test_missing_columns_and_values_that_are_no_numbers_are_bad_input() -> None:
     with pytest.raises(BadInput, match="params"):
         fit_columns({"loss": [1.0]})
     with pytest.raises(BadInput, match="loss"):
@@ -153,7 +157,7 @@ def test_missing_columns_and_values_that_are_no_numbers_are_bad_input():
         fit_columns({"params": [1.0, 2.0], "loss": [1.0, 2.0], "run_id": ["a", "a"]})
 
 
-def test_tables_read_the_same_from_csv_and_parquet(tmp_path: Path):
+def test_tables_read_the_same_from_csv_and_parquet(tmp_path: Path) -> None:
     rows = [
         {"run_id": f"r{i}", "role": "law", "status": "done", "params": p, "test_mse": 1.0 + 1 / p, "val_mse": 1.1}
         for i, p in enumerate((10, 10, 20))
@@ -178,7 +182,7 @@ def test_tables_read_the_same_from_csv_and_parquet(tmp_path: Path):
     ("content", "message"),
     [("", "no rows"), ("params,loss\n1\n", "line 2"), ("size,loss\nS,1\n", "params"), ("params\n1\n", "loss")],
 )
-def test_a_table_that_is_none_is_bad_input(tmp_path: Path, content: str, message: str):
+def test_a_table_that_is_none_is_bad_input(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(BadInput, match=message):
         read_table(tmp_path / "t.csv")
@@ -186,7 +190,7 @@ def test_a_table_that_is_none_is_bad_input(tmp_path: Path, content: str, message
         read_table(tmp_path / "none.csv")
 
 
-def test_bits_follow_their_formulas():
+def test_bits_follow_their_formulas() -> None:
     assert units.shared_gaussian_bits(1 / (2 * math.pi * math.e)) == pytest.approx(0.0)
     assert units.shared_gaussian_bits(1.4437577651696205) == pytest.approx(2.31, abs=5e-3)
     assert units.gain_bits(0.5, 2.0) == pytest.approx(1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from scaling_ray.results.cohorts import fit_columns
 E, A, ALPHA, B, BETA = 1.0, 1e4**0.4, 0.4, 1e3**0.3, 0.3
 
 
-def loss_of(params, cells):
+def loss_of(params: Any, cells: Any) -> Any:
     return E + A * params**-ALPHA + B * cells**-BETA
 
 
@@ -29,11 +31,11 @@ def ladder_table() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def result():
+def result() -> dict[str, Any]:
     return fit_columns(grid_table())
 
 
-def test_the_next_size_and_twice_the_cells_have_a_price_with_an_interval(result):
+def test_the_next_size_and_twice_the_cells_have_a_price_with_an_interval(result: dict[str, Any]) -> None:
     assert result["headline"]["verdict"] == "supported", result["headline"]["reasons"]
     size, cells = result["next_steps"]
     assert size["to"] / size["from"] == pytest.approx(10**0.75, rel=1e-6) and cells["to"] == 2 * cells["from"]
@@ -44,7 +46,7 @@ def test_the_next_size_and_twice_the_cells_have_a_price_with_an_interval(result)
         assert "would buy" in step["sentence"] and f"{step['gain']:.4f}" in step["sentence"]
 
 
-def test_the_best_split_of_a_budget_is_that_of_the_true_law(result):
+def test_the_best_split_of_a_budget_is_that_of_the_true_law(result: dict[str, Any]) -> None:
     budgets = result["compute_optimal"]["budgets"]
     assert len(budgets) >= 3 and any(budget["inside"] for budget in budgets)
     for budget in (b for b in budgets if b["inside"]):
@@ -56,7 +58,7 @@ def test_the_best_split_of_a_budget_is_that_of_the_true_law(result):
         assert spent == pytest.approx(budget["flops"], rel=1e-6)
 
 
-def test_a_refused_fit_buys_nothing():
+def test_a_refused_fit_buys_nothing() -> None:
     table = ladder_table()
     table["loss"] = 1.5 + np.random.default_rng(1).normal(0, 0.02, table["loss"].size)
     result = fit_columns(table)
@@ -77,7 +79,7 @@ def iso_table(epochs: float = 1.0) -> dict[str, np.ndarray]:
     return {"params": params, "cells": seen / epochs, "cells_seen": seen, "loss": loss, "flops": flops}
 
 
-def test_iso_flop_minima_are_found_inside_the_sizes_and_grow_as_they_should():
+def test_iso_flop_minima_are_found_inside_the_sizes_and_grow_as_they_should() -> None:
     found = iso_flop(iso_table())
     assert len(found["budgets"]) == 3
     for budget in found["budgets"]:
@@ -89,7 +91,7 @@ def test_iso_flop_minima_are_found_inside_the_sizes_and_grow_as_they_should():
     assert found["growth"]["value"] == pytest.approx(0.45, abs=1e-3)
 
 
-def test_iso_flop_flags_epochs_leaves_out_many_and_never_goes_beyond_the_sizes():
+def test_iso_flop_flags_epochs_leaves_out_many_and_never_goes_beyond_the_sizes() -> None:
     assert all(b["more_than_one_epoch"] for b in iso_flop(iso_table(3.0))["budgets"])
     many = iso_flop(iso_table(5.0))
     assert many["budgets"] == [] and "four epochs" in many["reason"]
@@ -99,7 +101,7 @@ def test_iso_flop_flags_epochs_leaves_out_many_and_never_goes_beyond_the_sizes()
         assert budget["params"] is None and "outside the sizes" in budget["reason"]
 
 
-def test_bits_are_named_and_gains_stand_over_both_baselines():
+def test_bits_are_named_and_gains_stand_over_both_baselines() -> None:
     table = ladder_table() | {
         "baseline_loss": np.full(18, 9.0),
         "gaussian_loss": np.full(18, 4.0),
@@ -114,7 +116,7 @@ def test_bits_are_named_and_gains_stand_over_both_baselines():
     assert "held-out donors" in found["conditional_on"]
 
 
-def test_per_gene_gaussians_never_need_more_bits_than_a_shared_one():
+def test_per_gene_gaussians_never_need_more_bits_than_a_shared_one() -> None:
     mse = np.array([0.1, 0.5, 2.0])
     assert units.per_gene_gaussian_bits(mse) <= units.shared_gaussian_bits(float(mse.mean()))
     assert units.per_gene_gaussian_bits([0.7, 0.7]) == pytest.approx(units.shared_gaussian_bits(0.7))
@@ -123,7 +125,7 @@ def test_per_gene_gaussians_never_need_more_bits_than_a_shared_one():
         units.per_gene_gaussian_bits([0.0, 1.0])
 
 
-def test_a_planted_floor_above_the_laws_is_said():
+def test_a_planted_floor_above_the_laws_is_said() -> None:
     table = ladder_table()
     below = fit_columns(table | {"attainable_loss": np.full(18, 1.0)})["planted_floor"]
     assert below["covered"] is True and below["above"] is False

@@ -5,6 +5,8 @@ Limits are those of the benchmark's bars, widened by four standard errors of so 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -12,21 +14,22 @@ from scaling_ray.laws.fit import Problem, gather
 from scaling_ray.laws.forms import PARAMS_CELLS
 from scaling_ray.laws.intervals import profiles
 from scaling_ray.laws.many import Design
-from scaling_ray.laws.simulate import draw, expected_ratio, fit_and_judge
+from scaling_ray.laws.simulate import JudgedTables, draw, expected_ratio, fit_and_judge
 
+Kind = tuple[float, float, float, JudgedTables]  # noise, alpha, expected ratio, judged tables
 LADDER = np.array([9_953.0, 132_993.0, 859_137.0, 19_178_497.0, 100_510_801.0, 340_770_817.0])
 X = LADDER / LADDER[0]
 TABLES = 60
 
 
 def four_errors(share: float, tables: int) -> float:
-    return 4.0 * np.sqrt(share * (1 - share) / tables)
+    return 4.0 * math.sqrt(share * (1 - share) / tables)
 
 
 @pytest.fixture(scope="module")
-def clean():
-    """Judged tables of each kind: (noise, alpha, expected ratio, JudgedTables)."""
-    kinds = []
+def clean() -> list[Kind]:
+    """Judged tables of each kind."""
+    kinds: list[Kind] = []
     for noise in (0.006, 0.02):
         for alpha in (0.1, 0.3, 0.5):
             for law in (1 + X**-alpha, 0.5 * (LADDER / LADDER[-1]) ** -alpha):
@@ -37,12 +40,12 @@ def clean():
 
 
 @pytest.mark.parametrize(("noise", "limit"), [(0.006, 0.025), (0.02, 0.05)])
-def test_alpha_is_recovered(clean, noise, limit):
+def test_alpha_is_recovered(clean: list[Kind], noise: float, limit: float) -> None:
     errors = np.concatenate([np.abs(j.alpha / alpha - 1) for n, alpha, _, j in clean if n == noise])
     assert np.median(errors) <= limit
 
 
-def test_clean_tables_are_answered_and_covered(clean):
+def test_clean_tables_are_answered_and_covered(clean: list[Kind]) -> None:
     expected = [j.answered for _, _, ratio, j in clean if ratio < 2]
     assert len(expected) >= 10
     assert np.concatenate(expected).mean() >= 0.95 - four_errors(0.95, TABLES * len(expected))
@@ -55,7 +58,7 @@ def test_clean_tables_are_answered_and_covered(clean):
     assert np.median(widths) <= 4.0
 
 
-def test_an_undertrained_largest_size_is_covered_by_the_headline_and_not_by_the_profile():
+def test_an_undertrained_largest_size_is_covered_by_the_headline_and_not_by_the_profile() -> None:
     headline, statistical = [], []
     for i, (noise, alpha) in enumerate((n, a) for n in (0.006, 0.02) for a in (0.1, 0.3, 0.5)):
         law = 1 + X**-alpha
@@ -69,7 +72,7 @@ def test_an_undertrained_largest_size_is_covered_by_the_headline_and_not_by_the_
 
 @pytest.mark.parametrize("noise", [0.006, 0.02])
 @pytest.mark.parametrize("kind", ["noise", "edge-floor", "elbow"])
-def test_hopeless_tables_are_refused(noise, kind):
+def test_hopeless_tables_are_refused(noise: float, kind: str) -> None:
     if kind == "elbow" and noise == 0.02:
         pytest.skip("a corner below the noise is not to be seen; the benchmark counts it beside the bar")
     laws = {"noise": [np.full(6, 1.5)], "edge-floor": [1.45 + X**-4.0]}
@@ -79,7 +82,7 @@ def test_hopeless_tables_are_refused(noise, kind):
         assert (~judged.answered).mean() >= 0.95
 
 
-def test_size_and_data_are_recovered_and_covered():
+def test_size_and_data_are_recovered_and_covered() -> None:
     sizes, cells = (g.ravel() for g in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(2e3, 2e5, 5)))
     truth = {"alpha": 0.34, "beta": 0.28, "E": 1.0}
     law = 1 + (sizes / 1e5) ** -0.34 + (cells / 2e3) ** -0.28
@@ -98,7 +101,7 @@ def test_size_and_data_are_recovered_and_covered():
     assert all(count / draws >= 0.91 - four_errors(0.95, draws) for count in hits.values())
 
 
-def test_two_thousand_refits_of_size_and_data_give_the_law_back():
+def test_two_thousand_refits_of_size_and_data_give_the_law_back() -> None:
     sizes, cells = (g.ravel() for g in np.meshgrid(np.geomspace(1e4, 1e8, 11), np.geomspace(2e3, 2e5, 6)))
     runs = np.full(sizes.size, 3.0)
     runs[:2] = 4.0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,7 @@ from scaling_ray.results.foreign import read_table
 REPORTS = Path(__file__).resolve().parents[1] / "reports"
 
 
-def write_csv(path: Path, columns: dict) -> Path:
+def write_csv(path: Path, columns: Mapping[str, Any]) -> Path:
     with path.open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(columns)
@@ -42,7 +44,7 @@ def law(seeds: int = 3, noise: float = 0.004) -> dict[str, np.ndarray]:
         ("parameters", "L", "num_tokens"),
     ],
 )
-def test_other_peoples_names_are_read_and_said(tmp_path: Path, params: str, loss: str, cells: str):
+def test_other_peoples_names_are_read_and_said(tmp_path: Path, params: str, loss: str, cells: str) -> None:
     table = law()
     columns = {params: table["params"], loss: table["loss"], cells: np.full(18, 5e5), "seed": table["seed"]}
     path = write_csv(tmp_path / "t.csv", columns)
@@ -55,7 +57,7 @@ def test_other_peoples_names_are_read_and_said(tmp_path: Path, params: str, loss
     assert fit_columns(read_table(tmp_path / "t.parquet"))["headline"] == found["headline"]
 
 
-def test_an_exact_name_comes_before_a_synonym_and_two_of_one_name_are_refused(tmp_path: Path):
+def test_an_exact_name_comes_before_a_synonym_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
     table = law()
     path = write_csv(tmp_path / "t.csv", table | {"N": np.arange(18), "Loss ": table["loss"] + 9})
     assert read_table(path)["columns_used"]["params"] == "params"
@@ -76,7 +78,9 @@ def test_an_exact_name_comes_before_a_synonym_and_two_of_one_name_are_refused(tm
         ("run_id", "r0", "more than once"),
     ],
 )
-def test_bad_values_are_one_line_and_exit_two(tmp_path: Path, capsys, column: str, value: str, message: str):
+def test_bad_values_are_one_line_and_exit_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, value: str, message: str
+) -> None:
     table = {name: [str(v) for v in values] for name, values in law().items()}
     table["run_id"] = [f"r{i}" for i in range(18)]
     table[column][4] = value
@@ -96,13 +100,15 @@ def test_bad_values_are_one_line_and_exit_two(tmp_path: Path, capsys, column: st
         (lambda t: {name: values[:3] for name, values in t.items()}, "only 1 sizes (anchor sizes left out)"),
     ],
 )
-def test_what_runs_lack_is_a_gates_sentence(change, sentence: str):
+def test_what_runs_lack_is_a_gates_sentence(
+    change: Callable[[dict[str, np.ndarray]], dict[str, Any]], sentence: str
+) -> None:
     head = fit_columns(change(law()))["headline"]
     assert head["verdict"] == "refused" and "parameters" not in head
     assert any(sentence in reason for reason in head["reasons"]), head["reasons"]
 
 
-def test_a_table_without_repeats_is_judged_by_its_residuals():
+def test_a_table_without_repeats_is_judged_by_its_residuals() -> None:
     """As tables of language models are: hundreds of runs, each with a size and a number of tokens of its own."""
     rng = np.random.default_rng(5)
     params, tokens = np.exp(rng.uniform(np.log(4e7), np.log(1.6e10), 48)), np.exp(rng.uniform(21, 26, 48))
@@ -125,7 +131,9 @@ def test_a_table_without_repeats_is_judged_by_its_residuals():
         ("rising", lambda x, d, noise: 1 + 0.1 * np.log(x) + noise),
     ],
 )
-def test_degenerate_tables_give_a_verdict_and_plain_numbers(name: str, loss):
+def test_degenerate_tables_give_a_verdict_and_plain_numbers(
+    name: str, loss: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+) -> None:
     params, cells = (np.repeat(g.ravel(), 2) for g in np.meshgrid(np.geomspace(1e4, 1e7, 4), [1e3, 1e4, 1e5]))
     noise = np.random.default_rng(0).normal(0, 0.01, params.size)
     result = fit_columns({"params": params, "cells": cells, "loss": loss(params / 1e4, cells / 1e3, noise)})
@@ -133,7 +141,7 @@ def test_degenerate_tables_give_a_verdict_and_plain_numbers(name: str, loss):
     assert (result["headline"]["verdict"] == "supported") == (name == "without noise"), result["headline"]["reasons"]
 
 
-def numbers(value, path=""):
+def numbers(value: Any, path: str = "") -> dict[str, float]:
     """Every number of a document by its place in it."""
     if isinstance(value, dict):
         return {k: v for key, inner in value.items() for k, v in numbers(inner, f"{path}.{key}").items()}
@@ -144,7 +152,7 @@ def numbers(value, path=""):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", ["planted", "real-bone-marrow"])
-def test_the_kept_fits_follow_from_the_kept_results(kept: str):
+def test_the_kept_fits_follow_from_the_kept_results(kept: str) -> None:
     folder = REPORTS / kept
     found, there = fit_place(folder / "results.csv"), json.loads((folder / "fit.json").read_text())
     assert found["headline"]["reasons"] == there["headline"]["reasons"]

@@ -11,7 +11,7 @@ from conftest import small_run, synthetic_cells
 from torch import Tensor, nn
 
 from scaling_ray.model.masking import draw_masks
-from scaling_ray.model.network import MaskedGeneTransformer
+from scaling_ray.model.network import Block, MaskedGeneTransformer
 from scaling_ray.model.objectives import objective_named
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells
@@ -72,7 +72,7 @@ class Reference(nn.Module):
             theirs = dict(layer.named_parameters())
             found |= {f"blocks.{index}.{ours}": theirs[name].grad for ours, name in NAMES.items()}
         assert all(gradient is not None for gradient in found.values())
-        return found  # type: ignore[return-value]
+        return found
 
 
 NAMES = {
@@ -96,7 +96,7 @@ def network_of(shape: Shape, seed: int = 3) -> MaskedGeneTransformer:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return network
 
 
@@ -165,6 +165,12 @@ def test_objective_is_a_sum_over_real_targets() -> None:
     assert sums.tolist() == [5.0, 9.0]
 
 
+def block_of(network: MaskedGeneTransformer, index: int) -> Block:
+    block = network.blocks[index]
+    assert isinstance(block, Block)
+    return block
+
+
 def test_weights_come_from_the_seed_alone() -> None:
     shape = Shape(16, 4, 2, 2)
     first, second, third = (MaskedGeneTransformer(shape, GENES) for _ in range(3))
@@ -178,8 +184,8 @@ def test_weights_come_from_the_seed_alone() -> None:
     wide = MaskedGeneTransformer(Shape(256, 2, 2, 1), 512)
     wide.initialise(0)
     assert float(wide.gene_embedding.detach().std()) == pytest.approx(0.02, rel=0.02)
-    assert float(wide.blocks[0].query_key_value.weight.detach().std()) == pytest.approx(1 / 16, rel=0.02)
-    assert float(wide.blocks[1].attention_out.weight.detach().std()) == pytest.approx(1 / 16 / 2, rel=0.02)
+    assert float(block_of(wide, 0).query_key_value.weight.detach().std()) == pytest.approx(1 / 16, rel=0.02)
+    assert float(block_of(wide, 1).attention_out.weight.detach().std()) == pytest.approx(1 / 16 / 2, rel=0.02)
 
 
 def test_dropout_is_drawn_in_training_only() -> None:
@@ -210,7 +216,7 @@ def test_width_one_predicts_one_value_per_gene_whatever_the_cell() -> None:
     network = network_of(LADDER["XXS"])
     hidden = torch.ones(2, GENES, dtype=torch.bool)
     predictions = network(torch.rand(2, GENES), hidden, all_positions(2))[..., 0]
-    block, head = network.blocks[0], network.head
+    block, head = block_of(network, 0), network.head
     value = block.query_key_value.weight[2] * block.norm_attention.bias + block.query_key_value.bias[2]
     attended = block.attention_out(value)
     inner = block.feedforward_out(nn.functional.gelu(block.feedforward_in(block.norm_feedforward.bias)))

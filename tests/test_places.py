@@ -16,8 +16,9 @@ import sys
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from scaling_ray.storage import LocalPlace, Place, S3Place, S3Settings, open_pla
 LEASE = "building/.lease"
 
 
-def all_at_once(actions: list[Callable[[], bool]]) -> list[bool | Exception]:
+def all_at_once(actions: Sequence[Callable[[], bool]]) -> list[bool | Exception]:
     """What each action says when all begin at the same moment, or the error that rose from it."""
     begin = threading.Barrier(len(actions))
     said: list[bool | Exception] = [False] * len(actions)
@@ -159,7 +160,7 @@ def test_the_first_to_create_wins_and_later_ones_change_nothing(where: Place) ->
 def test_eight_creators_at_once_commit_once(where: Place) -> None:
     for turn in range(2):
         contents = [f"{turn} {writer} ".encode() * 20_000 for writer in range(8)]
-        actions = [lambda data=data, turn=turn: where.create(f"result-{turn}", data) for data in contents]
+        actions = [partial(where.create, f"result-{turn}", data) for data in contents]
         said = all_at_once(actions)
         assert sorted(said, key=str) == [False] * 7 + [True]
         assert where.read(f"result-{turn}") == contents[said.index(True)]
@@ -204,7 +205,7 @@ def test_a_place_is_what_its_name_says(tmp_path: Path, monkeypatch: pytest.Monke
         assert isinstance(found, S3Place) and str(found) == uri.rstrip("/")
     assert open_place("s3://bucket/shards", "data.split_from").field == "data.split_from"
     for uri in ("gs://x/y", "file:///x/y", "https://bucket/shards", "s3://", "s3://bucket", "s3:///shards"):
-        line = refused(lambda uri=uri: open_place(uri, "shards"))
+        line = refused(partial(open_place, uri, "shards"))
         assert line.startswith(f"shards: '{uri}': ") and "s3://" in line.split(": ", 2)[2]
     assert list(tmp_path.iterdir()) == []
 

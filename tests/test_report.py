@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from scaling_ray.results.columns import SCHEMA, Row
 from scaling_ray.results.read import read_rows
 from scaling_ray.storage import open_place, sealed_json
 
+T = TypeVar("T")
 SIZES = {
     "XXS": (1, 533),
     "W8": (8, 4_600),
@@ -54,7 +55,9 @@ rates = [3e-4, 1e-3, 3e-3]
 """
 
 
-def row(number: int, role: str, size: str, cells: int, seed: int, lr: float, loss: float, planted: bool) -> Row:
+def row(
+    number: int, role: Literal["law", "rate"], size: str, cells: int, seed: int, lr: float, loss: float, planted: bool
+) -> Row:
     """A finished run as the driver writes it."""
     width, params = SIZES[size]
     return Row(
@@ -117,6 +120,12 @@ def rows_of(sweep: Path) -> list[Row]:
     return read_rows(open_place(sweep))
 
 
+def known(value: T | None) -> T:
+    """A value of a row that must be there."""
+    assert value is not None
+    return value
+
+
 def curve(loss: float, rng: np.random.Generator) -> list[dict[str, Any]]:
     seen = np.linspace(2_400, 48_000, 20)
     losses = loss + 0.1 * np.exp(-seen / 9_000) + rng.normal(0, 0.002, seen.size)
@@ -173,7 +182,8 @@ def write_sweep(
 ) -> Path:
     """A sweep's directory as the driver leaves it, around a known law."""
     rng = np.random.default_rng(7)
-    rows = []
+    rows: list[Row] = []
+    runs: list[tuple[Literal["law", "rate"], str, int, int, float]]
     runs = [("law", s, d, seed, 1e-3) for s in sizes for d in cells for seed in seeds]
     runs += [("rate", s, cells[-1], 101, lr) for s in sizes for lr in RATES]
     for role, size, count, seed, lr in runs:
@@ -185,7 +195,7 @@ def write_sweep(
         folder.mkdir(parents=True)
         text = "".join(json.dumps(line) + "\n" for line in [{"kind": "train", "cells_seen": 1}, *curve(loss, rng)])
         (folder / "metrics.jsonl").write_text(text + '{"kind": "ev')
-    blank = {"val_loss": None, "test_loss": None, "final_val_loss": None, "cells_seen": None}
+    blank: dict[str, Any] = {"val_loss": None, "test_loss": None, "final_val_loss": None, "cells_seen": None}
     waiting = {one.run_id for one in [one for one in rows if one.role == "law"][:unfinished]}
     write_rows(out, [replace(one, status="waiting", **blank) if one.run_id in waiting else one for one in rows])
     (out / "shards_manifest.json").write_text(sealed_json(manifest()))
@@ -204,7 +214,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return sweep, build(sweep, sweep.parent / f"{sweep.name}-report")
 
 
-def test_it_writes_page_numbers_fit_and_figures(built):
+def test_it_writes_page_numbers_fit_and_figures(built: tuple[Path, Path]) -> None:
     _, page = built
     out = page.parent
     assert page.name == "report.html"
@@ -215,14 +225,14 @@ def test_it_writes_page_numbers_fit_and_figures(built):
         assert len(list(root.iter("{http://www.w3.org/2000/svg}polyline"))) >= 3
 
 
-def test_the_page_asks_nobody_for_anything(built):
+def test_the_page_asks_nobody_for_anything(built: tuple[Path, Path]) -> None:
     text = built[1].read_text()
     text = text.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?://|<script|<link|<img|@import|url\(", text)
     assert "&lt;b&gt;BM5" in text and "<b>BM5" not in text
 
 
-def test_the_verdict_comes_before_any_figure_of_the_fit(built):
+def test_the_verdict_comes_before_any_figure_of_the_fit(built: tuple[Path, Path]) -> None:
     report = json.loads((built[1].parent / "report.json").read_text())
     text = built[1].read_text()
     assert report["verdict"] == "supported", report["headline"]["reasons"]
@@ -231,28 +241,27 @@ def test_the_verdict_comes_before_any_figure_of_the_fit(built):
     assert "conditional on this split" in text
 
 
-def test_numbers_are_those_of_the_results(built):
+def test_numbers_are_those_of_the_results(built: tuple[Path, Path]) -> None:
     sweep, page = built
     report = json.loads((page.parent / "report.json").read_text())
     fit = json.loads((page.parent / "fit.json").read_text())
     rows = [one for one in rows_of(sweep) if one.role == "law"]
-    best = min(rows, key=lambda one: one.val_loss)
+    best = min(rows, key=lambda one: known(one.val_loss))
+    best_loss = known(best.test_loss)
     assert report["best"]["run_id"] == best.run_id
-    assert report["best"]["share_of_gap"]["attainable_floor"] == pytest.approx(
-        (0.335 - best.test_loss) / (0.335 - 0.16)
-    )
-    assert report["best"]["gain_bits"]["over_gene_mean"] == pytest.approx(0.5 * np.log2(0.335 / best.test_loss))
+    assert report["best"]["share_of_gap"]["attainable_floor"] == pytest.approx((0.335 - best_loss) / (0.335 - 0.16))
+    assert report["best"]["gain_bits"]["over_gene_mean"] == pytest.approx(0.5 * np.log2(0.335 / best_loss))
     assert report["headline"] == fit["headline"]
     assert report["date"] == "2026-09-21"
     setting = next(c for c in report["settings"] if (c["size"], c["cells"]) == ("TINY", 2_000))
-    two = [one.test_loss for one in rows if (one.size, one.cells) == ("TINY", 2_000)]
+    two = [known(one.test_loss) for one in rows if (one.size, one.cells) == ("TINY", 2_000)]
     assert setting["test_loss"] == pytest.approx(np.mean(two)) and setting["done"] == 2
     assert report["leak_test"]["passed"] and report["leak_test"]["runs"] == len(rows)
     tried = {row["size"]: [t["lr"] for t in row["tried"]] for row in report["learning_rates"]}
     assert tried["XS"] == list(RATES)
 
 
-def test_a_rebuild_is_the_same_to_the_byte(tmp_path: Path):
+def test_a_rebuild_is_the_same_to_the_byte(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("XXS", "W8", "TINY", "XS"), cells=(2_000,))
     page = build(sweep, tmp_path / "once")
     again = build(sweep, tmp_path / "twice")
@@ -260,7 +269,7 @@ def test_a_rebuild_is_the_same_to_the_byte(tmp_path: Path):
         assert (again.parent / name).read_bytes() == (page.parent / name).read_bytes()
 
 
-def test_a_small_grid_is_refused_without_an_exponent_but_with_its_losses(tmp_path: Path):
+def test_a_small_grid_is_refused_without_an_exponent_but_with_its_losses(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("XXS", "TINY", "XS"), cells=(2_000,), planted=False, unfinished=1)
     shutil.rmtree(sweep / "runs")
     (sweep / "spec.toml").unlink()
@@ -275,14 +284,14 @@ def test_a_small_grid_is_refused_without_an_exponent_but_with_its_losses(tmp_pat
     assert "The law</h2>" not in text and "Training</h2>" not in text and report["date"] is None
 
 
-def test_a_sweep_without_a_finished_run_still_has_a_page(tmp_path: Path):
+def test_a_sweep_without_a_finished_run_still_has_a_page(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,), unfinished=2)
     report = json.loads((build(sweep, tmp_path / "r").parent / "report.json").read_text())
     assert report["verdict"] == "refused" and report["best"] is None
     assert "nothing to fit" in report["sentence"]
 
 
-def test_two_gene_panels_are_never_pooled(tmp_path: Path):
+def test_two_gene_panels_are_never_pooled(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", cells=(2_000,), sizes=("W8", "TINY", "XS", "S"))
     rows = rows_of(sweep)
     more = [replace(one, run_id=one.run_id + "-w", genes=1024, bound_z=-5.0) for one in rows if one.size != "S"]
@@ -297,7 +306,7 @@ def test_two_gene_panels_are_never_pooled(tmp_path: Path):
 
 
 @pytest.mark.parametrize("gone", ["results.parquet", "shards_manifest.json"])
-def test_a_missing_file_is_bad_input_and_leaves_nothing(tmp_path: Path, gone: str):
+def test_a_missing_file_is_bad_input_and_leaves_nothing(tmp_path: Path, gone: str) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
     (sweep / gone).unlink()
     with pytest.raises(BadInput, match=gone):
@@ -305,7 +314,7 @@ def test_a_missing_file_is_bad_input_and_leaves_nothing(tmp_path: Path, gone: st
     assert not (tmp_path / "r").exists()
 
 
-def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path):
+def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
     there = manifest()
     del there["splits"]["val"]
@@ -314,7 +323,7 @@ def test_a_missing_key_of_the_manifest_is_named(tmp_path: Path):
         build(sweep, tmp_path / "r")
 
 
-def test_building_needs_neither_ray_nor_torch_nor_mlflow(tmp_path: Path):
+def test_building_needs_neither_ray_nor_torch_nor_mlflow(tmp_path: Path) -> None:
     code = (
         "import sys; import scaling_ray.report.build; "
         "print([m for m in ('ray', 'torch', 'mlflow', 'pandas') if m in sys.modules])"
@@ -329,7 +338,7 @@ def text_of(page: Path) -> str:
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", text)))
 
 
-def test_the_first_screen_has_what_a_sceptic_asks_for(built):
+def test_the_first_screen_has_what_a_sceptic_asks_for(built: tuple[Path, Path]) -> None:
     report = json.loads((built[1].parent / "report.json").read_text())
     seen = text_of(built[1])
     first = seen[: seen.index("Best model")]
@@ -354,16 +363,16 @@ def test_the_first_screen_has_what_a_sceptic_asks_for(built):
     assert all(f">{name}<" in picture for name in ("gene mean", "shrunk Gaussian", "planted floor", "D = 500"))
 
 
-def test_every_run_is_on_the_page_and_every_setting_leads_to_its_runs(built):
+def test_every_run_is_on_the_page_and_every_setting_leads_to_its_runs(built: tuple[Path, Path]) -> None:
     sweep, page = built
     text = page.read_text()
     for one in rows_of(sweep):
-        assert one.run_id in text and one.mlflow_run_id in text
+        assert one.run_id in text and known(one.mlflow_run_id) in text
     targets = set(re.findall(r'href="#(run-\d+)"', text))
     assert len(targets) >= 36 and targets <= set(re.findall(r'id="(run-\d+)"', text))
 
 
-def test_the_later_sections_are_filled(built):
+def test_the_later_sections_are_filled(built: tuple[Path, Path]) -> None:
     seen = text_of(built[1])
     report = json.loads((built[1].parent / "report.json").read_text())
     for title in ("Done of planned", "Compute-optimal", "In bits", "Plan against actual", "Data card", "Checklist"):
@@ -377,21 +386,21 @@ def test_the_later_sections_are_filled(built):
     assert len(fitted) == 30 and abs(sum(run["residual"] for run in report["residuals"])) < 1e-3
 
 
-def test_figures_are_also_png_of_twice_the_size(built):
+def test_figures_are_also_png_of_twice_the_size(built: tuple[Path, Path]) -> None:
     folder = built[1].parent / "figures"
     pictures = sorted(folder.glob("*.svg"))
     assert len(pictures) >= 8
     for picture in pictures:
         data = picture.with_suffix(".png").read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and data[-8:-4] == b"IEND"
-        width = int(ElementTree.parse(picture).getroot().get("width"))
+        width = int(ElementTree.parse(picture).getroot().attrib["width"])
         assert int.from_bytes(data[16:20], "big") == 2 * width
         with Image.open(picture.with_suffix(".png")) as image:
-            colours = len(image.convert("RGB").getcolors(1 << 20))
-        assert colours > 50, "letters and lines leave many shades"
+            colours = image.convert("RGB").getcolors(1 << 20)
+        assert colours is not None and len(colours) > 50, "letters and lines leave many shades"
 
 
-def test_the_page_is_for_desks_phones_dark_rooms_and_paper(built):
+def test_the_page_is_for_desks_phones_dark_rooms_and_paper(built: tuple[Path, Path]) -> None:
     text = built[1].read_text()
     for rule in ("max-width:700px", "prefers-color-scheme:dark", "@media print", "overflow-x:auto"):
         assert rule in text
@@ -399,7 +408,7 @@ def test_the_page_is_for_desks_phones_dark_rooms_and_paper(built):
     assert text.count("<table>") == text.count('<div class="scroll"><table>')
 
 
-def test_a_refused_sweep_shows_no_exponent_of_the_headline(tmp_path: Path):
+def test_a_refused_sweep_shows_no_exponent_of_the_headline(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", cells=(2_000,), noise=0.03)
     page = build(sweep, tmp_path / "r")
     report = json.loads((page.parent / "report.json").read_text())
@@ -412,7 +421,7 @@ def test_a_refused_sweep_shows_no_exponent_of_the_headline(tmp_path: Path):
     assert report["next_steps"] == [] and report["compute_optimal"]["budgets"] == []
 
 
-def test_a_loss_below_zero_is_nothing_to_fit_and_the_leak_test_stays(tmp_path: Path):
+def test_a_loss_below_zero_is_nothing_to_fit_and_the_leak_test_stays(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("W8", "TINY", "XS", "S"), cells=(2_000,))
     first, *others = rows_of(sweep)
     write_rows(sweep, [replace(first, test_loss=-0.1, bound_z=-30.0), *others])
@@ -421,19 +430,19 @@ def test_a_loss_below_zero_is_nothing_to_fit_and_the_leak_test_stays(tmp_path: P
     assert json.loads((page.parent / "report.json").read_text())["leak_test"]["run_id"] == first.run_id
 
 
-def test_one_size_alone_is_a_page_with_its_losses(tmp_path: Path):
+def test_one_size_alone_is_a_page_with_its_losses(tmp_path: Path) -> None:
     page = build(write_sweep(tmp_path / "s", sizes=("TINY",), cells=(2_000,)), tmp_path / "r")
     report = json.loads((page.parent / "report.json").read_text())
     assert report["verdict"] == "refused" and report["best"]["size"] == "TINY"
     assert "TINY" in text_of(page)
 
 
-def test_the_plan_stands_against_what_was_done(tmp_path: Path):
+def test_the_plan_stands_against_what_was_done(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,), unfinished=1)
     rows = [replace(one, stacked=3 if one.role == "rate" else 1) for one in rows_of(sweep)]
     write_rows(sweep, rows)
     planned = {"hours": 0.01, "hours_from": "assumed", "execution": {"workers": 1}}
-    settings = [{"run_id": one.run_id, "flops": 2 * one.flops, **planned} for one in rows]
+    settings = [{"run_id": one.run_id, "flops": 2 * known(one.flops), **planned} for one in rows]
     (sweep / "plan.json").write_text(sealed_json({"version": 3, "settings": settings}))
     report = json.loads((build(sweep, tmp_path / "r").parent / "report.json").read_text())
     law, rate = report["plan_against_actual"]
@@ -454,7 +463,7 @@ def test_the_plan_stands_against_what_was_done(tmp_path: Path):
         ("https://user:secret@mlflow.example", None),
     ],
 )
-def test_runs_link_to_a_tracking_server_and_never_with_a_password(tmp_path: Path, uri: str, link: str | None):
+def test_runs_link_to_a_tracking_server_and_never_with_a_password(tmp_path: Path, uri: str, link: str | None) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("TINY",), cells=(500,))
     run_id = rows_of(sweep)[0].run_id
     (sweep / "runs" / run_id / "mlflow.json").write_text(sealed_json({"mlflow_run_id": "abc123", "uri": uri}))
@@ -463,7 +472,7 @@ def test_runs_link_to_a_tracking_server_and_never_with_a_password(tmp_path: Path
     assert "secret" not in page
 
 
-def test_two_recipes_stand_side_by_side(tmp_path: Path):
+def test_two_recipes_stand_side_by_side(tmp_path: Path) -> None:
     corrected = write_sweep(tmp_path / "c", sizes=("TINY", "XS"), cells=(2_000,))
     published = write_sweep(tmp_path / "p", sizes=("TINY", "XS"), cells=(2_000,), planted=False)
     write_rows(published, [replace(one, recipe="published") for one in rows_of(published)])
@@ -474,7 +483,7 @@ def test_two_recipes_stand_side_by_side(tmp_path: Path):
     assert "As published against corrected" in text_of(page) and "never one loss with the other" in text_of(page)
 
 
-def test_sweep_and_report_may_both_lie_on_s3(tmp_path: Path, s3: Any):
+def test_sweep_and_report_may_both_lie_on_s3(tmp_path: Path, s3: Any) -> None:
     sweep = write_sweep(tmp_path / "sweep", sizes=("XXS", "W8", "TINY", "XS"), cells=(2_000,))
     prefix = uuid.uuid4().hex
     place = open_place(f"s3://shards/{prefix}/sweep")

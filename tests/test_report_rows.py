@@ -58,7 +58,7 @@ def page_of(sweep: Path, known: dict[int, dict[str, Any]] | None = None) -> str:
     return page.replace(str(read.sha256["results.parquet"]), "")
 
 
-def test_rows_come_back_as_they_were_written():
+def test_rows_come_back_as_they_were_written() -> None:
     hints = typing.get_type_hints(Row)
     blank = {name: None for name in NAMES}
     full = {name: other(None, hints[name] | None) for name in NAMES if name not in ("role", "status")}
@@ -68,7 +68,7 @@ def test_rows_come_back_as_they_were_written():
 
 
 @pytest.mark.parametrize("name", ["bound_z", "test_loss", "data_hash", "engine"])
-def test_a_missing_column_is_named_and_never_none(sweep: Path, name: str, capsys):
+def test_a_missing_column_is_named_and_never_none(sweep: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     table = pq.read_table(sweep / "results.parquet").drop_columns([name])
     pq.write_table(table, sweep / "results.parquet")
     with pytest.raises(BadInput, match=f"'{name}': missing from its columns; run the sweep again"):
@@ -81,7 +81,7 @@ def test_a_missing_column_is_named_and_never_none(sweep: Path, name: str, capsys
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
-def test_a_finished_run_without_a_needed_value_is_named(sweep: Path, value: float | None):
+def test_a_finished_run_without_a_needed_value_is_named(sweep: Path, value: float | None) -> None:
     first, *others = rows_of(sweep)
     write_rows(sweep, [replace(first, test_loss=value), *others])
     with pytest.raises(BadInput, match=f"test_loss: '{first.run_id}'"):
@@ -90,7 +90,7 @@ def test_a_finished_run_without_a_needed_value_is_named(sweep: Path, value: floa
     assert rows_of(sweep)[0].test_loss is None
 
 
-def test_a_value_that_is_no_number_is_none(sweep: Path):
+def test_a_value_that_is_no_number_is_none(sweep: Path) -> None:
     first, *others = rows_of(sweep)
     write_rows(sweep, [replace(first, bound_z=float("nan")), *others])
     assert rows_of(sweep)[0].bound_z is None and rows_of(sweep)[1].bound_z is not None
@@ -104,12 +104,12 @@ def test_a_value_that_is_no_number_is_none(sweep: Path):
         (parquet(pa.table({name: ["?"] for name in SCHEMA.names})), "not the table of a sweep"),
     ],
 )
-def test_a_file_that_is_no_table_of_a_sweep_is_bad_input(data: bytes, message: str):
+def test_a_file_that_is_no_table_of_a_sweep_is_bad_input(data: bytes, message: str) -> None:
     with pytest.raises(BadInput, match=f"results.parquet: .*{message}"):
         parse_results(data)
 
 
-def test_older_tables_are_read_as_other_peoples_and_not_as_a_sweeps(sweep: Path, tmp_path: Path):
+def test_older_tables_are_read_as_other_peoples_and_not_as_a_sweeps(sweep: Path, tmp_path: Path) -> None:
     old = {column.name: column.aliases[-1] for column in COLUMNS if "mse" in (column.aliases or ("",))[-1]}
     assert set(old.values()) >= {"test_mse", "final_val_mse", "baseline_mse", "bound_mse"}
     table = pq.read_table(sweep / "results.parquet")
@@ -125,7 +125,7 @@ def test_older_tables_are_read_as_other_peoples_and_not_as_a_sweeps(sweep: Path,
     }
 
 
-def test_every_declared_name_is_read_from_other_peoples_tables(tmp_path: Path):
+def test_every_declared_name_is_read_from_other_peoples_tables(tmp_path: Path) -> None:
     for column in (*COLUMNS, *FOREIGN):
         for name in (column.name, *column.aliases):
             table = {needed: "1" for needed in ("params", "loss") if needed != column.name} | {name: "1"}
@@ -134,7 +134,7 @@ def test_every_declared_name_is_read_from_other_peoples_tables(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", [*agreeing("within_law"), *agreeing("by_size")])
-def test_runs_that_differ_in_what_must_agree_are_no_one_law(name: str):
+def test_runs_that_differ_in_what_must_agree_are_no_one_law(name: str) -> None:
     params = np.repeat(np.geomspace(1e4, 1e7, 5), 2)
     loss = 1.0 + (params / 1e4) ** -0.4 + np.tile([0.001, -0.001], 5)
     table = {"params": params, "loss": loss}
@@ -144,7 +144,7 @@ def test_runs_that_differ_in_what_must_agree_are_no_one_law(name: str):
         assert any(f"differ in {name}" in line or f"{name} differs" in line for line in reasons) == apart, reasons
 
 
-def test_every_column_is_shown_or_listed_as_not_shown(sweep: Path):
+def test_every_column_is_shown_or_listed_as_not_shown(sweep: Path) -> None:
     """A page follows the value that a column has in all runs, or the column stands among those it leaves out."""
     plan = [
         {"run_id": row.run_id, "hours": 1.0, "hours_from": "assumed", "flops": 1.0, "execution": {"workers": 1}}
@@ -163,7 +163,7 @@ def test_every_column_is_shown_or_listed_as_not_shown(sweep: Path):
     assert set(unseen) == set(NOT_SHOWN)
 
 
-def test_every_column_stands_in_report_json(sweep: Path):
+def test_every_column_stands_in_report_json(sweep: Path) -> None:
     read = read_sweep(sweep)
     for shown, row in zip(summarise(read, fit_cohorts(read.rows))["runs"], read.rows, strict=True):
         assert {name: shown[name] for name in NAMES} == asdict(row)

@@ -71,7 +71,8 @@ def test_a_field_more_or_less_or_moved_is_refused() -> None:
             BadInput, match="file: .*, not .*: was changed since it was written; remove it and call again"
         ):
             unseal(json.dumps(each), "file", "remove it and call again")
-    for unsealed in (FIELDS, {"sha256": 7}, [], None, "text"):
+    others: list[Any] = [FIELDS, {"sha256": 7}, [], None, "text"]
+    for unsealed in others:
         with pytest.raises(BadInput, match="was written by another version, or is damaged"):
             unseal(json.dumps(unsealed), "file")
 

@@ -64,10 +64,12 @@ def write_shards(directory: Path, genes: int, file_cells: int = CELLS) -> ShardM
     splits = {}
     for seed, split in enumerate(shard_format.SPLITS):
         table = table_of(counts_of(genes, seed=seed), first_cell=1_000 * seed)
-        files = [
+        written = [
             write_file(open_place(directory), f"{split}-{n:05d}.parquet", [table.slice(start, file_cells)], genes)
             for n, start in enumerate(range(0, CELLS, file_cells))
         ]
+        files = [file for file in written if file is not None]
+        assert len(files) == len(written)
         splits[split] = SplitEntry(
             cells=CELLS,
             fraction=1 / 3,

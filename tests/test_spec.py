@@ -303,6 +303,6 @@ def test_a_run_survives_json() -> None:
 def test_specs_are_frozen_and_closed() -> None:
     spec = parse_spec(BASE)
     with pytest.raises(ValueError, match="frozen"):
-        spec.name = "other"  # type: ignore[misc]
+        spec.name = "other"
     again = SweepSpec.model_validate_json(spec.model_dump_json())
     assert again == spec

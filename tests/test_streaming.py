@@ -190,8 +190,8 @@ def test_a_run_of_one_window_is_one_permutation_whatever_the_edges(n_cells: int)
         for edges in (EDGES, irregular_edges(), np.array([0, N_TRAIN])):
             assert np.array_equal(visits(order_of(rows, edges, seed), epochs=3, cells_per_step=7), whole)
     above = RunRows(N_TRAIN, WINDOW_ROWS + 1)
-    orders = [visits(order_of(above, edges, seed), 1) for edges in (EDGES, irregular_edges())]
-    assert not np.array_equal(*orders)
+    even, uneven = (visits(order_of(above, edges, seed), 1) for edges in (EDGES, irregular_edges()))
+    assert not np.array_equal(even, uneven)
 
 
 @pytest.mark.parametrize("edges", [[0, 16_384, 32_768, 40_000], [0, 9, 40_000]])
@@ -307,9 +307,9 @@ def assert_same(found: tuple[Cells, np.ndarray], wanted: tuple[Cells, np.ndarray
 
 
 def joined(parts: list[tuple[Cells, np.ndarray]]) -> tuple[Cells, np.ndarray]:
-    names = [field.name for field in fields(Cells)]
-    columns = [np.concatenate([getattr(cells, name) for cells, _ in parts]) for name in names[:-1]]
-    return Cells(*columns, parts[0][0].measured), np.concatenate([epochs for _, epochs in parts])
+    of_cells = [field.name for field in fields(Cells) if field.name != "measured"]
+    columns = {name: np.concatenate([getattr(cells, name) for cells, _ in parts]) for name in of_cells}
+    return Cells(**columns, measured=parts[0][0].measured), np.concatenate([epochs for _, epochs in parts])
 
 
 def batch_of_ranks(feeds: list[Feed], step: int, cells_per_step: int) -> tuple[Cells, np.ndarray]:

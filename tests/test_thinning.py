@@ -13,7 +13,7 @@ from scipy.stats import chi2
 
 from scaling_ray.model.masking import EVALUATION_MASK_SEED, draw_masks, log_normalise
 from scaling_ray.model.thinning import thin
-from scaling_ray.spec import TrainSpec
+from scaling_ray.spec import TrainingRules
 from scaling_ray.train.batches import Batch, make_batch
 
 CPU = torch.device("cpu")
@@ -292,7 +292,7 @@ def batch_of(umi_fraction: float, recipe: str, mask_seed: int, epoch: int = 0) -
     return make_batch(cells, epochs, train_spec(umi_fraction, recipe), mask_seed, CPU)
 
 
-def train_spec(umi_fraction: float, recipe: str) -> TrainSpec:
+def train_spec(umi_fraction: float, recipe: str) -> TrainingRules:
     return small_run(f'umi_fraction = {umi_fraction}\nrecipe = "{recipe}"').train
 
 

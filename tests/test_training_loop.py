@@ -42,8 +42,9 @@ MakeCells = Callable[..., Cells]
 
 @pytest.fixture
 def data(make_cells: MakeCells) -> RunData:
-    parts = [make_cells(count, first_id=first, unmeasured=9) for count, first in ((100, 0), (50, 10_000), (40, 20_000))]
-    return RunData(*parts, "the-data")
+    firsts = ((100, 0), (50, 10_000), (40, 20_000))
+    train, val, test = (make_cells(count, first_id=first, unmeasured=9) for count, first in firsts)
+    return RunData(train, val, test, "the-data")
 
 
 def new_loop(run: RunSpec, data: RunData) -> TrainingLoop:
@@ -349,6 +350,7 @@ def test_counts_are_those_done_by_hand(make_run: MakeRun, data: RunData, tmp_pat
     assert 8 * 320 < result.masked_genes_seen < 10 * 320
     assert result.flops == pytest.approx(320 * training_flops_per_cell(run.shape, 64, seen / 320))
     assert result.test_masked_genes == 20 * 10 + 20 * 8
+    assert result.test_loss_sum is not None
     assert result.test_loss == pytest.approx(result.test_loss_sum / result.test_masked_genes)
     assert (result.workers, result.engine, result.lr, result.data_hash) == (1, "plain", 0.01, "the-data")
     assert result.stop_reason == "budget"

@@ -1,4 +1,4 @@
-"""results.parquet of a sweep as typed rows. A column that went missing is an error and never a value that is None."""
+"""results.parquet of a sweep as typed rows. A missing column is an error, never a value that is None."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ from scaling_ray.spec import TrainingRules, content_hash
 from scaling_ray.storage import Place
 
 UNIT = "mse"
-"""Of every reference."""
+"""The unit of every reference."""
 
 
 def reference_name(run: RunSpec, train_cells: int) -> str:
-    """Runs of one name share training cells, genes and masks, and so their references."""
+    """The name of a run's references. Runs of one name share training cells, genes and masks, and so references."""
     partial = run.cells is not None and run.cells < train_cells
     cells = f"d{run.cells}-s{run.seed}" if partial else "dall"
     donors = f"-n{run.donors}-s{run.seed}" if run.donors is not None else ""
@@ -34,7 +34,7 @@ def floor_name(genes: int, train: TrainingRules) -> str:
 
 
 def _masks_and_values(train: TrainingRules) -> str:
-    """A short name for what decides masks and values besides the cells and genes."""
+    """A short hash of the rules that masks and values follow, besides cells and genes."""
     named: dict[str, Any] = {"recipe": train.recipe, "mask_fraction": train.mask_fraction}
     if train.umi_fraction < 1:
         named["umi_fraction"] = train.umi_fraction
@@ -61,7 +61,7 @@ def per_gene_bits(squared_error: NDArray[np.float64], masked_genes: NDArray[np.i
 
     Args:
         squared_error: (V,) summed over the masked entries of each gene.
-        masked_genes: (V,) how many those are; genes without any, or predicted without error, are left out.
+        masked_genes: (V,) number of those entries; genes without any, or predicted without error, are left out.
     """
     told = (masked_genes > 0) & (squared_error > 0)
     variance = squared_error[told] / masked_genes[told]

@@ -38,7 +38,7 @@ _TOKEN = re.compile(r"(\d{6,})-(\d{20})-[0-9a-f]{8}")
 
 
 def read_sealed(place: Place, name: str) -> dict[str, Any] | None:
-    """What a sealed JSON file holds, None where there is none; BadInput where it was changed or cut short."""
+    """The fields of a sealed JSON file, None where there is none; raises BadInput if it was changed or cut short."""
     data = place.read_if_there(name)
     return unseal(data, f"{place}/{name}", "move it away and call again") if data is not None else None
 
@@ -77,27 +77,27 @@ def read_rows(place: Place) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, order=True)
 class AttemptName:
-    """The name of one try at a run or stack. The number decides which is later; clocks may step back."""
+    """The name of one attempt at a run or stack. The number decides which is later; clocks may step back."""
 
     number: int
     token: str
 
     @classmethod
     def next_of(cls, place: Place) -> AttemptName:
-        """A new one below ``place``, later than all that were begun there, those included that are gone."""
+        """A new name below ``place``, later than that of every attempt begun there."""
         number = attempts_begun(place) + 1
         return cls(number, f"{number:06d}-{time.time_ns():020d}-{uuid.uuid4().hex[:8]}")
 
     @classmethod
     def all_of(cls, place: Place) -> list[AttemptName]:
-        """Those with files below ``place``, the latest first."""
+        """The names of attempts with files below ``place``, the latest first."""
         tokens = {name.split("/")[1] for name in place.names(f"{ATTEMPTS}/")}
         matches = (_TOKEN.fullmatch(token) for token in tokens)
         return sorted((cls(int(match[1]), match[0]) for match in matches if match), reverse=True)
 
 
 def attempts_begun(place: Place) -> int:
-    """How many tries at a run were begun, those included whose files are gone."""
+    """How many attempts at a run were begun, including earlier ones whose files were removed."""
     names = AttemptName.all_of(place)
     return names[0].number if names else 0
 
@@ -107,14 +107,14 @@ class RunFiles:
 
     ``spec.json``, ``result.json`` (committed once), ``failure.json``, ``memory.json``, ``mlflow.json`` and, while it
     trains, ``attempts/<token>/`` with ``metrics.jsonl``, ``test_cells.parquet``, ``test_genes.parquet`` and
-    ``checkpoints/``. Once a result is committed, its attempt's files move up beside it and the attempts go.
+    ``checkpoints/``. Once a result is committed, its attempt's files move up beside it and all attempts are removed.
     """
 
     def __init__(self, place: Place) -> None:
         self.place = place
 
     def prepare(self, run: RunSpec) -> None:
-        """Write the run's own spec; BadInput if another one already stands there under the same name."""
+        """Write the run's own spec; raises BadInput if that of another run is there under the same id."""
         there = self.spec()
         # A chosen rate may not have been known when the file was first written.
         fields = [name for name in differing(there.identity, run.identity) if name != "lr"] if there else []
@@ -123,7 +123,7 @@ class RunFiles:
         write_sealed(self.place, RUN_SPEC, run.model_dump(mode="json"))
 
     def spec(self) -> RunSpec | None:
-        """The run's own spec, None where it has not begun; BadInput for a file that is none."""
+        """The run's own spec, None where it has not begun; raises BadInput for a file that is no such spec."""
         fields = read_sealed(self.place, RUN_SPEC)
         if fields is None:
             return None
@@ -161,7 +161,7 @@ class RunFiles:
         return read_rows(self.place.below(f"{ATTEMPTS}/{attempts[0].token}")) if attempts else []
 
     def mlflow_run_id(self) -> str | None:
-        """What the tracking server calls the run, or None."""
+        """The id of the run on the tracking server, or None."""
         found = read_sealed(self.place, MLFLOW)
         return str(found["mlflow_run_id"]) if found else None
 
@@ -174,7 +174,7 @@ class SweepFiles:
 
     @classmethod
     def at(cls, where: Path | str | Place, field: str = "sweep") -> SweepFiles:
-        """The files at a path or URI; nothing is created or asked."""
+        """The files at a path or URI; nothing is created or read."""
         return cls(open_place(where, field))
 
     def __str__(self) -> str:
@@ -185,12 +185,12 @@ class SweepFiles:
         return RunFiles(self.place.below(f"runs/{run_id}"))
 
     def stack(self, name: str) -> Place:
-        """Where the runs that train as one keep their common state."""
+        """The place of the common state of runs that train as one."""
         return self.place.below(f"stacks/{name}")
 
     @property
     def references(self) -> Place:
-        """Where baselines and planted floors lie."""
+        """The place of baselines and planted floors."""
         return self.place.below("references")
 
     def run_ids(self) -> set[str]:
@@ -198,7 +198,7 @@ class SweepFiles:
         return {name.split("/")[1] for name in self.place.names("runs/")}
 
     def spec_text(self) -> str:
-        """The sweep's spec as it was given; BadInput where the place holds no sweep."""
+        """The sweep's spec as it was given; raises BadInput where the place holds no sweep."""
         data = self.place.read_if_there(SPEC)
         if data is None:
             raise BadInput(self.place.field, str(self), f"holds no {SPEC}; name the --out of a `scaling-ray sweep`")
@@ -214,26 +214,26 @@ class SweepFiles:
         return ShardManifest.parse(data, f"{self}/{MANIFEST}") if data is not None else None
 
     def known_manifest(self) -> ShardManifest:
-        """The same; BadInput where there is none."""
+        """The sweep's copy of its shards' manifest; raises BadInput where there is none."""
         manifest = self.manifest()
         if manifest is None:
             raise BadInput(self.place.field, str(self), f"holds no {MANIFEST}; name the --out of a `scaling-ray sweep`")
         return manifest
 
     def plan(self) -> dict[str, Any] | None:
-        """What was planned, None where nothing was."""
+        """The plan, None where there is none."""
         return read_sealed(self.place, PLAN)
 
     def write_plan(self, plan: dict[str, Any]) -> None:
-        """Keep the plan."""
+        """Write the plan."""
         write_sealed(self.place, PLAN, plan)
 
     def chosen_rates(self) -> dict[str, float]:
-        """Rates that have been chosen, by run id."""
+        """The learning rates that have been chosen, by run id."""
         return read_sealed(self.place, CHOSEN_RATES) or {}
 
     def write_chosen_rates(self, rates: dict[str, float]) -> None:
-        """Keep the choices: they never change after."""
+        """Write the chosen rates; a choice never changes afterwards."""
         write_sealed(self.place, CHOSEN_RATES, dict(rates))
 
     def request_stop(self) -> None:

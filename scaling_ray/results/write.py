@@ -1,4 +1,4 @@
-"""The table of a sweep, put together from what each run left: results.parquet and results.csv. No torch, no Ray."""
+"""The table of a sweep, assembled from the files of its runs: results.parquet and results.csv. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OF_RESULT = {each.name for each in fields(Row)} & set(RunResult.model_fields) -
 
 
 class ResultsTable:
-    """The rows of a sweep's runs, kept up to date in memory, so that one that ended costs one run's reading.
+    """The rows of a sweep's runs, kept in memory, so that only the files of a run that ended are read again.
 
     Args:
         sweep: its files.
@@ -57,7 +57,7 @@ class ResultsTable:
         return self.rows[self._order[run_id]]
 
     def replace_runs(self, runs: Iterable[RunSpec]) -> None:
-        """The same runs, with what was decided since: rates, micro-batches."""
+        """Replace the runs by the same ones with later decisions (rates, execution)."""
         for run in runs:
             self._runs[run.run_id] = run
             number = self._order[run.run_id]
@@ -65,7 +65,7 @@ class ResultsTable:
                 self._put(number, replace(self.rows[number], lr=run.lr))
 
     def refresh(self, run_ids: Iterable[str] | None = None) -> None:
-        """Read again what some runs left, or all of them."""
+        """Read the files of some runs again, or of all."""
         if run_ids is None:
             self._references, self._floors = {}, {}
             there = self._sweep.place.names("runs/")
@@ -88,7 +88,7 @@ class ResultsTable:
             column[number] = getattr(row, name)
 
     def write(self) -> list[Row]:
-        """Publish both tables as they are in memory; the rows."""
+        """Publish both tables as they are in memory; returns the rows."""
         arrays = [pa.array(self._columns[field.name], type=field.type) for field in SCHEMA]
         table = pa.Table.from_arrays(arrays, schema=SCHEMA)
         write_table(self._sweep.place, RESULTS, table)

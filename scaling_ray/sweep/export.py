@@ -1,4 +1,4 @@
-"""One trained model out of a sweep directory, with the genes it was trained on."""
+"""Export one trained model from a sweep, with the genes that it was trained on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from scaling_ray.train.sharded import UNREADABLE
 
 
 def keep_genes(sweep: Place, manifest: ShardManifest, shards: Place) -> None:
-    """Copy the shards' table of genes beside the sweep's copy of their manifest: a model is no use without it."""
+    """Copy the shards' table of genes beside the sweep's copy of their manifest: a model needs it."""
     if any(entry.path == GENES for entry in manifest.tables):
         sweep.write(GENES, _shards_genes(shards))
 
@@ -40,7 +40,7 @@ def export_model(sweep: Path | str, run_id: str, out: Path | str, shards: Path |
     Args:
         sweep: directory or ``s3://`` URI of the sweep.
         run_id: a run of it that has a result.
-        out: directory to appear. A model of the same run that is there already is replaced.
+        out: directory to create. A model of the same run that is there already is replaced.
         shards: of the sweep, where its directory holds no ``genes.parquet``.
 
     Raises:

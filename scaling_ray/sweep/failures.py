@@ -1,4 +1,4 @@
-"""What went wrong with a run: its class, and the one place where an error becomes a row instead of rising."""
+"""Failures of runs: their classes, and the one place where an error becomes a row of the results."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def classify(error: BaseException) -> FailureClass:
 
 
 def guarded(sweep: SweepFiles, runs: Sequence[RunSpec], work: Callable[[], None]) -> bool:
-    """Do the work of runs; an error is recorded beside each without a result and stops no other run.
+    """Do the work of ``runs``; an error is recorded for each of them without a result, and stops no other run.
 
-    Preempted and LeaseHeld alone rise: nothing has failed. True where the work was done.
+    Only Preempted and LeaseHeld rise, since nothing has failed then. Returns True where the work was done.
     """
     for run in runs:
         sweep.run(run.run_id).clear_failure()
@@ -54,8 +54,8 @@ def guarded(sweep: SweepFiles, runs: Sequence[RunSpec], work: Callable[[], None]
 def within_memory(runs: Sequence[RunSpec], place: Place, work: Callable[[list[RunSpec]], None]) -> None:
     """Do ``work`` with the runs; where memory does not suffice, again from the last checkpoint with half micro-batches.
 
-    The effective batch stays what it is. What was halved stands in ``memory.json`` of ``place``, so that a later call
-    begins there. Gives up where a micro-batch of 1 does not fit.
+    The effective batch stays the same. ``memory.json`` in ``place`` keeps the halved micro-batch, so that a later call
+    begins with it. The error rises where even a micro-batch of 1 does not fit.
     """
     while True:
         found = read_sealed(place, MEMORY)
@@ -73,7 +73,7 @@ def within_memory(runs: Sequence[RunSpec], place: Place, work: Callable[[list[Ru
             planned = runs[0].execution.micro_batch
             record = {"micro_batch": micro_batch // 2, "planned": planned, "error": str(error)[:200]}
             write_sealed(place, MEMORY, record)
-        # what the failed try held is free only once the exception is gone
+        # memory of the failed attempt is free only once the exception is gone
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a sweep will do and cost, from the spec alone: grid, parameters, FLOPs, memory, hours. No Ray, no torch."""
+"""The plan of a sweep, from its spec alone: grid, parameters, FLOPs, memory, hours. No Ray, no torch."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def read_rates(path: Path) -> dict[str, float]:
 
 
 def disk_bytes(run: RunSpec) -> tuple[int, int]:
-    """Bytes that a run leaves (its chosen weights), and most that it takes while it trains (three states beside)."""
+    """(bytes that a run leaves: its chosen weights; most that it takes while it trains: three training states more)."""
     return 4 * run.params, 4 * run.params * 2 + 3 * 12 * run.params
 
 
 def check_disk(spec: SweepSpec, runs: list[RunSpec]) -> None:
-    """BadInput where the sweep's checkpoints would take more than ``resources.disk_gib``."""
+    """Raise BadInput where the sweep's checkpoints would take more than ``resources.disk_gib``."""
     if spec.resources.disk_gib is None:
         return
     at_once = max(1, spec.resources.cpus // spec.train.threads)
@@ -95,7 +95,7 @@ def check_disk(spec: SweepSpec, runs: list[RunSpec]) -> None:
 
 
 def as_planned(runs: list[RunSpec], plan: dict[str, Any] | None) -> list[RunSpec]:
-    """The runs, carried out as an earlier plan says: what may move a digit is repeated."""
+    """The runs with the execution settings of an earlier plan, so that results stay bit-identical."""
     if plan is None:
         return runs
     there = {setting["run_id"]: setting["execution"] for setting in plan["settings"]}
@@ -108,7 +108,7 @@ def as_planned(runs: list[RunSpec], plan: dict[str, Any] | None) -> list[RunSpec
 def plan_stacks(
     runs: list[RunSpec], processes: int, most: int | Literal["auto"], there: list[list[str]]
 ) -> list[list[str]]:
-    """Which runs train as one: lists of run ids, those of one only left out.
+    """Which runs train as one: lists of at least two run ids.
 
     Args:
         runs: of the sweep.
@@ -143,8 +143,8 @@ def make_plan(
 
     Args:
         spec: the sweep's.
-        device: what runs that no earlier plan knows train on, as ``runs_of``.
-        earlier: plan.json of an earlier call on the same sweep, which is repeated where it says something.
+        device: of runs that no earlier plan knows, as for ``runs_of``.
+        earlier: plan.json of an earlier call on the same sweep; what it says of a run is repeated.
         rates: measured cells a second by ``rate_name``.
     """
     runs = as_planned(runs_of(spec, device), earlier)
@@ -176,7 +176,7 @@ def make_plan(
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """A plan for people."""
+    """A plan as text for people."""
     lines = [f"{'run':56} {'params':>11} {'cells':>8} {'cells_seen':>10} {'TFLOP':>9} {'MiB':>8} {'hours':>7}"]
     for setting in plan["settings"]:
         lines.append(

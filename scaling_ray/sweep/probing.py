@@ -1,4 +1,4 @@
-"""What only the machines that will train can say: their device, and the fastest micro-batches. Asked by tasks there."""
+"""Tasks that find out what only the training machines know: their device, and the fastest micro-batches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from scaling_ray.spec import SweepSpec
 
 
 def choose_device(spec: SweepSpec) -> Device:
-    """What a sweep's runs train on: what the spec names, else what a worker of the connected cluster finds there.
+    """The device of a sweep's runs: the spec's, else the one that a worker of the connected cluster finds.
 
-    The task that finds out holds a GPU where the cluster has any: the driver's own machine says nothing of the workers.
+    The task that looks holds a GPU where the cluster has any; the driver's own machine says nothing of the workers.
     """
     if spec.resources.device != "auto":
         return spec.resources.device
@@ -29,7 +29,7 @@ def _device_there(holds_gpu: bool) -> Device:
 
 
 def probe_micro_batches(files: SweepFiles, runs: list[RunSpec], plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan with measured micro-batches for runs that none were measured for, once for runs alike; written down."""
+    """Measure micro-batches where ``plan`` has none, once for runs that are alike; write and return the plan."""
     unknown = [run for run in runs if run.run_id not in plan["probed"]]
     if not unknown:
         return plan
@@ -47,7 +47,7 @@ def probe_micro_batches(files: SweepFiles, runs: list[RunSpec], plan: dict[str, 
 
 
 def probe_name(run: RunSpec) -> str:
-    """What runs that are measured once for all have in common, for people."""
+    """Name, for people, of the runs that share one measurement."""
     return f"{run.size} of {run.genes} genes"
 
 

@@ -9,7 +9,7 @@ from scaling_ray.runs import RunSpec
 
 
 def choose_rates(runs: list[RunSpec], rows: Mapping[str, Row], earlier: Mapping[str, float]) -> dict[str, float]:
-    """The rates by run id, those of ``earlier`` unchanged.
+    """The chosen rates by run id; those of ``earlier`` never change.
 
     A choice is made once every candidate has a result or diverged, and at least one has a result.
     """
@@ -27,5 +27,5 @@ def choose_rates(runs: list[RunSpec], rows: Mapping[str, Row], earlier: Mapping[
 
 
 def with_rates(runs: list[RunSpec], chosen: Mapping[str, float]) -> list[RunSpec]:
-    """The runs, with the rate where one has been chosen."""
+    """The runs, each with its rate where one has been chosen."""
     return [run.model_copy(update={"lr": chosen[run.run_id]}) if run.run_id in chosen else run for run in runs]

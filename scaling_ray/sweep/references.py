@@ -1,6 +1,7 @@
-"""What stands beside every run, on its own training cells, genes and masks.
+"""References to compare every run with, computed on its own training cells, genes and masks.
 
-The gene mean and the shrunk Gaussian always; where the cells were planted, the exact floors on the same test cells.
+They are the gene mean and the shrunk Gaussian and, where the cells were planted, the exact floors on the same test
+cells.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from scaling_ray.spec import TrainingRules
 from scaling_ray.storage import Place
 
 SHRINKAGE_CELLS = 512
-"""Validation cells on which the Gaussian's shrinkage is chosen."""
+"""Number of validation cells on which the Gaussian's shrinkage is chosen."""
 CHUNK_CELLS = 16_384
-"""Training cells that are in memory as float64 at a time."""
+"""Number of training cells that are in memory as float64 at a time."""
 
 Ints = NDArray[np.int64]
 
@@ -40,7 +41,7 @@ def _values(cells: Cells, train: TrainingRules) -> NDArray[np.float64]:
 
 
 def evaluation_masks(cells: Cells, train: TrainingRules) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """(masked, hidden), both (B, V): the fixed evaluation masks, and they or unmeasured."""
+    """(masked, hidden), both (B, V): measured genes under the fixed evaluation masks; these and unmeasured ones."""
     measured = cells.measured[cells.dataset]
     ids = torch.from_numpy(cells.cell.copy())
     masks = draw_masks(
@@ -51,7 +52,7 @@ def evaluation_masks(cells: Cells, train: TrainingRules) -> tuple[NDArray[np.boo
 
 
 def training_chunks(order: RunOrder, read: Callable[[Ints], Cells]) -> Iterator[Cells]:
-    """A run's training cells, window by window. read: the cells at some rows of the training permutation."""
+    """A run's training cells, window by window; ``read`` gives the cells at rows of the training permutation."""
     for window in order.windows(0):
         stored = order.stored(window)
         for start in range(0, len(stored), CHUNK_CELLS):
@@ -63,7 +64,7 @@ def closed_form_references(
 ) -> dict[str, Any]:
     """Gene mean and shrunk Gaussian of a run's training cells: val and test MSE per masked gene.
 
-    No Gaussian where the network sees thinned cells: this one would see them whole.
+    There is no Gaussian where the network sees thinned cells, since the Gaussian would see them whole.
     """
 
     def chunks() -> Iterator[tuple[NDArray[np.float64], NDArray[np.bool_]]]:

@@ -1,6 +1,6 @@
-"""A sweep under Ray: what is missing is trained, what is done is skipped, and calling again goes on.
+"""A sweep under Ray: runs without a result are trained, finished ones are skipped, and a repeated call goes on.
 
-One driver at a time holds the lease of the sweep's directory; everything that is written goes through it.
+One driver at a time holds the lease of the sweep's directory; every write of it and its workers checks that lease.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ def run_sweep(
     out: Path | str | Place,
     progress: Progress = lambda line: None,
 ) -> list[Row]:
-    """Run what the spec asks for and ``out`` does not hold yet; the rows of the results table.
+    """Train what the spec asks for and ``out`` does not hold yet; returns the rows of the results table.
 
     ``shards`` and ``out`` are directories or ``s3://`` URIs.
 
-    BadInput for a spec that the shards cannot serve; LeaseHeld where another driver works on ``out``; RunsFailed at
-    the end where runs have no result (the others do).
+    Raises:
+        BadInput: the shards cannot serve the spec.
+        LeaseHeld: another driver works on ``out``.
+        Preempted: a stop was requested; the state of every run has been saved.
+        RunsFailed: at the end, where some runs have no result (all others do).
     """
     spec, text = load_spec(spec_path), Path(spec_path).read_bytes()
     source = open_place(shards, "--shards")
@@ -55,7 +58,7 @@ def run_sweep(
     place = output_place(out)
     with place.lease(LEASE, progress) as lease:
         files = SweepFiles(fenced(place, lease))
-        for name in files.place.claims("runs/"):  # what an earlier driver's runs may still mean to commit
+        for name in files.place.claims("runs/"):  # runs of an earlier driver may still be about to commit
             files.place.claim(name, lease.token)
         _check_same_shards(files, manifest, source)
         check_disk(spec, runs_of(spec))
@@ -67,7 +70,7 @@ def run_sweep(
 
 
 def check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
-    """BadInput naming the first thing the spec asks for that the shards are not."""
+    """Raise BadInput naming the first thing that the spec asks for and the shards do not offer."""
     rules = spec.data.model_dump(mode="json")
     for key, wanted in rules.items():
         there = manifest.data[key]
@@ -87,7 +90,7 @@ def check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
 
 
 def _check_same_shards(files: SweepFiles, manifest: ShardManifest, shards: Place) -> None:
-    """BadInput where the runs that are there, finished or not, belong to other shards."""
+    """Raise BadInput where the sweep's runs, finished or not, belong to other shards."""
     there = files.manifest()
     if there is not None and there.data_hash != manifest.data_hash:
         raise BadInput("--shards", str(shards), "differ from those of this sweep; sweep into a new --out")
@@ -140,7 +143,7 @@ def _flops(run: RunSpec) -> float:
 
 
 def _plan(state: SweepState) -> None:
-    """Write plan.json, repeating what it said of runs it knew; the runs are then carried out as it says."""
+    """Write plan.json, keeping what it said of runs it knew, and give every run the execution that it names."""
     earlier = state.files.plan()
     known = {setting["run_id"] for setting in earlier["settings"]} if earlier is not None else set()
     new = [run for run in state.runs if run.run_id not in known]
@@ -164,18 +167,18 @@ def _check_stop(state: SweepState) -> None:
 
 
 def _train_is_resident(state: SweepState, genes: int) -> bool:
-    """Whether all runs share one copy of the training split; else each opens what it needs."""
+    """Whether all runs share one copy of the training split; else each run opens the cells it needs."""
     return 2 * genes * state.train_cells <= state.spec.resources.resident_gib * 2**30
 
 
 def _own_bytes(spec: SweepSpec) -> float:
-    """Bytes of counts that one of the runs that train at the same time may hold for itself."""
+    """Bytes of counts that each of the runs training at the same time may hold for itself."""
     resources = spec.resources
     return resources.resident_gib * 2**30 / max(1, resources.cpus // spec.train.threads)
 
 
 def _start_references(state: SweepState, splits: dict[str, Any]) -> Pending:
-    """Begin to compute the baselines and floors that are not there yet."""
+    """Start the tasks that compute missing baselines and floors."""
     missing, tasks = set(state.missing_references()), Pending()
     manifest, references = state.manifest.to_json(), state.files.references
     one_per_name = {f"{reference_name(run, state.train_cells)}.json": run for run in state.runs}
@@ -223,7 +226,7 @@ def _follower(state: SweepState, seconds: float) -> Any:
 
 
 def _track_to_the_end(state: SweepState) -> None:
-    """Make up for what an earlier call could not log."""
+    """Log what an earlier call could not."""
     follower = _follower(state, 0.0)
     if follower is None or is_tracked(state.files, [row.run_id for row in state.table.rows if row.status == "done"]):
         return

@@ -1,4 +1,4 @@
-"""Units onto a cluster: runs and stacks as trials of Ray Tune, worker groups by Ray Train.
+"""The scheduler trains units on a cluster: runs and stacks as trials of Ray Tune, worker groups with Ray Train.
 
 A unit's work leaves its results and failures in the sweep's own files; the scheduler keeps no state of its own.
 """
@@ -29,7 +29,7 @@ from scaling_ray.train.attempt import publish_winner
 from scaling_ray.train.driver import Signals
 
 STOP_POLL_SECONDS = {True: 1.0, False: 5.0}
-"""Between two looks at whether a stop was requested, of a sweep on a disk and of one on S3."""
+"""Time between two checks for a stop request; True for a sweep on a disk, False for one on S3."""
 
 
 class Scheduler:
@@ -38,14 +38,14 @@ class Scheduler:
     Args:
         state: the sweep's.
         splits: object references of the splits that all runs share, by name.
-        own_bytes: of counts that one of the runs that train at the same time may hold for itself.
+        own_bytes: of counts that each of the runs training at the same time may hold for itself.
     """
 
     def __init__(self, state: SweepState, splits: dict[str, Any], own_bytes: float) -> None:
         self._state, self._splits, self._own_bytes = state, splits, own_bytes
 
     def train(self, units: Sequence[Unit]) -> None:
-        """Every unit, to results or recorded failures; less where a stop is requested."""
+        """Train every unit to results or recorded failures, or until a stop is requested."""
         ready = [unit for unit in units if self._is_ready(unit)]
         for unit in ready:
             for run in unit.runs:
@@ -58,7 +58,7 @@ class Scheduler:
                 self._worker_group(unit.runs[0])
 
     def _is_ready(self, unit: Unit) -> bool:
-        """Whether a unit can start; each run of one that cannot is left its failure."""
+        """Whether a unit can start; where it cannot, a failure is recorded for each of its runs."""
         obstacle = _obstacle(unit)
         for run in unit.runs if obstacle else ():
             self._state.files.run(run.run_id).record_failure(run, "bad_input", obstacle or "")
@@ -165,7 +165,7 @@ def _trial(
     manifest: str,
     own_bytes: float,
 ) -> None:
-    """What runs in a Tune trial: one run, or one stack, to committed results or recorded failures."""
+    """The body of a Tune trial: train one run, or one stack, to committed results or recorded failures."""
     from ray import tune
 
     began = time.monotonic()
@@ -178,7 +178,7 @@ def _trial(
             return open_feed(shards, record, run, own_bytes / len(runs), cpus=0.0)
 
         signals = Signals(sweep.stop_requested, ask_seconds=STOP_POLL_SECONDS[local_folder(sweep.place) is not None])
-        # A lease that was lost means that another driver goes on with these runs.
+        # Where the lease was lost, another driver goes on with these runs.
         with contextlib.suppress(Preempted, LeaseHeld):
             Trial(sweep, shards, record, held, feed, signals).train(runs)
     tune.report({"seconds": time.monotonic() - began})

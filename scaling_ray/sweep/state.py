@@ -1,4 +1,4 @@
-"""Where a sweep stands: its runs, the rows of their results, what is still to do, and what is said about it. No Ray."""
+"""The state of a sweep: its runs, the rows of their results, the work that is left, and progress lines. No Ray."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SweepState:
         shards: where they lie.
         files: the sweep's.
         runs: all of them, in the table's order.
-        progress: is told what happens, a line each.
+        progress: called with a line for each thing that happens.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class SweepState:
         return self.table.row(run.run_id)
 
     def waiting(self, runs: list[RunSpec] | None = None) -> list[RunSpec]:
-        """Runs without a result, but for those that diverged: they would diverge again, digit for digit."""
+        """Runs without a result, except those that diverged: they would diverge again, digit for digit."""
         rows = ((run, self.row(run)) for run in (self.runs if runs is None else runs))
         return [run for run, row in rows if row.status != "done" and row.failure != "diverged"]
 
@@ -67,12 +67,12 @@ class SweepState:
         self.replace_runs(with_rates(self.runs, chosen))
 
     def replace_runs(self, runs: list[RunSpec]) -> None:
-        """The same runs, with what was decided since."""
+        """Replace the runs by the same ones with later decisions (rates, execution)."""
         self.runs = runs
         self.table.replace_runs(runs)
 
     def units(self, role: str) -> list[Unit]:
-        """What of a role is still to be trained."""
+        """The units of a role that still need training."""
         runs = [run for run in self.runs if run.role == role]
         return units_of(runs, self.stacks, {run.run_id for run in self.waiting(runs)})
 
@@ -88,7 +88,7 @@ class SweepState:
         return sorted(names - self.files.references.names().keys())
 
     def ended(self, run: RunSpec) -> None:
-        """Read again what a run left."""
+        """Read the files of a run again."""
         self.table.refresh([run.run_id])
 
     def announce(self, run: RunSpec, seconds: float) -> None:
@@ -116,7 +116,7 @@ class SweepState:
 
 
 def publish_winners(files: SweepFiles) -> None:
-    """Move up the files of every attempt that committed before an earlier call could."""
+    """Move up the files of committed attempts where an earlier call ended before it could."""
     found: dict[str, set[str]] = {}
     for name in files.place.names("runs/"):
         _, run_id, rest = name.split("/", 2)

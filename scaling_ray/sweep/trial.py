@@ -1,4 +1,4 @@
-"""What happens in a trial: one run, or a stack of them, from the cells of its node to results on disk. No Ray."""
+"""The work of a trial: one run or one stack, from the cells held by its node to committed results. No Ray."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from scaling_ray.train.stack_loop import stack_to_results
 
 @dataclass(frozen=True)
 class Trial:
-    """What trains in one process: ``splits`` over the genes of the runs, without "train" where each opens its own.
+    """All that training in one process needs.
 
-    ``open_feed`` gives a run its batches then.
+    ``splits`` are over the genes of the runs. Where "train" is not one of them, ``open_feed`` gives a run its batches.
     """
 
     sweep: SweepFiles
@@ -37,9 +37,9 @@ class Trial:
     signals: Signals
 
     def train(self, runs: Sequence[RunSpec]) -> None:
-        """Train runs, as one where they are several; a failure is recorded beside each and rises no further.
+        """Train a run, or several as a stack; an error is recorded for each run without a result and rises no further.
 
-        Preempted rises: the runs have neither failed nor ended.
+        Preempted and LeaseHeld rise: the runs have neither failed nor ended.
         """
         torch.set_num_threads(runs[0].execution.cpus)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What a scheduler places: a run, a stack of runs or a worker group, each with what it asks of the cluster."""
+"""Units of scheduling: a run, a stack of runs or a worker group, each with the resources that it needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scaling_ray.spec import content_hash
 
 @dataclass(frozen=True)
 class Request:
-    """What must be free for a unit to start: ``workers`` times ``cpus`` and ``gpus``, each worker's on one node."""
+    """Resources that a unit needs to start: ``workers`` times ``cpus`` and ``gpus``, each worker's on one node."""
 
     cpus: int
     gpus: float
@@ -27,19 +27,19 @@ class Unit:
 
     @property
     def kind(self) -> Literal["run", "stack", "group"]:
-        """A run in one process, several runs in one, or one run in several."""
+        """One run in one process, several runs in one process, or one run in several processes."""
         if len(self.runs) > 1:
             return "stack"
         return "group" if self.runs[0].execution.workers > 1 else "run"
 
     @property
     def name(self) -> str:
-        """Of the unit: its run's, or that of its stack."""
+        """The id of the unit's run, or the name of its stack."""
         return self.runs[0].run_id if len(self.runs) == 1 else stack_name(list(self.runs))
 
     @property
     def request(self) -> Request:
-        """What it asks for."""
+        """The resources that the unit needs."""
         execution = self.runs[0].execution
         return Request(execution.cpus, execution.gpus, execution.workers)
 
@@ -50,7 +50,7 @@ def stack_name(runs: list[RunSpec]) -> str:
 
 
 def units_of(runs: list[RunSpec], stacks: Iterable[list[str]], waiting: set[str]) -> list[Unit]:
-    """The units in which runs still wait: whole stacks first, then the runs of none."""
+    """The units that hold waiting runs: whole stacks first, then runs that are in no stack."""
     by_id = {run.run_id: run for run in runs}
     together = [stack for stack in stacks if by_id.keys() >= set(stack)]
     stacked = {run_id for stack in stacks for run_id in stack}

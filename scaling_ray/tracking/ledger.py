@@ -1,4 +1,4 @@
-"""Where a sweep is tracked and what has been logged there already, known without importing MLflow."""
+"""A sweep's tracking URI and a record of what has been logged there; needs no MLflow."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def local_folder(place: Place) -> Path | None:
 
 
 def record_tracked(sweep: SweepFiles, finished: Iterable[str]) -> None:
-    """Note the run ids whose end has been logged to today's place."""
+    """Record the ids of runs whose end has been logged to the present tracking URI."""
     write_sealed(sweep.place, TRACKED, {"uri": tracking_uri(sweep), "finished": sorted(finished)})
 
 
 def is_tracked(sweep: SweepFiles, run_ids: Iterable[str]) -> bool:
-    """Whether the end of every one of these runs has been logged to today's place."""
+    """Whether the end of every one of these runs has been logged to the present tracking URI."""
     found = read_sealed(sweep.place, TRACKED)
     return found is not None and found["uri"] == tracking_uri(sweep) and set(found["finished"]) >= set(run_ids)

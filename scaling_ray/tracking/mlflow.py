@@ -1,4 +1,4 @@
-"""Runs into MLflow, from their files alone: a parent run per sweep, a child per run.
+"""Log runs to MLflow from their files alone: a parent run per sweep, a child per run.
 
 Only the driver that holds the sweep's lease writes. ``sync`` may be called at any time and again: it creates what is
 missing and logs rows a run does not have yet, so a replay after the fact is the same code as following live.
@@ -50,7 +50,7 @@ class Tracker:
         self._finished: set[str] = set()
 
     def sync(self, runs: list[RunSpec]) -> None:
-        """Bring MLflow up to what the files say now. MlflowException where the server does not take it."""
+        """Log what the files hold and MLflow does not; raises MlflowException where the server refuses."""
         if self._parent is None:
             self._parent = self._ensure_run(self._sweep.place, self._spec.name, None)
         for run in runs:
@@ -121,16 +121,17 @@ class Tracker:
                 metrics.append(Metric(key, float(value), row["timestamp_ms"], step))
         for start in range(0, len(metrics), BATCH):
             self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
-        # Only now: rows of a batch that failed are sent again, with the same time and value, which MLflow keeps once.
+        # Set last: rows of a batch that failed are sent again with the same time and value, which MLflow keeps once.
         self._logged[run.run_id] = logged
 
     def _last_step(self, run_id: str, key: str) -> int:
         return max((metric.step for metric in self._client.get_metric_history(run_id, key)), default=0)
 
     def _ensure_run(self, record: Place, name: str, parent: str | None) -> str:
-        """The run that the mlflow.json of ``record`` names for this server; found or created, then recorded; strays go.
+        """The id in the mlflow.json of ``record`` for this server; without one a run is found or created, and recorded.
 
-        There is one writer, the holder of the sweep's lease; a stray is left by a creation whose answer was lost.
+        Only the holder of the sweep's lease writes. A creation whose answer was lost leaves a second run with the same
+        identity: such strays are deleted.
         """
         recorded = read_sealed(record, MLFLOW)
         if recorded is not None and recorded["uri"] == self._uri:
@@ -171,7 +172,7 @@ class Tracker:
 
 
 def known_uri(sweep: SweepFiles) -> str:
-    """Where the sweep is tracked; BadInput where nobody has said."""
+    """The tracking URI of a sweep; raises BadInput where it has none."""
     uri = tracking_uri(sweep)
     if uri is None:
         remedy = "is not set, and a sweep on S3 has no database beside it; name a tracking server in it"
@@ -180,7 +181,7 @@ def known_uri(sweep: SweepFiles) -> str:
 
 
 def replay(sweep: SweepFiles, spec: SweepSpec, manifest: ShardManifest, runs: list[RunSpec]) -> None:
-    """Log all that a sweep's files hold and MLflow does not; ScalingRayError where the server refuses."""
+    """Log all that a sweep's files hold and MLflow does not; raises ScalingRayError where the server refuses."""
     tracker = Tracker(sweep, spec, manifest)
     try:
         tracker.sync(runs)
@@ -209,7 +210,7 @@ class Follower:
         self._thread.start()
 
     def finish(self, failed: bool, timeout_seconds: float = 120.0) -> None:
-        """Log the rest and stop; what could not be logged is said once, with the way to make up for it."""
+        """Log the rest and stop; warns once about what could not be logged, and names the command that logs it."""
         self._failed = failed
         self._stop.set()
         self._thread.join(timeout_seconds)

@@ -1,7 +1,7 @@
-"""One try at a run: its rows, its checkpoints, its claim on the run's result, and the one commit of it.
+"""An attempt at a run: its rows of metrics, its checkpoints, its claim on the run's result, and the one commit of it.
 
-A try has files of its own below ``attempts/<token>/``, so that a writer that should be dead cannot disturb the next.
-After the commit, the winner's files move up to ``runs/<run_id>/`` and the attempts go.
+Each attempt has files of its own below ``attempts/<token>/``, so that a process that outlives its kill cannot disturb
+the next attempt. After the commit, the winner's files move up to ``runs/<run_id>/`` and all attempts are removed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MetricsLog:
     """Appends rows to a metrics.jsonl; a row's time is fixed when it is first written."""
 
     def __init__(self, place: Place, kept: list[dict[str, Any]] | None = None) -> None:
-        """``kept`` rows begin it anew; without, it goes on after those that are there."""
+        """Start the file anew with the rows ``kept``; without them, append to the rows that are there."""
         lines = None if kept is None else "".join(json.dumps(row) + "\n" for row in kept)
         self._log = place.log(METRICS, lines)
 
@@ -54,12 +54,12 @@ class MetricsLog:
         self._log.write(json.dumps(row | {"timestamp_ms": time.time_ns() // 1_000_000}) + "\n")
 
     def flush(self) -> None:
-        """Have every row in its place; on a disk each is there at once."""
+        """Make sure that every row has reached the file; on a disk each row is there once it is written."""
         self._log.flush()
 
 
 class Attempt:
-    """One try at a run. With ``run`` its checkpoints say what run they belong to, and those of another are refused."""
+    """One attempt at a run. Given ``run``, it records that identity in checkpoints and refuses those of another run."""
 
     def __init__(self, files: RunFiles, run: RunSpec | None = None) -> None:
         self.files = files
@@ -75,12 +75,12 @@ class Attempt:
         self._best_of: dict[int, int] = {}
 
     def save_last(self, progress: Progress, tensors: dict[str, Tensor]) -> None:
-        """Publish the state to resume from; the one before is kept."""
+        """Publish the state to resume from; the previous one is kept too."""
         self.checkpoints.save(LAST, progress.optimizer_steps, self._facts(progress), tensors)
         self._saved(progress)
 
     def publish_last(self, progress: Progress) -> None:
-        """The same for a state whose files all ranks have written."""
+        """Publish the state to resume from, once all ranks have written its files."""
         self.checkpoints.publish(LAST, progress.optimizer_steps, self._facts(progress))
         self._saved(progress)
 
@@ -107,10 +107,11 @@ class Attempt:
         return self.checkpoints.read(BEST, progress.best_step).tensors()
 
     def find(self) -> tuple[Progress, Checkpoint] | None:
-        """The newest whole checkpoint of the attempts before this one, with its rows and chosen weights taken over.
+        """Find the newest whole checkpoint of earlier attempts, and take over its rows and chosen weights.
 
-        A row of kind "note" tells of each damaged one that was passed over. Attempts older than the one it is from go
-        when this one has saved a checkpoint of its own. Raises BadInput for a checkpoint of another run.
+        Each damaged checkpoint that is passed over gets a row of kind "note". Attempts older than the one that is
+        resumed are removed once this one has saved a checkpoint of its own. Raises BadInput for a checkpoint of
+        another run.
         """
         notes: list[str] = []
         for age, attempt in enumerate(self._earlier):
@@ -125,7 +126,7 @@ class Attempt:
         return None
 
     def take_over_rows(self, place: Place, steps: int) -> None:
-        """Begin the rows with those of an earlier attempt up to an update."""
+        """Start this attempt's rows with those of an earlier attempt, up to update number ``steps``."""
         self.metrics = MetricsLog(self.place, [row for row in read_rows(place) if row["optimizer_steps"] <= steps])
 
     def _note(self, notes: list[str], steps: int) -> None:

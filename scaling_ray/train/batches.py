@@ -1,4 +1,4 @@
-"""Cells as a training device sees them: normalised, masked, thinned there from raw counts, batch by batch."""
+"""Batches of cells on the training device: raw counts are normalised, masked and thinned there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scaling_ray.shards.read import Cells, Feed, ResidentFeed
 from scaling_ray.spec import TrainingRules
 
 LARGEST_DEVICE_SHARE = 0.25
-"""Of a GPU's free memory, for training cells that stay there."""
+"""Largest share of a GPU's free memory that training cells may occupy throughout a run."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Batch:
 class DeviceCells:
     """Raw cells on a device: counts (N, V) int16 with the bits of uint16, raw_sum, cell and dataset (N,) int64.
 
-    ``measured`` (datasets, V) bool; ``most`` is no smaller than any count, and than any raw_sum.
+    ``measured`` is (datasets, V) bool; ``most`` holds upper bounds of the counts and of raw_sum.
     """
 
     counts: Tensor
@@ -48,7 +48,7 @@ class DeviceCells:
 
     @classmethod
     def of(cls, cells: Cells, device: torch.device) -> DeviceCells:
-        """Copies of cells, two bytes a count."""
+        """Copy cells to a device; a count takes two bytes there."""
         return cls(
             torch.from_numpy(cells.counts.view(np.int16).copy()).to(device),
             torch.from_numpy(cells.raw_sum.copy()).to(device),
@@ -65,9 +65,9 @@ class DeviceCells:
         )
 
     def batch(self, epochs: Tensor, train: TrainingRules, mask_seed: int | Tensor) -> Batch:
-        """All of them normalised, masked and, where the spec says so, thinned.
+        """A batch of all these cells: normalised, masked and, where the spec says so, thinned.
 
-        epochs (N,) int64, on the device; mask_seed one, or (N,) int64.
+        ``epochs`` is (N,) int64 on the device; ``mask_seed`` is one for all cells, or (N,) int64.
         """
         counts = self.counts.to(torch.int32) & 0xFFFF
         values = log_normalise(counts, self.raw_sum, train.recipe)
@@ -103,7 +103,7 @@ class BatchSource:
         train: the recipe.
         seed: of the run's masks.
         device: where batches are made.
-        keep: overrules whether cells stay on the device.
+        keep: whether cells stay on the device; None lets free memory decide.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How fast runs train on this machine, on made-up cells, and how much of what its matrix units can do that is."""
+"""Measure how fast runs train on this machine, on synthetic cells, and what share of its matrix rate they reach."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def made_cells(cells: int, genes: int, seed: int = 0) -> Cells:
 
 
 def made_updates(run: RunSpec, members: int, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(one update of the run, or of a stack of such runs; waiting for all of them), on made-up cells."""
+    """(make one update of the run, or of a stack of such runs; wait for all updates), on synthetic cells."""
     cells = made_cells(MADE_CELLS, run.genes)
     unbounded = run.train.model_copy(update={"max_cells_seen": 10**9})
     run = run.model_copy(update={"train": unbounded, "cells": None, "donors": None, "lr": 1e-4})
@@ -49,7 +49,7 @@ def made_updates(run: RunSpec, members: int, device: torch.device) -> tuple[Call
 
 
 def rate_of(update: Callable[[], object], wait: Callable[[], object], cells_per_update: int, seconds: float) -> float:
-    """Cells a second of updates, at least one, for at least so many seconds, once it is warm."""
+    """Cells a second after a warm-up, over at least one update and at least ``seconds``."""
     for _ in range(WARM_UPDATES):
         update()
     wait()
@@ -66,7 +66,7 @@ def rate_of(update: Callable[[], object], wait: Callable[[], object], cells_per_
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Matrix FLOPs a second of square products, the best of two sizes: what this machine gives at most."""
+    """Matrix FLOPs a second of square products, the best of two sizes: the most that this machine reaches."""
     best = 0.0
     for size in MATRIX_SIZES[device.type]:
         one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -88,7 +88,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 
 
 def bench_run(run: RunSpec, seconds: float, members: int = 1) -> dict[str, Any]:
-    """What such a run, or a stack of ``members`` of them (all their cells together), does here."""
+    """Measure the throughput of a run here, or of a stack of ``members`` such runs (all their cells together)."""
     torch.set_num_threads(run.execution.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     update, wait = made_updates(run, members, device)
@@ -115,7 +115,7 @@ def bench_run(run: RunSpec, seconds: float, members: int = 1) -> dict[str, Any]:
 
 
 def probe_micro_batch(run: RunSpec, seconds: float = PROBE_SECONDS) -> int:
-    """The fastest of 1, 2, 4, ... cells of a micro-batch that fit into this machine's memory, each tried so long."""
+    """The fastest micro-batch of 1, 2, 4, ... cells that fits into this machine's memory; each gets ``seconds``."""
     torch.set_num_threads(run.execution.cpus)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -127,9 +127,9 @@ def probe_micro_batch(run: RunSpec, seconds: float = PROBE_SECONDS) -> int:
 
 
 def fastest_micro_batch(cells_per_step: int, cells_per_second: Callable[[int], float]) -> int:
-    """Of the micro-batches 1, 2, 4, ... up to ``cells_per_step`` the fastest; 1 where memory holds none of them.
+    """The fastest of the micro-batches 1, 2, 4, ... up to ``cells_per_step``; 1 where none fits into memory.
 
-    ``cells_per_second`` measures one. None is asked for beyond the first for which memory does not suffice.
+    ``cells_per_second`` measures one micro-batch. Measuring ends at the first that does not fit into memory.
     """
     rates: dict[int, float] = {}
     micro_batch = 1

@@ -1,8 +1,9 @@
 """Checkpoints: a folder of tensors and, written last, the ``progress.json`` that names and seals them.
 
-``<name>-<updates>/`` holds safetensors and their marker. A folder without its marker is unfinished and never looked at;
-one whose files do not have the hashes that the marker says, or whose marker does not have its own, is damaged and
-passed over for the one before. So a checkpoint is whole or absent on a disk and on S3 alike, at a kill at any moment.
+``<name>-<updates>/`` holds safetensors and their marker. A folder without its marker is unfinished and is never read.
+A folder is damaged where a file does not have the hash that the marker gives for it, or where the marker does not have
+its own; it is passed over for the previous one. So a checkpoint is whole or absent, on a disk and on S3, whenever a
+process is killed.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from scaling_ray.train.sharded import UNREADABLE, WHOLE, check_files, listed_fil
 
 MARKER = "progress.json"
 KEPT = 2
-"""Checkpoints of one name that are kept: the newest, and the one before should it be damaged."""
+"""Number of checkpoints kept under one name: the newest, and the previous one in case the newest is damaged."""
 
 _FOLDER = re.compile(r"(?P<name>[a-z]+)-(?P<steps>\d{12})/" + re.escape(MARKER))
 
 
 @dataclass
 class Progress:
-    """Where a run stands; together with weights, optimizer and generator state it is all that resuming needs.
+    """How far a run has come; with weights, optimizer and generator state it is all that resuming needs.
 
     ``row_loss`` and ``row_masked_genes`` are the sums since the last row of kind "train".
     """
@@ -43,7 +44,7 @@ class Progress:
     row_masked_genes: float = 0.0
 
     def add_evaluation(self, val_loss: float, smoothing_evaluations: int) -> tuple[float, bool]:
-        """Put a value on the validation curve: (smoothed, whether it is the best smoothed so far)."""
+        """Add a value to the validation curve; returns (the smoothed loss, whether it is the lowest so far)."""
         self.curve_loss.append(val_loss)
         recent = self.curve_loss[-smoothing_evaluations:]
         smoothed = sum(recent) / len(recent)
@@ -55,24 +56,24 @@ class Progress:
         return smoothed, best
 
     def has_stalled(self, patience_evaluations: int) -> bool:
-        """Whether the smoothed value has not fallen for so many evaluations (never, for 0)."""
+        """Whether the smoothed loss has not fallen for ``patience_evaluations`` evaluations; never where that is 0."""
         return 0 < patience_evaluations <= self.evaluations_without_gain
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole one: its folder, and what its marker says besides the files."""
+    """A whole checkpoint: its folder, and the facts in its marker."""
 
     folder: Place
     facts: dict[str, Any]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its whole state, put together from all ranks' pieces where it was shared out."""
+        """The whole state, assembled from all ranks' pieces where ranks wrote it in parts."""
         return read_state(self.folder)
 
 
 def read_checkpoint(folder: Place) -> Checkpoint:
-    """The checkpoint in a folder, checked against its marker; one of UNREADABLE where it is absent or damaged."""
+    """The checkpoint in a folder, checked against its marker; raises one of UNREADABLE if it is absent or damaged."""
     marker = unseal(folder.read(MARKER), f"{folder}/{MARKER}")
     check_files(folder, marker["files"])
     return Checkpoint(folder, marker["facts"])
@@ -85,7 +86,7 @@ class Checkpoints:
         self.place = place
 
     def folder(self, name: str, steps: int) -> Place:
-        """Where the files of a checkpoint go, before ``publish`` makes it one."""
+        """The folder of a checkpoint's files; ``publish`` makes them a checkpoint."""
         return self.place.below(f"{name}-{steps:012d}")
 
     def save(self, name: str, steps: int, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -105,11 +106,11 @@ class Checkpoints:
         return sorted((int(match["steps"]) for match in found if match), reverse=True)
 
     def read(self, name: str, steps: int) -> Checkpoint:
-        """``read_checkpoint`` of one of them."""
+        """Read one of these checkpoints, as ``read_checkpoint`` does."""
         return read_checkpoint(self.folder(name, steps))
 
     def drop(self, name: str, keep: set[int]) -> None:
-        """Remove the checkpoints of a name but those at ``keep``, markers first."""
+        """Remove the checkpoints of a name except those at ``keep``; markers go first."""
         for steps in self.steps_of(name):
             if steps not in keep:
                 self.folder(name, steps).remove(MARKER)
@@ -117,7 +118,7 @@ class Checkpoints:
 
 
 def newest(checkpoints: Checkpoints, name: str, notes: list[str]) -> Checkpoint | None:
-    """The newest whole checkpoint of a name; a sentence in ``notes`` for each damaged one that was passed over."""
+    """The newest whole checkpoint of a name; ``notes`` gets a sentence about each damaged one that is passed over."""
     for steps in checkpoints.steps_of(name):
         try:
             return checkpoints.read(name, steps)
@@ -128,10 +129,10 @@ def newest(checkpoints: Checkpoints, name: str, notes: list[str]) -> Checkpoint 
 
 
 def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], differing: list[str]) -> None:
-    """BadInput naming the first field in which a checkpoint's run is another one than ``identity``."""
+    """Raise BadInput naming the first field in which a checkpoint's run differs from ``identity``."""
     if not differing:
         return
-    # The run id differs with anything that does: it is named where nothing else can be.
+    # The run id differs whenever any field does, so it is named only where no other field differs.
     name = next((name for name in differing if name != "run_id"), "run_id")
     here: Any = identity
     there: Any = checkpoint.facts["identity"]
@@ -142,5 +143,5 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], differing: 
 
 
 def progress_facts(progress: Progress) -> dict[str, Any]:
-    """A progress as it stands in a marker."""
+    """A Progress as the fields of a marker."""
     return asdict(progress)

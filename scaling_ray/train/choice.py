@@ -1,4 +1,4 @@
-"""Which engine a run trains with."""
+"""The choice of a run's engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scaling_ray.train.zero import DeepSpeedEngine
 
 
 def build_engine(run: RunSpec, device: torch.device, rank: int = 0, ranks: int = 1) -> Engine:
-    """The engine a run asks for. With several ranks the process group stands already (gloo or nccl)."""
+    """Build the engine that a run asks for. With several ranks the process group (gloo or nccl) must exist already."""
     if run.execution.workers != ranks:
         raise BadInput(
             "resources.workers", ranks, f"processes came up, {run.execution.workers} were asked for; start as many"

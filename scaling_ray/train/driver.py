@@ -1,7 +1,7 @@
-"""From weights drawn by seed to committed results: the one driver of a run alone and of runs that train as one.
+"""The driver of training, from weights drawn by seed to committed results, for a run alone and for a stack of runs.
 
-A run is a pure function of its spec and its shards: batch k comes from ``shards.order``, masks from a counter hash, so
-a position is all there is to resume. What trains is a ``Trainee`` of one or more members; the driver decides when rows
+A run is a pure function of its spec and its shards: batch k comes from ``shards.order`` and masks from a counter hash,
+so resuming needs a position and no more. The driver trains a ``Trainee`` of one or more members: it decides when rows
 are written, states saved and curves evaluated, and commits each member's result.
 """
 
@@ -24,7 +24,7 @@ from scaling_ray.train.evaluation import Evaluation, write_test_losses
 from scaling_ray.train.schedule import ends_part, row_interval
 
 UNSETTLED_UPDATES = 64
-"""Most updates that are given to a device before it is asked how they went."""
+"""Most updates that a device is given before the driver waits for their sums."""
 
 
 def _never() -> bool:
@@ -37,12 +37,12 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Signals:
-    """What the driver asks and tells the world around it.
+    """The questions that the driver asks its surroundings, and what it tells them.
 
-    ``asked_to_stop`` is asked every ``ask_seconds``, on rank 0: then the state is saved and Preempted rises.
-    ``asked_to_save`` may be collective: every rank asks it at the same updates, those at which rank 0's clock says so;
-    where any rank hears yes, the state is saved and training goes on. ``report`` is called after every evaluation;
-    ``beat`` whenever something was done, for a watchdog.
+    ``asked_to_stop`` is called every ``ask_seconds``, on rank 0; where it is true, the state is saved and Preempted
+    rises. ``asked_to_save`` may be collective: every rank calls it at the same updates, those at which rank 0's clock
+    says so; where it is true on any rank, the state is saved and training goes on. ``report`` is called after every
+    evaluation, and ``beat`` whenever something was done, for a watchdog.
     """
 
     asked_to_stop: Callable[[], bool] = _never
@@ -57,11 +57,11 @@ class Trainee(Protocol):
 
     @property
     def runs(self) -> list[RunSpec]:
-        """One of each member."""
+        """The spec of each member."""
 
     @property
     def members(self) -> list[Progress]:
-        """Where each stands."""
+        """The progress of each member."""
 
     @property
     def total_steps(self) -> int:
@@ -79,19 +79,19 @@ class Trainee(Protocol):
         """Members that still train: not failed, not stopped early."""
 
     def agreed(self, *flags: bool) -> list[bool]:
-        """Of each flag whether any rank has it set."""
+        """For each flag, whether any rank has set it."""
 
     def update(self) -> None:
-        """One optimizer step of every member, not waited for."""
+        """Start one optimizer step of every member, without waiting for the device."""
 
     def settle(self) -> list[float]:
-        """Wait for the updates since the last call and count them: the gradient norm of each member's last one."""
+        """Wait for the updates since the last call and count them; returns each member's last gradient norm."""
 
     def lr(self, member: int, step: int) -> float:
         """A member's rate at an update (from 0)."""
 
     def evaluate_curve(self) -> dict[int, tuple[float, float, bool]]:
-        """Validation on the fixed curve cells, by running member: (loss, smoothed, whether it is the best so far)."""
+        """Validate on the fixed curve cells: by running member (loss, smoothed, whether it is the best so far)."""
 
     def keep_best(self, members: list[int]) -> None:
         """Keep the present weights of members as the chosen ones."""
@@ -100,13 +100,13 @@ class Trainee(Protocol):
         """Publish all that exact resuming needs."""
 
     def evaluate_chosen(self) -> dict[int, tuple[Evaluation, Evaluation | None]]:
-        """By member that did not fail: its chosen weights on validation cells and, for a law, on test cells."""
+        """Evaluate the chosen weights of members that did not fail: on validation cells and, for a law, test cells."""
 
 
 def agreed_flags(trainee: Trainee, now: float, saved: float, asked: float, signals: Signals) -> tuple[bool, bool, bool]:
-    """(a checkpoint is due, the world is to be asked, a stop was requested), the same on every rank.
+    """(a checkpoint is due, signals were asked, a stop was requested), the same on every rank.
 
-    Clocks and files differ between ranks: only rank 0 looks at them, and all do what it found.
+    Clocks and files differ between ranks, so only rank 0 looks at them, and all ranks follow what it found.
     """
     due = ask = stop = False
     if trainee.attempts is not None:
@@ -121,7 +121,7 @@ def agreed_flags(trainee: Trainee, now: float, saved: float, asked: float, signa
 
 
 def train(trainee: Trainee, signals: Signals) -> None:
-    """Updates until the budget ends or no member trains any more; Preempted once a requested stop has been saved."""
+    """Train until the budget ends or no member is running; raise Preempted once the state is saved for a stop."""
     run = trainee.runs[0]
     rules, attempts = run.train, trainee.attempts
     every = row_interval(trainee.total_steps)
@@ -147,7 +147,7 @@ def train(trainee: Trainee, signals: Signals) -> None:
             since = now
         found = trainee.evaluate_curve() if is_evaluation else {}
         now = time.monotonic()
-        for r in running:  # each one's part of the time
+        for r in running:  # members share the time equally
             trainee.members[r].train_seconds += (now - clock) / len(running)
         clock, since = now, now if is_evaluation else since
         if attempts is not None:
@@ -164,14 +164,14 @@ def train(trainee: Trainee, signals: Signals) -> None:
 
 
 def finish(trainee: Trainee, data_hash: str, test_cells: Cells, cells_resolved: list[int], began: float) -> list[bool]:
-    """Evaluate the chosen weights and commit; for each result whether this attempt committed it. Every rank.
+    """Evaluate the chosen weights and commit; returns for each result whether this attempt committed it. Every rank.
 
     Args:
         trainee: whose training has ended.
         data_hash: of the shards.
         test_cells: the test split; members that choose a rate never see it.
         cells_resolved: unique training cells of each member.
-        began: when this attempt did, by time.monotonic.
+        began: when this attempt began, by time.monotonic.
     """
     found = trainee.evaluate_chosen()
     attempts, committed = trainee.attempts, []
@@ -246,7 +246,7 @@ def run_result(
 
 
 def train_row(progress: Progress, lr: float, norm: float, cells_per_second: float) -> dict[str, Any]:
-    """A row of metrics.jsonl over the updates since the one before; the sums in ``progress`` begin anew."""
+    """A row of metrics.jsonl about the updates since the previous row; the sums in ``progress`` are reset."""
     loss = LossSums(progress.row_loss, progress.row_masked_genes).mean
     progress.row_loss = progress.row_masked_genes = 0.0
     return {

@@ -1,4 +1,4 @@
-"""What an update is done with: one process, DDP, or DeepSpeed ZeRO. The loop knows only this interface.
+"""Engines make the updates: in one process, with DDP, or with DeepSpeed ZeRO. The loop knows only this interface.
 
 The loss that reaches ``accumulate`` is a sum over this rank's cells, already divided by the number of masked genes of
 the whole global batch, so gradients have to be *summed* over ranks; DDP and DeepSpeed average them, hence a factor.
@@ -38,16 +38,16 @@ class Engine(Protocol):
         """Add the gradients of one micro-batch's share of the loss. Every rank."""
 
     def update(self, lr: float) -> Tensor:
-        """Clip, step with ``lr``, clear gradients; the gradient norm before clipping, (). Every rank."""
+        """Clip, step with ``lr``, clear gradients; returns the gradient norm before clipping, (). Every rank."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Elementwise sum over all ranks, the same bits on each. Every rank."""
 
     def share(self, value: Any, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """What rank 0 gave, on all ranks; what the others give is ignored. Every rank."""
+        """Give rank 0's value and tensors to all ranks; the arguments of other ranks are ignored. Every rank."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Full weights by name on rank 0; nothing is promised of the other ranks' answer. Every rank."""
+        """Full weights by name on rank 0; other ranks may return anything. Every rank."""
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """The inverse of ``weights``, for evaluation. Every rank, with the same full weights."""
@@ -59,17 +59,17 @@ class Engine(Protocol):
         """The inverse of ``state``, whichever engine wrote it. Every rank, with the same full tensors."""
 
     def shard(self) -> Shard | None:
-        """What this rank holds of a state that the ranks share out; None where every rank holds all. Every rank."""
+        """This rank's part of a state that the ranks share out; None where every rank holds all of it. Every rank."""
 
     def load_shard(self, shard: Shard) -> None:
-        """The inverse of ``shard``, with pieces of the layout that ``shard`` has. Every rank."""
+        """The inverse of ``shard``, for pieces of the same layout. Every rank."""
 
     def resident_bytes(self) -> dict[str, int]:
         """Bytes of the tensors that this rank holds, whole storages, each counted once.
 
         "parameters", "master" (a copy of its share of them that the optimizer steps on, where there is one) and
-        "optimizer" (its moments) as they are now; "gradients" are the most that stood after a micro-batch of the first
-        update. Buffers that gradients travel in are not counted.
+        "optimizer" (its moments) as they are now; "gradients" are the most there were after a micro-batch of the first
+        update. Communication buffers of gradients are not counted.
         """
 
 
@@ -214,13 +214,13 @@ def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: MaskedGeneTransformer, weights: dict[str, Tensor]) -> None:
-    """Load weights by name; BadInput naming the parameter that does not fit."""
+    """Load weights by name; raises BadInput naming the first parameter that does not fit."""
     check_fit({name: tensor.shape for name, tensor in model.state_dict().items()}, weights)
     model.load_state_dict(weights)
 
 
 def check_fit(shapes: dict[str, torch.Size], weights: dict[str, Tensor]) -> None:
-    """BadInput naming the first parameter whose shape is not the model's."""
+    """Raise BadInput naming the first parameter whose shape is not the model's."""
     for name in sorted(set(shapes) | set(weights)):
         if name not in shapes or name not in weights or shapes[name] != weights[name].shape:
             found = list(weights[name].shape) if name in weights else "absent"
@@ -228,7 +228,7 @@ def check_fit(shapes: dict[str, torch.Size], weights: dict[str, Tensor]) -> None
 
 
 def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """Sum on ``device``, where the process group can reach it (nccl knows no CPU tensors); the answer lies as given."""
+    """Sum over ranks on ``device`` (nccl takes no CPU tensors); the sum is on the device of ``values``."""
     summed = values.detach().to(device, copy=True)
     distributed.all_reduce(summed)
     return summed.to(values.device)
@@ -237,7 +237,7 @@ def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
 def share_from_rank_zero(
     value: Any, tensors: dict[str, Tensor], rank: int, device: torch.device
 ) -> tuple[Any, dict[str, Tensor]]:
-    """Rank 0's value and CPU copies of its tensors, on all ranks; tensors travel one by one."""
+    """Rank 0's value and CPU copies of its tensors, on all ranks; tensors are sent one at a time."""
     names = [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
     box = [(value, names) if rank == 0 else None]
     distributed.broadcast_object_list(box, src=0, device=device)
@@ -255,7 +255,7 @@ def share_from_rank_zero(
 
 
 def storage_bytes(tensors: Any) -> int:
-    """Bytes of the storages under tensors in lists and dicts of any depth, each storage once; None counts nothing."""
+    """Bytes of the storages under tensors in lists and dicts of any depth, each storage once; None has no bytes."""
     storages: dict[int, int] = {}
     waiting = [tensors]
     while waiting:

@@ -37,7 +37,7 @@ class Evaluation:
 
     @property
     def sums(self) -> LossSums:
-        """Over all cells."""
+        """Sums over all cells."""
         return LossSums(float(self.losses.sum()), float(self.counts.sum()))
 
 
@@ -61,7 +61,7 @@ def evaluate(
         engine: with the weights.
         cells: N of them.
         run: its recipe, objective, micro-batch and precision.
-        made: ``evaluation_batches`` of these cells, where they are asked for again and again.
+        made: ``evaluation_batches`` of these cells, from a caller that evaluates them repeatedly.
         beat: called after every batch.
     """
     device, width, n_cells = engine.device, run.execution.micro_batch, len(cells)
@@ -100,7 +100,7 @@ def add_by_gene(of_genes: Tensor, losses_BK: Tensor, batch: Batch) -> None:
 
 
 def write_test_losses(place: Place, cells: Cells, found: Evaluation) -> None:
-    """The test split's losses cell by cell and gene by gene: what paired comparisons and bits by gene need."""
+    """Write the test split's losses by cell and by gene, for paired comparisons and for bits by gene."""
     by_cell = {"cell": cells.cell, "loss": found.losses, "masked_genes": found.counts}
     by_gene = {"gene": np.arange(len(found.gene_losses)), "loss": found.gene_losses, "masked_genes": found.gene_counts}
     for name, columns in ((TEST_CELLS, by_cell), (TEST_GENES, by_gene)):

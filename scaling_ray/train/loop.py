@@ -29,7 +29,7 @@ from scaling_ray.train.schedule import learning_rate
 from scaling_ray.train.sharded import Shard, generator_name
 
 RANK_SEED_STRIDE = 1_000_003
-"""Between the dropout seeds of neighbouring ranks, which see different cells and must drop different units."""
+"""Distance between the dropout seeds of neighbouring ranks, which see different cells and must drop other units."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step as the device knows it, (3,) float64: loss, masked genes, gradient norm.
+    """One optimizer step whose sums are still on the device, (3,) float64: loss, masked genes, gradient norm.
 
     The loss is this rank's sum; the others are of the whole global batch.
     """
@@ -124,7 +124,7 @@ class TrainingLoop:
         return learning_rate(self.run.train, self._peak, step)
 
     def update(self) -> None:
-        """One optimizer step. What it summed stays on the device until ``settle``."""
+        """See Trainee. The sums of the step stay on the device until ``settle``."""
         run, engine, progress = self.run, self.engine, self.progress
         micro_batch = run.execution.micro_batch
         batch = self.global_batch(progress.optimizer_steps)
@@ -149,10 +149,10 @@ class TrainingLoop:
         progress.cells_seen += run.train.cells_per_step
 
     def settle_each(self) -> list[tuple[LossSums, float, float]]:
-        """Count the updates since the last call: of each the sums of its global batch, its rate, its gradient norm.
+        """Count the updates since the last call; returns each one's sums over the global batch, rate, gradient norm.
 
-        Every rank, equally often. Diverged names the first update whose loss or gradient is not finite; nothing of it
-        was saved before.
+        Every rank, equally often. Raises Diverged naming the first update whose loss or gradient is not finite; no
+        state has been saved since that update.
         """
         waiting, self._unsettled = self._unsettled, []
         if not waiting:
@@ -189,9 +189,9 @@ class TrainingLoop:
         return self.engine.state() | {generator_name(rank): state.clone() for rank, state in enumerate(states)}
 
     def load(self, progress: Progress, tensors: dict[str, Tensor] | Shard) -> None:
-        """Stand where ``state`` and ``progress`` were taken; every rank, with the same tensors or each with its shard.
+        """Go back to where ``state`` and ``progress`` were taken. Every rank, with the same tensors or its own shard.
 
-        A rank that did not exist then goes on with the generator of its own seed.
+        A rank that did not exist then keeps the generator of its own seed.
         """
         self.progress = replace(progress, curve_loss=list(progress.curve_loss))
         if isinstance(tensors, Shard):

@@ -1,7 +1,7 @@
 """Saving and resuming by all ranks together: who writes which file, when a checkpoint counts, and who reads what.
 
-All ranks write into one unfinished folder; once each of them has said so, rank 0 publishes it by its marker. A rank
-that dies before that leaves a folder nobody reads, and the checkpoint before it in its place.
+All ranks write into one unfinished folder; once each of them has finished, rank 0 publishes it by its marker. Where a
+rank dies before that, nobody reads the folder, and resuming starts from the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def save_last(
 ) -> None:
     """Publish what resuming needs. Every rank; ``attempt`` is rank 0's, ``state`` gives the whole state on rank 0.
 
-    An engine that shares out its state is not asked for the whole of it: each rank writes its own part.
+    Where the ranks share out the state, each writes its own part and nobody gathers the whole.
     """
     shard = engine.shard()
     if shard is None:
@@ -43,10 +43,10 @@ def save_last(
 
 
 def restore(attempt: Attempt | None, engine: Engine) -> tuple[Progress | None, dict[str, Tensor] | Shard]:
-    """Where an earlier attempt stopped, for ``TrainingLoop.load``; (None, {}) where there is nothing. Every rank.
+    """Progress and state of an earlier attempt, for ``TrainingLoop.load``; (None, {}) where there is none. Every rank.
 
-    A checkpoint shared out just as ``engine`` does it is read by each rank on its own; any other is put together by
-    rank 0 and sent to all. Raises BadInput, on every rank, for a checkpoint of another run.
+    Where a checkpoint is shared out exactly as ``engine`` shares out its state, each rank reads its own part; any other
+    is assembled by rank 0 and sent to all. Raises BadInput, on every rank, for a checkpoint of another run.
     """
     found: tuple[Progress, Place] | None = None
     refusal: BadInput | None = None
@@ -74,5 +74,5 @@ def _own_shard(folder: Place, engine: Engine) -> Shard | None:
     try:
         return read_shard(folder, shard.layout) if shard is not None else None
     except UNREADABLE:
-        # rank 0 says what is wrong, if it cannot read it either
+        # rank 0 names the fault if it cannot read the whole either
         return None

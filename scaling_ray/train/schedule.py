@@ -1,4 +1,4 @@
-"""When things happen in a run: the rate of each update, and which updates end a part of the budget."""
+"""The schedule of a run: the learning rate of each update, and which updates end a part of the budget."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from scaling_ray.spec import TrainingRules
 
 TRAIN_ROWS_PER_RUN = 100
-"""Rows of kind "train" in a run's metrics.jsonl, about."""
+"""Approximate number of rows of kind "train" in a run's metrics.jsonl."""
 
 
 def learning_rate(train: TrainingRules, peak: float, step: int) -> float:

@@ -1,9 +1,9 @@
-"""A training state in pieces: what each rank of ZeRO holds of it, as files, and the whole put together from them.
+"""A training state in pieces: the files that each rank of ZeRO writes, and the whole state assembled from them.
 
-Of every parameter, flattened, a rank holds the elements start..start + n, or none. It writes them, with the same
-elements of both moments, as ``state-rank0of2.safetensors`` and says in ``state-rank0of2.json`` which they are. A state
-that is not shared out is one ``state.safetensors``. Beside a rank's file of tensors lies ``<file>.sha256.json``, its
-length and hash as its writer knew them: what ``progress.json`` of a checkpoint gathers and seals.
+A rank holds the elements start..start + n of each flattened parameter, or none. It writes them, with the same elements
+of both moments, as ``state-rank0of2.safetensors``; ``state-rank0of2.json`` says which elements they are. A state that
+is not shared out is one ``state.safetensors``. Beside a rank's file of tensors lies ``<file>.sha256.json`` with the
+length and hash that its writer found; ``progress.json`` of the checkpoint gathers and seals them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ STEP = "optimizer.step"
 HASH = ".sha256.json"
 
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, SafetensorError)
-"""What reading a checkpoint raises where its files are absent, cut short or not what they should be."""
+"""Errors that reading a checkpoint raises where its files are absent, cut short or otherwise damaged."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What one rank holds: full shapes of all parameters, and of its fragments (start, elements), by parameter."""
+    """Which elements one rank holds: full shapes of all parameters, and (start, elements) of its own fragments."""
 
     stage: int
     rank: int
@@ -44,7 +44,7 @@ class Layout:
 
     @staticmethod
     def from_json(text: str | bytes) -> Layout:
-        """The inverse of ``to_json``; ValueError, TypeError or KeyError where it is none."""
+        """The inverse of ``to_json``; raises ValueError, TypeError or KeyError for any other text."""
         fields = json.loads(text)
         fields["fragments"] = {name: (start, elements) for name, (start, elements) in fields["fragments"].items()}
         return Layout(**fields)
@@ -58,8 +58,8 @@ class Layout:
 class Shard:
     """One rank's pieces on the CPU: ``model.<name>`` and ``optimizer.<moment>.<name>``, each (elements,) in fp32.
 
-    ``optimizer.step`` is there once for all, absent before the first update; tensors of other names belong to the rank
-    as they are, like the state of its random generator.
+    ``optimizer.step`` is one tensor for all parameters, absent before the first update. Tensors of other names belong
+    to the rank alone, such as the state of its random generator.
     """
 
     layout: Layout
@@ -76,13 +76,13 @@ def _shard_name(rank: int, ranks: int) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """The sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_tensors(place: Place, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write tensors as a safetensors file; its length and hash."""
+    """Write tensors as a safetensors file; returns its length and hash."""
     with place.scratch(name) as folder:
         path = folder / "tensors"
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
@@ -100,7 +100,7 @@ def write_shard(place: Place, shard: Shard) -> None:
 
 
 def listed_files(place: Place) -> dict[str, dict[str, Any]]:
-    """Every file of an unfinished checkpoint with length and hash: tensors' as their writers told, others' as read."""
+    """Length and hash of each file of an unfinished checkpoint: as the writer of tensors noted, else as read here."""
     found = {}
     names = place.names()
     for name in names:
@@ -166,7 +166,7 @@ def read_state(place: Place) -> dict[str, Tensor]:
 
 
 def _layouts(place: Place) -> list[Layout]:
-    """The layouts of all ranks in order; their fragments cover every parameter once."""
+    """The layouts of all ranks in order; ValueError unless their fragments cover every parameter exactly once."""
     found = [name for name in place.names("state-rank0of") if name.endswith(".json") and not name.endswith(HASH)]
     if len(found) != 1:
         raise ValueError(f"{WHOLE} is absent, and so are shards of one number of ranks")

@@ -1,6 +1,6 @@
-"""Many tiny models of one shape as one: every tensor has a leading dimension of models, none ever meets another.
+"""Many tiny models of one shape, trained as one: tensors have a leading dimension of models that never mix.
 
-A tiny model's update is mostly the cost of starting operations; R of them in one set of operations share it. The
+A tiny model's update is mostly the cost of starting operations; R models in one set of operations share that cost. The
 mathematics is that of ``model.network``, torch's clip_grad_norm_ and torch's AdamW, model by model.
 
 Shape legend: R models, B cells, G genes, K masked genes, D width, O output width of a map (of the head: per gene),
@@ -22,7 +22,7 @@ from scaling_ray.spec import TrainingRules
 
 ADAM_BETA1, ADAM_EPSILON = 0.9, 1e-8
 CLIP_EPSILON = 1e-6
-"""As in torch: AdamW's and clip_grad_norm_'s own."""
+"""The constants of torch's AdamW and clip_grad_norm_."""
 
 
 class StackedTransformer:
@@ -32,7 +32,7 @@ class StackedTransformer:
         shape: of each.
         genes: of each.
         rate: dropout while training.
-        seeds: from which each draws its weights, as ``MaskedGeneTransformer.initialise``.
+        seeds: one for each model's weights, as in ``MaskedGeneTransformer.initialise``.
         device: where they live.
         outputs_per_gene: values that each one's head gives for a gene.
     """
@@ -68,7 +68,7 @@ class StackedTransformer:
         raise KeyError(name)
 
     def named(self, flat: Tensor, member: int) -> dict[str, Tensor]:
-        """One model's tensors by name, out of something (R, P); copies."""
+        """Copies of one model's tensors by name, out of a tensor (R, P)."""
         return {name: self._view(flat, name)[member].clone() for name in self.shapes}
 
     def gradients(self) -> Tensor:
@@ -82,7 +82,7 @@ class StackedTransformer:
         return torch.baddbmm(self.parts[f"{name}.bias"][:, None, :], x_RND, self.parts[f"{name}.weight"].mT)
 
     def _normed_linear(self, normed_RND: Tensor, norm: str, name: str, rows: slice = slice(None)) -> Tensor:
-        """A linear map of a LayerNorm, whose own scale and shift are folded into it: they are small, the cells many."""
+        """A linear map after a LayerNorm, with the norm's scale and shift folded in: they are small, the cells many."""
         weight_ROD, bias_RO = self.parts[f"{name}.weight"][:, rows], self.parts[f"{name}.bias"][:, rows]
         scale_RD, shift_RD = self.parts[f"{norm}.weight"], self.parts[f"{norm}.bias"]
         folded_RO = torch.baddbmm(bias_RO[:, :, None], weight_ROD, shift_RD[:, :, None])[:, :, 0]
@@ -134,16 +134,16 @@ class StackedAdamW:
         self._train = train
 
     def step(self, weights: Tensor, gradients: Tensor, lr: Tensor, alive: Tensor) -> Tensor:
-        """Update ``weights`` in place, those of models not ``alive`` never; each one's norm before clipping.
+        """Update ``weights`` in place, except those of models that are not ``alive``.
 
         Args:
             weights: (R, P).
-            gradients: (R, P), changed.
+            gradients: (R, P), changed in place.
             lr: (R,).
             alive: (R,) bool.
 
         Returns:
-            (R,) gradient norms.
+            (R,) gradient norms before clipping.
         """
         train = self._train
         norms = torch.linalg.vector_norm(gradients, dim=1)

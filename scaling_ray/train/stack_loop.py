@@ -1,8 +1,8 @@
-"""Runs of one shape that train as one. The stack is what is scheduled, saved and retried.
+"""A stack: runs of one shape that train as one, and are scheduled, saved and retried together.
 
-Its members share the schedule, the budget and the recipe; seed, learning rate and cells are each one's own. Membership
-stands in the plan and never changes: a member that diverged is masked out, one that stopped early is no longer looked
-at, and one that already has its result trains along, so that the others get the bits they would have got.
+Its members share schedule, budget and recipe; each has its own seed, learning rate and cells. The plan names the
+members and they never change: one that diverged is masked out, one that stopped early is ignored from then on, and one
+that already has its result trains again, so that the others stay bit-identical.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from scaling_ray.train.schedule import learning_rate
 from scaling_ray.train.stack import StackedAdamW, StackedTransformer
 
 BLOCK_UPDATES = 64
-"""Updates whose cells are looked up at once."""
+"""Number of updates whose cells are looked up at once."""
 
 
 def check_stack(runs: list[RunSpec]) -> None:
-    """BadInput unless the runs may train as one: all alike but for seed, rate and cells, and one process each."""
+    """Raise BadInput unless the runs may train as one: alike except for seed, rate and cells, one process each."""
     first = runs[0].model_dump(exclude=set(MEMBERS_OWN))
     for run in runs[1:]:
         for name, value in run.model_dump(exclude=set(MEMBERS_OWN)).items():
@@ -54,7 +54,7 @@ class StackSource:
 
     Args:
         runs: R of them.
-        feeds: theirs.
+        feeds: the batches of each.
         device: where batches are made; cells that all members share stay on a GPU.
     """
 
@@ -71,7 +71,7 @@ class StackSource:
         self._there: Tensor = torch.empty(0)
 
     def batch(self, step: int) -> Batch:
-        """Update number ``step``: R x B cells."""
+        """The batch of update number ``step``: R x B cells."""
         cells = self._train.cells_per_step
         if self._held is None:
             parts = [feed.batch(step, cells) for feed in self._feeds]
@@ -96,7 +96,7 @@ class StackSource:
 
 
 class StackedLoop:
-    """The Trainee of R runs at once: as TrainingLoop, with everything that is measured kept by member.
+    """The Trainee of R runs at once: like TrainingLoop, with all measurements kept by member.
 
     Args:
         runs: R members.
@@ -189,7 +189,7 @@ class StackedLoop:
             member.optimizer_steps, member.cells_seen = step + 1, member.cells_seen + cells
 
     def settle(self) -> list[float]:
-        """See Trainee. A member whose loss or gradient is not finite is masked out, with the first such update."""
+        """See Trainee. A member whose loss or gradient is not finite is masked out; its failure names the update."""
         table = torch.stack(self._unsettled).cpu()  # (updates, 3, R)
         first = self.steps - len(self._unsettled) + 1
         self._unsettled = []
@@ -206,7 +206,7 @@ class StackedLoop:
         return [float(norm) for norm in table[-1, 2]]
 
     def fail(self, member: int, message: str) -> None:
-        """Mask a member out: it keeps its place, with weights of zero that nothing moves."""
+        """Mask a member out: it keeps its place, with weights of zero that never change."""
         self.failures[member] = message
         self.alive[member] = False
         self.model.flat[member] = 0.0
@@ -221,7 +221,7 @@ class StackedLoop:
         return [LossSums(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, after, strict=True)]
 
     def evaluate(self, batches: list[Batch], weights: Tensor | None = None) -> list[Evaluation]:
-        """Under the fixed evaluation masks, by member; ``weights`` (R, P) instead of the present ones."""
+        """Losses under the fixed evaluation masks, by member; ``weights`` (R, P) stand in for the present ones."""
         models, own = len(self.runs), None
         if weights is not None:
             own = self.model.flat.clone()
@@ -262,7 +262,7 @@ class StackedLoop:
         return evaluation_batches(cells, self.run.train, self.run.execution.micro_batch, self.device)
 
     def keep_best(self, members: list[int]) -> None:
-        """See Trainee. They stay in memory: the stack's own checkpoints hold them."""
+        """See Trainee. The weights stay in memory and go into the stack's own checkpoints."""
         for r in members:
             self.best[r] = self.model.flat[r]
 
@@ -292,7 +292,7 @@ class StackedLoop:
         }
 
     def load(self, steps: int, members: list[Progress], failures: dict[int, str], tensors: dict[str, Tensor]) -> None:
-        """Stand where ``state`` was taken."""
+        """Go back to where ``state`` was taken."""
         self.steps = self.optimizer.steps = steps
         self.members, self.failures = members, failures
         targets = (self.model.flat, self.optimizer.first, self.optimizer.second, self.best)
@@ -304,7 +304,7 @@ class StackedLoop:
         torch.set_rng_state(tensors["generator"])
 
     def save(self) -> None:
-        """See Trainee: one state of all members, which says in which attempts their rows are."""
+        """See Trainee. One checkpoint holds all members' state and names the attempts that hold their rows."""
         if self._own is None or self.attempts is None:
             return
         for attempt in self.attempts:
@@ -319,7 +319,7 @@ class StackedLoop:
         self._own.drop(LAST, set(self._own.steps_of(LAST)[:KEPT]))
 
     def resume(self, earlier: list[Checkpoints]) -> None:
-        """Stand where the newest whole state of earlier tries (the latest first) was taken; else at the beginning."""
+        """Go on from the newest whole checkpoint of earlier attempts (the latest first); else from the beginning."""
         for checkpoints in earlier:
             found = newest(checkpoints, LAST, [])
             if found is None or len(found.facts["members"]) != len(self.runs):
@@ -370,7 +370,7 @@ def stack_to_results(
         device: to train on.
         place: of the stack.
         files: of the members.
-        diverged: told of each member whose loss became NaN or infinite.
+        diverged: called with each member whose loss became NaN or infinite, and a message.
         signals: Preempted rises where they ask to stop.
     """
     began, signals = time.monotonic(), signals or Signals()

@@ -1,8 +1,8 @@
-"""A watch over a process of a worker group: where nothing moves for too long, it says where and ends the process.
+"""A watchdog for a process of a worker group: after too long without progress it says where, and ends the process.
 
-Ranks wait for each other in collective calls, and a call that one rank never makes is waited for without end: Ray sees
-processes that are alive. So each rank counts its own steps, and a thread ends the process once the count has stood
-still; Ray then takes the group down, and the failure says what every rank was doing.
+Ranks wait for each other in collective calls. Where one rank never makes such a call, the others wait without end, and
+Ray sees processes that are alive. So each rank counts its own steps, and a thread ends the process once the count has
+stood still; Ray then takes the group down, and the failure says what every rank was doing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Watchdog:
     """Ends this process once ``beat`` has not been called for ``seconds``; a context manager.
 
     Args:
-        seconds: without a beat that are too long.
-        leave: is given what every thread was doing, once, before the process ends.
+        seconds: longest time without a beat.
+        leave: called once, before the process ends, with what every thread was doing.
     """
 
     def __init__(self, seconds: float, leave: Callable[[str], None]) -> None:
@@ -34,7 +34,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """Something was done."""
+        """Note that something was done."""
         self._last, self._beats = time.monotonic(), self._beats + 1
 
     def __enter__(self) -> Watchdog:
@@ -52,8 +52,8 @@ class Watchdog:
         seen, quiet = self._beats, 0.0
         step = min(1.0, self._seconds / 10)
         while not self._done.wait(step):
-            # A process that was stopped as a whole (SIGSTOP, a suspended machine) wakes with an old clock: so it is
-            # the watch's own waiting that is added up, and not the time of day.
+            # The clock runs on while the whole process is stopped (SIGSTOP, a suspended machine). So the watchdog adds
+            # up its own waiting and does not compare times.
             quiet = quiet + step if self._beats == seen else 0.0
             seen = self._beats
             if quiet < self._seconds:

@@ -34,10 +34,10 @@ CONTROLLER_FAILURES = 3
 """Failed starts of a worker group before the run fails; Ray's own default is to try for ever."""
 
 PREEMPTION_FAILURES = 20
-"""Drained nodes a run outlives within one call; each time it goes on from its last checkpoint."""
+"""Number of drained nodes that a run survives within one call; each time it resumes from its last checkpoint."""
 
 STALL_SECONDS = 300.0
-"""Without a step of any kind that end a worker group."""
+"""Time without a step of any kind after which a worker group is ended."""
 
 CONTROLLER_CPUS = 0
 """Ray Train's controller asks for no CPU of the cluster; the sweep's driver is no Ray task at all."""
@@ -51,8 +51,8 @@ def required_cpus(run: RunSpec, driver_cpus: int = CONTROLLER_CPUS) -> int:
 def preflight(run: RunSpec, cluster_resources: Mapping[str, float], driver_cpus: int = CONTROLLER_CPUS) -> str | None:
     """Why the run's worker group could never start on a cluster of these resources, or None.
 
-    Ray would wait for ever, and say little. Totals over nodes are all that is looked at: a worker's CPUs must also be
-    found on one node.
+    Ray would wait for ever, and say little. Only totals over nodes are compared; whether each worker's CPUs are on one
+    node is not checked.
     """
     cpus, gpus = cluster_resources.get("CPU", 0.0), cluster_resources.get("GPU", 0.0)
     needed = required_cpus(run, driver_cpus)
@@ -78,15 +78,18 @@ def train_in_worker_group(
     resident_bytes: float,
     stall_seconds: float = STALL_SECONDS,
 ) -> None:
-    """Train ``run`` on its workers, of the connected cluster; its files in ``sweep`` then hold its result.
+    """Train ``run`` on workers of the connected cluster, until its files in ``sweep`` hold its result.
 
     ``shards`` and ``sweep`` must be the same places on every node. Ray writes below ``storage_path`` only, a directory
-    or a URI. A worker holds training cells of up to its part of ``resident_bytes`` and streams more. Once a stop was
-    requested of the sweep the state is saved and Preempted rises; at the notice that a node is about to go it is saved
-    and training goes on, for Ray starts the group again elsewhere when the node has gone. An error of a worker rises
-    here as itself (BadInput, Diverged, a bug's own class), at once and without another try; a group in which a rank
-    does nothing for ``stall_seconds`` is ended and rises as Stalled; one that cannot be started or died with a process
-    rises as Ray's TrainingFailedError.
+    or a URI. A worker holds training cells of up to its part of ``resident_bytes`` and streams more. At a notice that a
+    node is about to go, the state is saved and training goes on: Ray starts the group again elsewhere once the node has
+    gone.
+
+    Raises:
+        Preempted: a stop was requested of the sweep; the state has been saved.
+        Stalled: a rank did nothing for ``stall_seconds``; the group has been ended.
+        TrainingFailedError: Ray's own, where the group cannot be started or lost a process.
+        Exception: a worker's own error (BadInput, Diverged, a bug's class), at once and without another attempt.
     """
     if not ray.is_initialized():
         raise RuntimeError("no connection to Ray; call this within cluster.ray_session")
@@ -128,12 +131,12 @@ def train_in_worker_group(
 
 
 def _stall_note(rank: int) -> str:
-    """The file of a run in which a rank's watchdog leaves what the rank was doing."""
+    """Name of the run's file in which a rank's watchdog notes what the rank was doing."""
     return f"stalled-rank{rank}.txt"
 
 
 def _stalled(run: RunSpec, files: RunFiles) -> Stalled | None:
-    """What the watchdogs of a group left; None where none ended its process."""
+    """The failure that the watchdogs of a group noted; None where none ended its process."""
     notes = [(rank, files.place.read_if_there(_stall_note(rank))) for rank in range(run.execution.workers)]
     left = [f"rank {rank}: {note.decode()}" for rank, note in notes if note is not None]
     return Stalled(f"{run.run_id}: the worker group stood still\n" + "\n".join(left)) if left else None
@@ -154,7 +157,7 @@ def _first_cause(failures: Mapping[int, Exception]) -> Exception | None:
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What runs in a worker."""
+    """The body of one worker: open the data, build the engine, train."""
     run = RunSpec.model_validate_json(config["run"])
     torch.set_num_threads(run.execution.cpus)
     context = get_context()
@@ -171,7 +174,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _once_per_notice() -> Callable[[], bool]:
-    """True at the first call after a notice that this group is about to lose a node.
+    """A function that is true at the first call after a notice that this group is about to lose a node.
 
     Every rank asks at the same update: in Ray 2.60 the question is a broadcast from rank 0 that all ranks wait for.
     """

@@ -301,7 +301,7 @@ def zero_config(run: RunSpec, ranks: int, whole_parameter_elements: int = WHOLE_
 
 
 def _start_deepspeed(device: torch.device) -> Any:
-    """The deepspeed module, joined to the process group that stands."""
+    """The deepspeed module, joined to the existing process group."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
