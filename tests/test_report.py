@@ -502,7 +502,7 @@ def test_sweep_and_report_may_both_lie_on_s3(tmp_path: Path, s3: Any) -> None:
     assert fit_place(str(place)) == json.loads(there["fit.json"]) and read_rows(place) == rows_of(sweep)
 
 
-def test_losses_are_named_by_their_unit_and_only_an_mse_has_gaussian_bits(tmp_path: Path):
+def test_losses_are_named_by_their_unit_and_only_an_mse_has_gaussian_bits(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "s", sizes=("XXS", "W8", "TINY", "XS"), cells=(2_000,))
     write_rows(sweep, [replace(one, loss_unit="nats", objective="poisson") for one in rows_of(sweep)])
     page = build(sweep, tmp_path / "r")
