@@ -22,7 +22,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 from scaling_ray.errors import BadInput, ScalingRayError  # noqa: E402
 from scaling_ray.records import ShardManifest  # noqa: E402
-from scaling_ray.results.sweep_files import MLFLOW, RunFiles, SweepFiles, read_sealed, write_sealed  # noqa: E402
+from scaling_ray.results.sweep_files import MLFLOW, RUN_SPEC, RunFiles, SweepFiles, read_sealed, write_sealed  # noqa: E402
 from scaling_ray.runs import RunSpec  # noqa: E402
 from scaling_ray.spec import SweepSpec  # noqa: E402
 from scaling_ray.storage import Place  # noqa: E402
@@ -53,10 +53,10 @@ class Tracker:
         """Log what the files hold and MLflow does not; raises MlflowException where the server refuses."""
         if self._parent is None:
             self._parent = self._ensure_run(self._sweep.place, self._spec.name, None)
+        begun = {name.split("/")[1] for name in self._sweep.place.names("runs/") if not name.endswith(RUN_SPEC)}
         for run in runs:
-            files = self._sweep.run(run.run_id)
-            if run.run_id not in self._finished and any(not name.endswith("spec.json") for name in files.place.names()):
-                self._sync_run(run, files)
+            if run.run_id in begun and run.run_id not in self._finished:
+                self._sync_run(run, self._sweep.run(run.run_id))
         record_tracked(self._sweep, self._finished)
 
     def close(self, failed: bool) -> None:
