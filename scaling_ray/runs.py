@@ -67,6 +67,12 @@ class RunSpec(Frozen):
         return parameters_without_embedding(self.shape, self.outputs_per_gene)
 
     @property
+    def masked_genes_per_cell(self) -> float:
+        """Masked genes of a cell in which every gene of the panel was measured (the mean of it for ``published``)."""
+        masked = self.genes * self.train.mask_fraction
+        return float(int(masked + 0.5)) if self.train.recipe == "corrected" else masked
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What the run is, as JSON, with the numerics version: all that two attempts at it must agree in."""
         return {"numerics": NUMERICS_VERSION} | self.model_dump(mode="json", exclude={"execution"})

@@ -478,26 +478,22 @@ class TestWorkerGroup:
 
 
 @pytest.mark.parametrize(
-    ("resources", "answer"),
+    ("gpus", "resources", "answer"),
     [
-        ({"CPU": 2.0}, None),
-        ({"CPU": 1.0, "memory": 1e9}, r"needs 2 CPUs .* the cluster has 1"),
-        ({"CPU": 8.0, "GPU": 1.0}, r"needs as many GPUs, the cluster has 1"),
-        ({"CPU": 8.0, "GPU": 2.0}, None),
-        ({}, r"the cluster has 0"),
+        (0.0, {"CPU": 2.0}, None),
+        (0.0, {"CPU": 1.0, "memory": 1e9}, r"needs 2 CPUs, the cluster has 1"),
+        (0.0, {"CPU": 8.0, "GPU": 1.0}, None),
+        (1.0, {"CPU": 8.0, "GPU": 1.0}, r"needs 2 GPUs, the cluster has 1"),
+        (1.0, {"CPU": 8.0}, r"needs 2 GPUs, the cluster has 0"),
+        (0.5, {"CPU": 8.0, "GPU": 1.0}, None),
+        (1.0, {"CPU": 8.0, "GPU": 2.0}, None),
+        (0.0, {}, r"the cluster has 0"),
     ],
 )
-def test_a_group_that_could_never_start_is_named(resources: dict[str, float], answer: str | None) -> None:
+def test_a_group_that_could_never_start_is_named(gpus: float, resources: dict[str, float], answer: str | None) -> None:
     import re
 
     from scaling_ray.train.worker import preflight
 
-    sentence = preflight(DDP.of(spec()), resources)
+    sentence = preflight(DDP.of(spec()).carried_out(gpus=gpus), resources)
     assert sentence is None if answer is None else sentence is not None and re.search(answer, sentence)
-
-
-def test_a_driver_inside_the_cluster_counts() -> None:
-    from scaling_ray.train.worker import preflight, required_cpus
-
-    assert required_cpus(DDP.of(spec()), driver_cpus=1) == RANKS + 1
-    assert preflight(DDP.of(spec()), {"CPU": 2.0}, driver_cpus=1) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,20 @@ def test_another_server_gets_runs_of_its_own(
     client = mlflow_client(tracking_uri(SweepFiles.at(directory)))
     experiment = client.get_experiment_by_name("scaling_ray/tiny")
     assert len(client.search_runs([experiment.experiment_id])) == 4
+
+
+def test_two_sweeps_of_one_spec_in_folders_of_one_name_are_two_parents(
+    sweep: tuple[Path, list[RunSpec]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, runs = sweep
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'shared.db'}")
+    parents = set()
+    for name in ("a", "it's b"):
+        place = tmp_path / name / "sweep"
+        shutil.copytree(directory, place)
+        for _ in range(2):
+            Tracker(SweepFiles.at(place), parse_spec(TINY_SWEEP), manifest()).sync(runs)
+        parents.add(json.loads((place / "mlflow.json").read_text())["mlflow_run_id"])
+    client = mlflow_client(tracking_uri(SweepFiles.at(directory)))
+    experiment = client.get_experiment_by_name("scaling_ray/tiny")
+    assert len(parents) == 2 and len(client.search_runs([experiment.experiment_id])) == 2 * 4

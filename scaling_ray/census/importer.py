@@ -5,7 +5,6 @@ Progress lines report the place of the counts in each file (see ``census.h5ad``)
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import scipy.sparse as sp
 from scaling_ray.census.h5ad import count_chunks, fault_of, find_raw_counts
 from scaling_ray.census.layout import OBS_STRING_COLUMNS, CensusWriter, Dataset, existing
 from scaling_ray.errors import BadInput
+from scaling_ray.storage import file_sha256
 
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     "assay": ("assay", "technology", "platform", "library_preparation_protocol", "method"),
@@ -74,7 +74,10 @@ def import_h5ad(
     names = [f.stem for f in files]
     if len(set(names)) < len(names):
         raise BadInput("files", names, "two files of one name; a file's name becomes its dataset_id")
-    about = {"kind": "imported", "files": {f.name: _sha256(f) for f in files}, "layer": layer}
+    for file in files:
+        if not file.is_file():
+            raise BadInput("file", str(file), "does not exist")
+    about = {"kind": "imported", "files": {f.name: file_sha256(f) for f in files}, "layer": layer}
     record = existing(out)
     if record is not None:
         if {name: record["about"].get(name) for name in about} == about:
@@ -127,13 +130,6 @@ def import_h5ad(
                 "set_to_unknown": {s.path.name: list(s.missing) for s in sources},
             }
         )
-
-
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise BadInput("file", str(path), "does not exist")
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _inspect(path: Path, layer: str | None, say: Callable[[str], None]) -> _Source:

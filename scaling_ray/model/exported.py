@@ -13,7 +13,7 @@ from torch import Tensor
 from scaling_ray.errors import BadInput
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.records import ModelRecord
-from scaling_ray.storage import unseal
+from scaling_ray.storage import file_sha256, unseal
 
 RECORD, WEIGHTS = "model.json", "model.safetensors"
 
@@ -27,7 +27,7 @@ def save_model(directory: Path, weights: dict[str, Tensor], facts: dict[str, Any
         facts: every field of ``ModelRecord`` but ``version`` and ``weights_sha256``.
     """
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
-    record = ModelRecord(**facts, weights_sha256=_sha256(directory / WEIGHTS))
+    record = ModelRecord(**facts, weights_sha256=file_sha256(directory / WEIGHTS))
     (directory / RECORD).write_text(record.to_json(), encoding="utf-8")
     return record
 
@@ -71,8 +71,3 @@ def load_model(directory: Path) -> tuple[MaskedGeneTransformer, ModelRecord]:
     except (SafetensorError, RuntimeError) as error:
         raise BadInput(str(path), str(error), f"does not fit {RECORD}; export the model again") from error
     return network.eval(), record
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

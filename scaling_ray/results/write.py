@@ -216,6 +216,8 @@ def _undertrained(files: RunFiles, result: RunResult | None, gene_mean_loss: flo
 
 def paired_z(differences: NDArray[np.float64]) -> float | None:
     """Mean of per-cell differences over its standard error; None where they do not vary."""
+    if len(differences) < 2:
+        return None
     error = differences.std(ddof=1) / np.sqrt(len(differences))
     return float(differences.mean() / error) if error > 0 else None
 

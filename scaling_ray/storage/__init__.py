@@ -8,6 +8,7 @@ from scaling_ray.errors import BadInput
 from scaling_ray.storage.atomic import (
     PARTIAL_PREFIX,
     create_if_absent,
+    file_sha256,
     output_directory,
     partial_directory,
     publish_directory,
@@ -39,6 +40,7 @@ __all__ = [
     "S3Settings",
     "create_if_absent",
     "fenced",
+    "file_sha256",
     "follow_lease",
     "open_place",
     "output_place",

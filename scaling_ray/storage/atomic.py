@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -158,3 +159,9 @@ def output_directory(path: str | Path, field: str = "--out") -> Path:
     if not os.access(directory, os.W_OK):
         raise BadInput(field, str(path), "is not writable; name another place")
     return directory
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

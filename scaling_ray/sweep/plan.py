@@ -13,13 +13,6 @@ from scaling_ray.sizes import training_bytes, training_flops_per_cell
 from scaling_ray.spec import SweepSpec
 
 
-def masked_genes_per_cell(run: RunSpec) -> float:
-    """Masked genes of a cell in which every gene of the panel was measured (the mean of it for ``published``)."""
-    if run.train.recipe == "corrected":
-        return float(int(run.genes * run.train.mask_fraction + 0.5))
-    return run.genes * run.train.mask_fraction
-
-
 def run_cost(
     run: RunSpec, gflops_per_cpu: float, rates: dict[str, float] | None = None, members: int = 1
 ) -> dict[str, Any]:
@@ -29,7 +22,7 @@ def run_cost(
     process, by ``rate_name``), else at an assumed rate of matrix FLOPs per CPU. A run in a stack of ``members`` has its
     part of the stack's hours.
     """
-    masked = masked_genes_per_cell(run)
+    masked = run.masked_genes_per_cell
     cells = run.train.total_steps * run.train.cells_per_step
     flops = training_flops_per_cell(run.shape, run.genes, masked) * cells
     measured = (rates or {}).get(rate_name(run, members))
@@ -154,7 +147,10 @@ def make_plan(
     members = {name: len(stack) for stack in stacks for name in stack}
     runs = [run.carried_out(stack=members[run.run_id] if run.run_id in members else 1) for run in runs]
     settings = [run_cost(run, spec.resources.gflops_per_cpu, rates, run.execution.stack) for run in runs]
-    cpu_hours = sum(setting["hours"] * setting["workers"] for setting in settings)
+    cpu_hours = sum(
+        setting["hours"] * run.execution.workers * run.execution.cpus
+        for setting, run in zip(settings, runs, strict=True)
+    )
     plan = {
         "version": 3,
         "name": spec.name,

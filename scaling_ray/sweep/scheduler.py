@@ -62,7 +62,7 @@ class Scheduler:
         obstacle = _obstacle(unit)
         for run in unit.runs if obstacle else ():
             self._state.files.run(run.run_id).record_failure(run, "bad_input", obstacle or "")
-            self._state.ended(run)
+            self._state.announce(run, 0.0)
         return obstacle is None
 
     def _tune(self, units: list[Unit]) -> None:

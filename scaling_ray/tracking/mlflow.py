@@ -24,7 +24,7 @@ from scaling_ray.errors import BadInput, ScalingRayError  # noqa: E402
 from scaling_ray.records import ShardManifest  # noqa: E402
 from scaling_ray.results.sweep_files import MLFLOW, RUN_SPEC, RunFiles, SweepFiles, read_sealed, write_sealed  # noqa: E402
 from scaling_ray.runs import RunSpec  # noqa: E402
-from scaling_ray.spec import SweepSpec  # noqa: E402
+from scaling_ray.spec import SweepSpec, content_hash  # noqa: E402
 from scaling_ray.storage import Place  # noqa: E402
 from scaling_ray.tracking.ledger import local_folder, record_tracked, tracking_uri  # noqa: E402
 
@@ -48,6 +48,7 @@ class Tracker:
         self._parent: str | None = None
         self._logged: dict[str, dict[str, int]] = {}
         self._finished: set[str] = set()
+        self._failed: dict[str, int] = {}
 
     def sync(self, runs: list[RunSpec]) -> None:
         """Log what the files hold and MLflow does not; raises MlflowException where the server refuses."""
@@ -87,7 +88,8 @@ class Tracker:
             self._client.log_batch(run_id, metrics=final, params=[Param("lr", repr(result.lr))], tags=tags)
             self._client.set_terminated(run_id, "FINISHED")
             self._finished.add(run.run_id)
-        elif files.failure() is not None:
+        elif (failure := files.failure()) is not None and self._failed.get(run.run_id) != failure.attempts:
+            self._failed[run.run_id] = failure.attempts
             self._client.set_terminated(run_id, "FAILED")
 
     def _describe(self, run: RunSpec, run_id: str) -> None:
@@ -137,7 +139,8 @@ class Tracker:
         if recorded is not None and recorded["uri"] == self._uri:
             return str(recorded["mlflow_run_id"])
         experiment = self._ensure_experiment()
-        identity = f"{str(self._sweep).rsplit('/', 1)[-1]}/{name}" if parent is None else f"{parent}/{name}"
+        # Two sweeps of one spec may lie in folders of one name: the whole place tells them apart.
+        identity = f"{content_hash(str(self._sweep))[:16]}/{name}" if parent is None else f"{parent}/{name}"
         found = self._search(experiment, identity)
         if not found:
             tags = {IDENTITY_TAG: identity, "data_hash": self._manifest.data_hash}
@@ -151,9 +154,8 @@ class Tracker:
         return found[0]
 
     def _search(self, experiment: str, identity: str) -> list[str]:
-        quoted = identity.replace("'", "")
         runs = self._client.search_runs(
-            [experiment], f"tags.`{IDENTITY_TAG}` = '{quoted}'", order_by=["attributes.start_time ASC"]
+            [experiment], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time ASC"]
         )
         return [run.info.run_id for run in runs]
 

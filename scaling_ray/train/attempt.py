@@ -28,7 +28,6 @@ from scaling_ray.runs import RunSpec, differing
 from scaling_ray.storage import Place
 from scaling_ray.train.checkpoint import (
     KEPT,
-    MARKER,
     Checkpoint,
     Checkpoints,
     Progress,
@@ -120,16 +119,17 @@ class Attempt:
             if found is not None:
                 self._orphans = self._earlier[age + 1 :]
                 self.take_over_rows(place, found[0].optimizer_steps)
-                self._note(notes, found[0].optimizer_steps)
+                self.note(notes, found[0].optimizer_steps)
                 return found
-        self._note(notes, 0)
+        self.note(notes, 0)
         return None
 
     def take_over_rows(self, place: Place, steps: int) -> None:
         """Start this attempt's rows with those of an earlier attempt, up to update number ``steps``."""
         self.metrics = MetricsLog(self.place, [row for row in read_rows(place) if row["optimizer_steps"] <= steps])
 
-    def _note(self, notes: list[str], steps: int) -> None:
+    def note(self, notes: list[str], steps: int) -> None:
+        """Write a row of kind "note" for each."""
         for note in notes:
             self.metrics.write({"kind": "note", "optimizer_steps": steps, "note": note})
 
@@ -155,10 +155,7 @@ class Attempt:
             best = checkpoints.read(BEST, steps)
         except UNREADABLE:
             return False
-        target = self.checkpoints.folder(BEST, steps)
-        names = [name for name in best.folder.names() if name != MARKER]
-        for name in [*names, MARKER]:
-            best.folder.copy(name, target, name)
+        best.copy_to(self.checkpoints.folder(BEST, steps))
         return True
 
     def commit(self, result: RunResult) -> bool:
@@ -179,10 +176,7 @@ def publish_winner(files: RunFiles) -> None:
     there = winner.names()
     best = newest(Checkpoints(winner.below(CHECKPOINTS)), BEST, [])
     if best is not None:
-        target = files.place.below(f"{CHECKPOINTS}/{BEST}")
-        names = [name for name in best.folder.names() if name != MARKER]
-        for name in [*names, MARKER]:
-            best.folder.copy(name, target, name)
+        best.copy_to(files.place.below(f"{CHECKPOINTS}/{BEST}"))
     for name in (TEST_CELLS, TEST_GENES, METRICS):
         if name in there:
             winner.copy(name, files.place, name)

@@ -93,7 +93,7 @@ def bench_run(run: RunSpec, seconds: float, members: int = 1) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     update, wait = made_updates(run, members, device)
     rate = rate_of(update, wait, run.train.cells_per_step * members, seconds)
-    flops = training_flops_per_cell(run.shape, run.genes, round(run.genes * run.train.mask_fraction))
+    flops = training_flops_per_cell(run.shape, run.genes, run.masked_genes_per_cell)
     dtype = torch.bfloat16 if run.execution.precision == "bf16" else torch.float32
     peak = matmul_rate(device, dtype)
     return {

@@ -67,6 +67,12 @@ class Checkpoint:
     folder: Place
     facts: dict[str, Any]
 
+    def copy_to(self, target: Place) -> None:
+        """Make ``target`` a folder of the same checkpoint, its marker last."""
+        names = [name for name in self.folder.names() if name != MARKER]
+        for name in [*names, MARKER]:
+            self.folder.copy(name, target, name)
+
     def tensors(self) -> dict[str, Tensor]:
         """The whole state, assembled from all ranks' pieces where ranks wrote it in parts."""
         return read_state(self.folder)

@@ -126,7 +126,7 @@ def train(trainee: Trainee, signals: Signals) -> None:
     rules, attempts = run.train, trainee.attempts
     every = row_interval(trainee.total_steps)
     clock = since = saved = asked = time.monotonic()
-    unsettled = 0
+    counted, unsettled = trainee.steps, 0
     while trainee.steps < trainee.total_steps and trainee.running():
         trainee.update()
         unsettled += 1
@@ -140,16 +140,18 @@ def train(trainee: Trainee, signals: Signals) -> None:
         norms, unsettled = trainee.settle(), 0
         running, now = trainee.running(), time.monotonic()
         if is_row and attempts is not None:
-            speed = every * rules.cells_per_step / max(now - since, 1e-9)
+            speed = (trainee.steps - counted) * rules.cells_per_step / max(now - since, 1e-9)
             for r in running:
                 rate = trainee.lr(r, trainee.steps - 1)
                 attempts[r].metrics.write(train_row(trainee.members[r], rate, norms[r], speed))
-            since = now
+            since, counted = now, trainee.steps
         found = trainee.evaluate_curve() if is_evaluation else {}
         now = time.monotonic()
         for r in running:  # members share the time equally
             trainee.members[r].train_seconds += (now - clock) / len(running)
-        clock, since = now, now if is_evaluation else since
+        clock = now
+        if is_evaluation:  # the speed of a row is that of training alone
+            since, counted = now, trainee.steps
         if attempts is not None:
             for r, (loss, smoothed, _) in found.items():
                 attempts[r].metrics.write(eval_row(trainee.members[r], loss, smoothed))

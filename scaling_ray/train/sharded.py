@@ -12,7 +12,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scaling_ray.storage import Place
+from scaling_ray.storage import Place, file_sha256
 
 WHOLE = "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,12 +72,6 @@ def generator_name(rank: int) -> str:
 
 def _shard_name(rank: int, ranks: int) -> str:
     return f"state-rank{rank}of{ranks}"
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_tensors(place: Place, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -320,8 +320,9 @@ class StackedLoop:
 
     def resume(self, earlier: list[Checkpoints]) -> None:
         """Go on from the newest whole checkpoint of earlier attempts (the latest first); else from the beginning."""
+        notes: list[str] = []
         for checkpoints in earlier:
-            found = newest(checkpoints, LAST, [])
+            found = newest(checkpoints, LAST, notes)
             if found is None or len(found.facts["members"]) != len(self.runs):
                 continue
             facts = found.facts
@@ -330,7 +331,9 @@ class StackedLoop:
             self.load(facts["steps"], members, failures, found.tensors())
             for attempt, token in zip(self.attempts or [], facts["tokens"], strict=True):
                 attempt.take_over_rows(attempt.files.place.below(f"{ATTEMPTS}/{token}"), self.steps)
-            return
+            break
+        for attempt in self.attempts or []:
+            attempt.note(notes, self.steps)
 
 
 def repeated(targets: Tensor, times: int) -> Tensor:

@@ -39,34 +39,23 @@ PREEMPTION_FAILURES = 20
 STALL_SECONDS = 300.0
 """Time without a step of any kind after which a worker group is ended."""
 
-CONTROLLER_CPUS = 0
-"""Ray Train's controller asks for no CPU of the cluster; the sweep's driver is no Ray task at all."""
 
+def preflight(run: RunSpec, cluster_resources: Mapping[str, float]) -> str | None:
+    """Why the run could never start on a cluster of these resources, or None.
 
-def required_cpus(run: RunSpec, driver_cpus: int = CONTROLLER_CPUS) -> int:
-    """CPUs that must be free at once for the group to start; ``driver_cpus`` where the caller itself holds some."""
-    return driver_cpus + run.execution.workers * run.execution.cpus
-
-
-def preflight(run: RunSpec, cluster_resources: Mapping[str, float], driver_cpus: int = CONTROLLER_CPUS) -> str | None:
-    """Why the run's worker group could never start on a cluster of these resources, or None.
-
-    Ray would wait for ever, and say little. Only totals over nodes are compared; whether each worker's CPUs are on one
-    node is not checked.
+    Ray would wait for ever, and say little. Only totals over nodes are compared; whether each worker's share is on one
+    node is not checked. Ray Train's controller and the sweep's driver ask for no CPU.
     """
-    cpus, gpus = cluster_resources.get("CPU", 0.0), cluster_resources.get("GPU", 0.0)
-    needed = required_cpus(run, driver_cpus)
-    if cpus < needed:
-        return (
-            f"resources.workers.{run.size} = {run.execution.workers} with train.threads = {run.execution.cpus} "
-            f"needs {needed} CPUs ({driver_cpus} of them for the driver), the cluster has {cpus:g}; "
-            "use fewer workers or threads, or more CPUs"
-        )
-    if 0 < gpus < run.execution.workers:
-        return (
-            f"resources.workers.{run.size} = {run.execution.workers} needs as many GPUs, the cluster has {gpus:g}; "
-            "use fewer workers, or more GPUs"
-        )
+    execution = run.execution
+    group = f"resources.workers.{run.size} = {execution.workers} with train.threads = {execution.cpus}"
+    for name, each in (("CPU", float(execution.cpus)), ("GPU", execution.gpus)):
+        needed = execution.workers * each
+        there = cluster_resources[name] if name in cluster_resources else 0.0
+        if there < needed:
+            return (
+                f"{group} needs {needed:g} {name}s, the cluster has {there:g}; "
+                f"use fewer workers or threads, or more {name}s"
+            )
     return None
 
 
