@@ -2,7 +2,7 @@
 # make cells  the same on your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
 # make bench  measures the data plane (half an hour), the training step and the laws into reports/benchmarks/;
-#             make bench-data, bench-train, bench-laws for one, BENCH='--only stream' for a part of it
+#             make bench-data, bench-train, bench-laws, bench-results for one, BENCH='--only stream' for a part of it
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 DEMO ?= out/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test test-slow bench bench-data bench-train bench-laws check clean
+.PHONY: setup demo cells test test-slow bench bench-data bench-train bench-laws bench-results check clean
 
 setup: $(READY)
 
@@ -37,7 +37,7 @@ test: setup
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not network and not gpu"
 
-bench: bench-data bench-train bench-laws
+bench: bench-data bench-train bench-laws bench-results
 
 bench-data: setup
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/peers tiledbsoma-ml==0.1.0
@@ -48,6 +48,9 @@ bench-train: setup
 
 bench-laws: setup
 	@$(BIN)/python benchmarks/laws.py $(BENCH)
+
+bench-results: setup
+	@$(BIN)/python benchmarks/results_table.py --out reports/benchmarks/results-table.json $(BENCH)
 
 check: setup
 	@$(BIN)/ruff check .

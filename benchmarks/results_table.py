@@ -22,6 +22,7 @@ from scaling_ray.results.sweep_files import METRICS, RESULT, TEST_CELLS, TEST_GE
 from scaling_ray.results.write import ResultsTable
 from scaling_ray.runs import RunSpec, runs_of
 from scaling_ray.spec import parse_spec
+from scaling_ray.storage import write_json
 
 SPEC = """
 name = "many"
@@ -99,13 +100,17 @@ def seconds_per_end(runs: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Print both, and their ratio, as JSON."""
+    """Print both, and their ratio, as JSON; keep them where a file is named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=20, help="announcements of which the median is taken")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file to keep the figures in")
     options = parser.parse_args()
     few, many = (seconds_per_end(runs, options.repeats) for runs in (200, 2_000))
     ratio = many["announcement_seconds"] / few["announcement_seconds"]
-    print(json.dumps({"few": few, "many": many, "ratio": ratio, "machine": machine()}, indent=1))
+    found = {"few": few, "many": many, "ratio": ratio, "machine": machine()}
+    print(json.dumps(found, indent=1))
+    if options.out is not None:
+        write_json(options.out, found)
     return 0
 
 
