@@ -137,9 +137,33 @@ def build_parser() -> argparse.ArgumentParser:
         "table",
         type=place,
         metavar="SWEEP_DIR|TABLE",
-        help="directory or s3:// URI of a sweep, or a .csv or .parquet file with columns params and loss",
+        help="directory or s3:// URI of a sweep, or a table (.csv, .tsv, .parquet) with columns params and loss",
     )
     fit.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    fit.add_argument(
+        "--loss", metavar="COLUMN", default=None, help="the column of a table that is the loss, where several are"
+    )
+    fit.add_argument("--log-loss", action="store_true", help="fit the natural logarithm of the loss (of a perplexity)")
+    fit.add_argument(
+        "--same",
+        metavar="COLUMN",
+        action="append",
+        default=[],
+        help="ignore a column that differs between repeats; repeatable",
+    )
+    fit.add_argument(
+        "--by", metavar="COLUMN", default=None, help="fit each value of a column apart; --out holds all of them"
+    )
+    fit.add_argument(
+        "--last", metavar="COLUMN", default=None, help="of each run, keep the row that is last along a column"
+    )
+    fit.add_argument(
+        "--best",
+        metavar="COLUMN",
+        action="append",
+        default=[],
+        help="of each size and data, keep the value of a column with the lowest mean loss; repeatable",
+    )
     audit = verb(top, "audit", verbs.audit, "re-read the published law: what was reported, what the same runs support")
     audit.add_argument("--out", type=Path, required=True, help="directory of audit.json and audit.html")
     audit.add_argument(

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_ray.errors import BadInput, DamagedFiles
@@ -131,18 +132,61 @@ def sweep(options: argparse.Namespace) -> int:
 
 
 def fit(options: argparse.Namespace) -> int:
-    """Fit laws to a table."""
-    from scaling_ray.results.cohorts import fit_place
+    """Fit laws to a sweep or a table."""
     from scaling_ray.storage import output_directory, write_json
 
     output_directory(options.out.parent)
-    found = fit_place(options.table)
+    if str(options.table).startswith("s3://") or Path(options.table).is_dir():
+        found = _fit_sweep(options)
+    else:
+        found = _fit_table(options)
     write_json(options.out, found)
-    headline = found["headline"]
-    used = {name: column for name, column in found["columns_used"].items() if column is not None}
-    say("columns used: " + ", ".join(n if n == column else f"{n} = {column}" for n, column in used.items()))
-    print(f"{headline['verdict']}: {'; '.join(headline['reasons']) or headline['form']}")
+    from scaling_ray.results.table_fit import said
+
+    print("\n".join(said(found)))
     return 0
+
+
+def _fit_sweep(options: argparse.Namespace) -> dict[str, Any]:
+    from scaling_ray.results.cohorts import fit_place
+
+    for name in ("same", "by", "last", "best", "loss", "log_loss"):
+        if getattr(options, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise BadInput(flag, getattr(options, name), "is for tables; of a sweep, fit its results.csv")
+    found = fit_place(options.table)
+    _say_columns(found)
+    return found
+
+
+def _fit_table(options: argparse.Namespace) -> dict[str, Any]:
+    from scaling_ray.results.foreign import read_table
+    from scaling_ray.results.table_fit import fit_read_table
+
+    table = read_table(
+        options.table,
+        same=options.same,
+        by=options.by,
+        last=options.last,
+        best=options.best,
+        loss=options.loss,
+        log_loss=options.log_loss,
+    )
+    found = fit_read_table(table)
+    for name, part in table.parts.items() or [("", table)]:
+        _say_columns(found["cohorts"][name] if name else found, name)
+        for note in part.notes:
+            say(f"{name}: {note}" if name else note)
+    return found
+
+
+def _say_columns(found: dict[str, Any], part: str = "") -> None:
+    """Which column was read as what, and which rows were left out and why."""
+    before = f"{part}: " if part else ""
+    used = {name: column for name, column in found["columns_used"].items() if column is not None}
+    say(before + "columns used: " + ", ".join(n if n == column else f"{n} = {column}" for n, column in used.items()))
+    for left_out in found["excluded"]:
+        say(f"{before}{left_out['runs']} runs left out: {left_out['reason']}")
 
 
 def audit(options: argparse.Namespace) -> int:

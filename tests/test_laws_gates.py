@@ -87,7 +87,12 @@ def test_the_published_law_is_refused_because_declared_choices_disagree() -> Non
 
 
 def test_pooled_runs_of_other_genes_and_budgets_are_refused() -> None:
-    text = reasons(read_table(ALL_RUNS))
+    with pytest.raises(BadInput, match="group: .*micro_steps"):
+        read_table(ALL_RUNS)
+    with ALL_RUNS.open(newline="") as handle:
+        runs = list(csv.DictReader(handle))
+    table = {name: [run[name] for run in runs] for name in ("params", "genes", "micro_steps")}
+    text = reasons(table | {"loss": [run["val_mse"] for run in runs]})
     assert "mixed cohorts" in text and "genes" in text and "micro_steps" in text
 
 

@@ -50,29 +50,64 @@ def _column(role: ColumnRole, unit: str = "", *aliases: str, required: bool = Fa
     return field(default=None, metadata=_facts(role, unit, *aliases, required=required, agrees=agrees))
 
 
+def _names_of_params(*things: str) -> tuple[str, ...]:
+    """What a number of parameters is called elsewhere; the words alone first, as far as they are no declared name."""
+    forms = ("{0}", "n_{0}", "num_{0}", "total_{0}", "{0}_total", "model_{0}", "number_of_{0}", "trainable_{0}")
+    names = [form.format(thing) for form in forms for thing in things]
+    return (*(name for name in names if name != "params"), "parameter_count", "param_count", "params_count", "nparams")
+
+
+_TOKENS = (
+    *("tokens", "n_tokens", "num_tokens", "training_tokens", "total_tokens", "train_tokens", "tokens_trained"),
+    *("n_train_tokens", "num_train_tokens", "dataset_tokens", "unique_tokens", "n_cells", "num_cells", "d"),
+)
+_HELD_OUT = (
+    *("valid_loss", "dev_loss", "heldout_loss", "held_out_loss", "val_nll", "eval_nll", "validation_nll", "loss_val"),
+    *("val_bpb", "eval_bpb", "validation_bpb", "val_cross_entropy", "eval_cross_entropy"),
+)
+_BITS = ("bpb", "bits_per_byte", "bits_per_token", "bpc", "bits_per_character")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One run of a sweep; what is not known yet, or does not exist for it, is None."""
 
-    run_id: str = _always("identity")
+    run_id: str = _always("identity", "", "run_uuid", "wandb_id")
     role: Literal["law", "rate"] = _always("identity")
-    status: Literal["waiting", "running", "done", "failed"] = _always("state")
+    status: Literal["waiting", "running", "done", "failed"] = _always("state", "", "state", "run_status", "run_state")
     failure: str | None = _column("state")
     size: str = _always("axis")
     width: int | None = _column("axis", "units")
     layers: int | None = _column("axis")
     heads: int | None = _column("axis")
     feedforward: int | None = _column("axis", "multiple of width")
-    params: int = _always("axis", "parameters", "parameters", "n_params", "num_params", "model_size", "n")
-    params_without_embedding: int | None = _column("axis", "parameters", "non_embedding_params")
-    genes: int = _always("axis", "genes", agrees="within_law")
-    cells: int | None = _column(
-        "axis", "unique training cells", "tokens", "n_tokens", "num_tokens", "training_tokens", "d", required=True
+    params: int = _always("axis", "parameters", *_names_of_params("params", "parameters"), "model_size", "n")
+    params_without_embedding: int | None = _column(
+        "axis",
+        "parameters",
+        "non_embedding_params",
+        "params_non_embedding",
+        "non_embedding_parameters",
+        "n_params_non_embedding",
+        "num_non_embedding_params",
+        "n_non_embedding_params",
     )
+    genes: int = _always("axis", "genes", agrees="within_law")
+    cells: int | None = _column("axis", "unique training cells", *_TOKENS, required=True)
     cells_requested: str | None = _column("axis", "cells, or all")
     donors: int | None = _column("axis", "donors", agrees="within_law")
-    seed: int = _always("axis", "", "replicate")
-    lr: float | None = _column("protocol", "peak learning rate", agrees="by_size", required=True)
+    seed: int = _always("axis", "", "replicate", "random_seed", "rng_seed", "init_seed", "model_seed", "repeat", "rep")
+    lr: float | None = _column(
+        "protocol",
+        "peak learning rate",
+        "learning_rate",
+        "max_lr",
+        "peak_lr",
+        "max_learning_rate",
+        "peak_learning_rate",
+        agrees="by_size",
+        required=True,
+    )
     lr_at_edge: bool | None = _column("note")
     recipe: str | None = _column("protocol", agrees="within_law", required=True)
     umi_fraction: float | None = _column("protocol", "share of molecules", agrees="within_law")
@@ -83,15 +118,29 @@ class Row:
     masked_genes_seen: int | None = _column("count", "masked genes", required=True)
     optimizer_steps: int | None = _column("count", "updates", required=True)
     flops: float | None = _column(
-        "count", "matrix FLOP", "training_flop", "training_flops", "flop", "compute", required=True
+        "count",
+        "matrix FLOP",
+        "training_flop",
+        "training_flops",
+        "flop",
+        "compute",
+        "total_flops",
+        "train_flops",
+        "total_flop",
+        "training_compute",
+        "train_compute",
+        "c",
+        required=True,
     )
     wall_seconds: float | None = _column("count", "s", required=True)
     loss_unit: str | None = _column("protocol", agrees="within_law", required=True)
     val_loss: float | None = _column(
-        "loss", "loss_unit", "val_mse", "best_val_mse", "validation_loss", "eval_loss", required=True
+        "loss", "loss_unit", "val_mse", "best_val_mse", "validation_loss", "eval_loss", *_HELD_OUT, required=True
     )
     final_val_loss: float | None = _column("loss", "loss_unit", "final_loss", "final_val_mse", required=True)
-    test_loss: float | None = _column("loss", "loss_unit", "test_mse", required=True)
+    test_loss: float | None = _column(
+        "loss", "loss_unit", "test_nll", "test_bpb", "loss_test", "test_mse", required=True
+    )
     best_cells_seen: int | None = _column("count", "cell presentations")
     stop_reason: str | None = _column("state", required=True)
     undertrained: bool | None = _column("note")
@@ -143,10 +192,11 @@ def _foreign(name: str, kind: type, *facts: Any, agrees: Agrees = "") -> Column:
 
 
 FOREIGN = (
-    _foreign("loss", float, "loss", "loss_unit", "mse", "l"),
+    _foreign("loss", float, "loss", "loss_unit", "mse", "nll", "cross_entropy", "ce_loss", "lm_loss", *_BITS, "l"),
     _foreign("micro_batch", int, "execution", "cells or tokens", agrees="within_law"),
     _foreign("accumulation", int, "execution", "micro-batches", agrees="within_law"),
     _foreign("micro_steps", int, "protocol", "micro-batches", agrees="by_size"),
+    _foreign("best_micro_step", int, "count", "micro-batches"),
     _foreign("count_bits", float, "loss", "bits per masked gene"),
     _foreign("nb_bits", float, "loss", "bits per masked gene"),
     _foreign("multinomial_bits", float, "loss", "bits per masked gene"),
