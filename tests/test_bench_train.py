@@ -137,10 +137,10 @@ def test_a_sweep_probes_once_and_keeps_to_it(tiny_shards: Path, tmp_path: Path) 
     run_sweep(spec, tiny_shards, tmp_path / "sweep", lines.append)
     assert any(line.startswith("measuring micro-batches of") for line in lines)
     plan = json.loads((tmp_path / "sweep" / "plan.json").read_text())
-    assert sorted(plan["probed"]) == sorted(cell["run_id"] for cell in plan["settings"])
-    for cell in plan["settings"]:
-        result = json.loads((tmp_path / "sweep" / "runs" / cell["run_id"] / "result.json").read_text())
-        assert result["micro_batch"] == cell["micro_batch"]
+    assert sorted(plan["probed"]) == sorted(setting["run_id"] for setting in plan["settings"])
+    for setting in plan["settings"]:
+        result = json.loads((tmp_path / "sweep" / "runs" / setting["run_id"] / "result.json").read_text())
+        assert result["micro_batch"] == setting["execution"]["micro_batch"]
     first = plan["settings"][0]["run_id"]
     (tmp_path / "sweep" / "runs" / first / "result.json").unlink()
     lines.clear()

@@ -121,8 +121,8 @@ def test_the_light_verbs_work(installed: Installation, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "extras"),
     [
-        (["sweep", "demo", "--shards", "shards", "--out", "out"], "train,cluster,track"),
-        (["run", "demo", "--out", "out"], "train,cluster,census,track"),
+        (["sweep", "demo", "--shards", "shards", "--out", "out"], "train,cluster"),
+        (["run", "demo", "--out", "out"], "train,cluster,census"),
         (["census", "plant", "--out", "census"], "census"),
         (["shards", "verify", "s3://bucket/shards"], "s3"),
     ],

@@ -153,7 +153,9 @@ def _plan(state: SweepState) -> None:
         unknown = sorted({probe_name(run) for run in runs if run.run_id not in plan["probed"]})
         if unknown:
             state.progress(f"measuring micro-batches of {', '.join(unknown)}")
-        plan = probe_micro_batches(state.files, runs, plan)
+        # A measured micro-batch changes the bytes that are planned.
+        plan, runs = make_plan(state.spec, None, probe_micro_batches(state.files, runs, plan))
+        state.files.write_plan(plan)
     rates = {run.run_id: run.lr for run in state.runs}
     planned = as_planned(runs, plan)
     state.stacks = [list(stack) for stack in plan["stacks"]]
