@@ -15,7 +15,7 @@ import pytest
 from conftest import rows_at, small_run, synthetic_cells, write_cells_as_shards
 from safetensors import SafetensorError
 
-from scaling_ray.errors import Preempted, Stalled
+from scaling_ray.errors import BadInput, Preempted, Stalled
 from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import SPLITS
@@ -139,7 +139,7 @@ def test_a_rank_that_fails_ends_the_group_with_its_own_error(
 
     disturbance = Disturbance(tmp_path, 2, forbid_writing)
     disturbance.start()
-    with pytest.raises((OSError, SafetensorError), match="File too large"):
+    with pytest.raises((OSError, SafetensorError, BadInput), match="File too large"):
         train(group(engine, stage, 2), shards, tmp_path)
     disturbance.join(60)
     assert not disturbance.problem
