@@ -1,0 +1,107 @@
+"""Laws without a power that may describe the same settings as well, and what they predict.
+
+An exponent is an answer only where the runs tell a power law from its rivals: a logarithm, an exponential approach to
+a floor, and a law that stops falling at some size. Whatever cannot be told apart within the modelled noise takes the
+exponent away, and widens the prediction to hold its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import fdtri
+
+from scaling_ray.laws.fit import Floats
+from scaling_ray.laws.forms import EXPONENT_SEARCH
+from scaling_ray.laws.law import Fitted
+from scaling_ray.laws.valley import EXPONENTIAL, STOPS, Valley
+
+_FORMULAS = {
+    STOPS: "a logarithm of {x} that may stop falling ({x}0)",
+    EXPONENTIAL: "an exponential approach, exp(-{x} / {x}0)",
+}
+_SYMBOLS = {"params": "P", "cells": "D", "flops": "C"}
+_ALPHAS, _BREAKS, _ZOOMS = 61, 25, 6
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One law without a power of ``axis``, fitted to the same settings."""
+
+    axis: str
+    formula: str
+    excess: float  # misfit above that of the power law, in units of the modelled noise
+    as_good: bool
+    loss_at: Callable[[Mapping[str, float]], float]
+
+
+def rivals_of(law: Fitted) -> list[Rival]:
+    """Every rival of a law with a floor; empty where the law was not fitted, or nothing is known of the noise."""
+    form, points = law.form, law.points
+    if law.best is None or form.floor is None or not form.exponents or law.width.allowed is None:
+        return []
+    scale = 1.0 if law.noise.variance is not None else law.width.variance
+    freedom = law.noise.freedom if law.noise.variance is not None else law.width.freedom
+    limit = float(fdtri(1, freedom, 0.95)) if freedom >= 1 else np.inf
+
+    def rival(axis: str, formula: str, misfit: float, loss_at: Callable[[Mapping[str, float]], float]) -> Rival:
+        assert law.best is not None
+        excess = (misfit - law.best.misfit_rss) / scale
+        return Rival(axis, formula, excess, bool(excess <= limit), loss_at)
+
+    found = []
+    for axis in form.axes:
+        if points.distinct(axis).size < 3:
+            continue
+        for shape, words in _FORMULAS.items():
+            misfit, loss_at = _fit_shape(law, axis, shape)
+            found.append(rival(axis, words.format(x=_SYMBOLS[axis]), misfit, loss_at))
+    if form.axes == ("params",) and points.distinct("params").size >= 4:
+        misfit, loss_at = _power_that_stops(points.loss, points.weight, np.log(points.axes["params"]))
+        found.append(rival("params", "a power without a floor that stops (a min(P, P0)^-alpha)", misfit, loss_at))
+    return found
+
+
+def _fit_shape(law: Fitted, axis: str, shape: str) -> tuple[float, Callable[[Mapping[str, float]], float]]:
+    """Misfit and prediction of the form with another shape of one axis."""
+    loss, weight = law.points.loss, law.points.weight
+    valley = Valley(law.form, law.points.axes, {axis: shape})
+    misfit, logs = valley.minimum(loss, weight, valley.whole(loss, weight))
+    there = valley.scan(loss, weight, [np.array([value]) for value in logs])
+    return misfit, lambda place: valley.value(there, valley.place_weights(there, place))
+
+
+def _power_that_stops(
+    loss: Floats, weight: Floats, logs: Floats
+) -> tuple[float, Callable[[Mapping[str, float]], float]]:
+    """``a min(P, P0)^-alpha``, P0 no larger than the second largest size: beyond it nothing would have stopped."""
+    sizes = np.unique(logs)
+    start = float(sizes[0])
+    edges = np.log(EXPONENT_SEARCH)
+    alphas, breaks = np.linspace(*edges, _ALPHAS), np.linspace(float(sizes[1]), float(sizes[-2]), _BREAKS)
+
+    def solve(log_alphas: Floats, ends: Floats) -> tuple[Floats, Floats]:
+        reach = np.minimum(logs[None, :], ends[:, None]) - start  # (B, S)
+        column = np.exp(-np.exp(log_alphas)[:, None, None] * reach[None])  # (A, B, S)
+        square, product = column**2 @ weight, column @ (weight * loss)
+        return float(weight @ loss**2) - product**2 / square, product / square
+
+    best, centre, coefficient = np.inf, (0.0, 0.0), 0.0
+    for _ in range(_ZOOMS):
+        misfit, solved = solve(alphas, breaks)
+        i, j = np.unravel_index(int(np.argmin(misfit)), misfit.shape)
+        if misfit[i, j] < best:
+            best, centre = float(misfit[i, j]), (float(alphas[i]), float(breaks[j]))
+            coefficient = float(solved[i, j])
+        steps = [(g[1] - g[0]) if g.size > 1 else 0.0 for g in (alphas, breaks)]
+        alphas = np.linspace(max(centre[0] - steps[0], edges[0]), min(centre[0] + steps[0], edges[1]), 13)
+        low, high = float(sizes[1]), float(sizes[-2])
+        breaks = np.linspace(max(centre[1] - steps[1], low), min(centre[1] + steps[1], high), 13)
+    alpha, end = float(np.exp(centre[0])), centre[1]
+
+    def loss_at(place: Mapping[str, float]) -> float:
+        return coefficient * float(np.exp(-alpha * (min(np.log(place["params"]), end) - start)))
+
+    return max(best, 0.0), loss_at
