@@ -32,9 +32,7 @@ def f_tests(form: Form, points: Points, noise: Noise, best: Solution) -> Tests:
     """
     left = points.n_settings - len(form.parameters)
     if noise.variance is None:
-        effects = {
-            axis: None if left < MIN_FREEDOM else _nested_effect(form, points, best, axis) for axis in form.axes
-        }
+        effects = {axis: None if left < MIN_FREEDOM else _nested_effect(form, points, best, axis) for axis in form.axes}
         return Tests(effects, None, left >= MIN_FREEDOM)
     exact = max(float(np.min(noise.variance)), 1e-20 * float(np.max(points.loss**2)))
     by_noise = replace(points, run_weight=1.0 / np.maximum(noise.variance, exact), replicate_rss=noise.freedom)

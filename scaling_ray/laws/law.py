@@ -195,7 +195,9 @@ def _width(problem: Problem, best: Solution, noise: Noise) -> Width:
     elif misfit > 1.0:
         variance, freedom = misfit, float(left)
     else:
-        variance, freedom = 1.0, noise.freedom
+        # Satterthwaite: the declared part of the variance is known exactly, that of the runs as replicates show it.
+        shares = noise.variance / points.runs / noise.of_means(points.runs)
+        variance, freedom = 1.0, noise.freedom / max(float(np.mean(shares**2)), 1e-3)
     allowed = max(variance * float(fdtri(1, freedom, 0.95)), statistical or 0.0)
     return Width(variance, freedom, allowed, statistical)
 

@@ -1,9 +1,9 @@
 """The noise between runs of one setting, modelled by size: in a real sweep small sizes may spread 15 times as far.
 
-The replicates choose between one variance for all, a variance that grows with the loss above the lowest one, and
-variances of sizes shrunk towards that (Smyth, Stat. Appl. Genet. Mol. Biol. 3 (2004) 3): the sum of squares of a size,
-over its expected variance, follows an F distribution with the prior's degrees of freedom, and each step away from one
-common variance must raise twice the log likelihood by more than 3.84.
+The replicates choose between one variance for all, a variance that grows with the loss above the lowest one or falls
+with the size, and variances of sizes shrunk towards any of these (Smyth, Stat. Appl. Genet. Mol. Biol. 3 (2004) 3): the
+sum of squares of a size, over its expected variance, follows an F distribution with the prior's degrees of freedom, and
+each step away from one common variance must raise twice the log likelihood by more than 3.84.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from scaling_ray.laws.fit import Floats, Points
 
 LEAST_MISFIT = 0.01
 """Standard deviation of a setting around its law, as a share of the loss drop, below which no law is trusted."""
+SHARED_BEYOND = 6
+"""Values of one axis from which neighbours share their misfit, so that more of them in between average nothing out."""
 MIN_FREEDOM = 4
 """Degrees of freedom from which replicates, or else residuals, count as knowledge of the noise."""
 
 _SOFTENING = 0.05  # of the drop: how near the lowest loss the trend may tell settings apart
-_SLOPES = np.linspace(0.0, 3.0, 16)  # of the log variance by the log loss above the lowest
+_SLOPES = np.linspace(0.0, 3.0, 16)  # of the log variance, along a trend that spans log(1 / _SOFTENING)
 _PRIORS = np.array([np.inf, 32.0, 16.0, 8.0, 4.0])  # degrees of freedom of the shared variance
 _STEP = 3.84 / 2
 _ROUNDS = 12
-COMMON, GROWING, BY_SIZE, GROWING_BY_SIZE, RESIDUAL = (
-    "one variance for all sizes",
-    "a variance that grows with the loss",
-    "variances of sizes, shrunk towards one",
-    "variances of sizes, shrunk towards one that grows with the loss",
-    "residuals, since no setting was repeated often enough",
-)
+COMMON, RESIDUAL = "one variance for all sizes", "residuals, since no setting was repeated often enough"
+TRENDS = ("a variance that grows with the loss", "a variance that falls with the size")
+SHRUNK = "variances of sizes, shrunk towards "
 
 
 @dataclass(frozen=True)
@@ -53,17 +51,32 @@ class Noise:
         return self.variance / runs + self.least_misfit**2
 
 
+@dataclass(frozen=True)
+class _Choice:
+    score: float
+    level: float
+    slope: int
+    prior: int
+    trend: int
+
+
 def drop_of(points: Points) -> float:
     """What the loss falls by over the settings, never zero."""
     drop = float(np.max(points.loss) - np.min(points.loss))
     return max(drop, 1e-9 * float(np.max(np.abs(points.loss))))
 
 
+def least_misfit(points: Points) -> float:
+    """The declared least misfit of a table, as a standard deviation of its settings' means."""
+    share = LEAST_MISFIT
+    if len(points.axes) == 1:
+        share *= float(np.sqrt(max(1.0, points.n_settings / SHARED_BEYOND)))
+    return share * drop_of(points)
+
+
 def model_noise(points: Points) -> Noise:
     """Model the noise of one run from the replicates of a table."""
-    drop = drop_of(points)
-    least = LEAST_MISFIT * drop
-    freedom = points.replicate_freedom
+    least, freedom = least_misfit(points), points.replicate_freedom
     if freedom < MIN_FREEDOM or points.setting_rss is None:
         return Noise(RESIDUAL, None, 0.0, least)
     common = points.replicate_rss / freedom
@@ -72,22 +85,48 @@ def model_noise(points: Points) -> Noise:
         group = np.unique(points.axes["params"], return_inverse=True)[1].reshape(-1)
     else:
         group = np.arange(points.n_settings)
-    groups = int(group.max()) + 1
-    freedoms = np.bincount(group, weights=points.runs - 1, minlength=groups)
+    freedoms = np.bincount(group, weights=points.runs - 1)
     if np.count_nonzero(freedoms) < 3 or common <= 0:
         return one
     # A size whose runs are copies of each other would be infinitely sure of itself.
     squares = np.maximum(points.setting_rss, 1e-8 * common * (points.runs - 1))
-    height = np.log((points.loss - float(np.min(points.loss))) / drop + _SOFTENING)
-    trend = np.exp(_SLOPES[:, None] * (height - height.mean())[None, :])  # (B, S)
-    scaled = np.zeros((_SLOPES.size, groups))
-    log_trend = np.zeros((_SLOPES.size, groups))
-    for i in range(points.n_settings):
-        scaled[:, group[i]] += squares[i] / trend[:, i]
-        log_trend[:, group[i]] += 0.5 * (points.runs[i] - 1) * np.log(trend[:, i])
+    best = _Choice(-np.inf, common, 0, 0, 0)
+    kept: tuple[Floats, Floats] | None = None
+    for number, height in enumerate(_heights(points)):
+        trend = np.exp(_SLOPES[:, None] * (height - height.mean())[None, :])  # (B, S)
+        scaled = np.stack([np.bincount(group, weights=squares / row) for row in trend])
+        jacobian = 0.5 * np.log(trend) @ (points.runs - 1)
+        found = _choose(scaled, freedoms, jacobian, number)
+        if found.score > best.score + 1e-9:
+            best, kept = found, (trend, scaled)
+    if kept is None or (best.slope, best.prior) == (0, 0):
+        return one
+    trend, scaled = kept
+    variance, prior = best.level * trend[best.slope], float(_PRIORS[best.prior])
+    name = TRENDS[best.trend] if best.slope else COMMON
+    if np.isinf(prior):
+        return Noise(name, variance, float(freedom - 1), least)
+    shrunk = (prior + scaled[best.slope] / best.level) / (prior + freedoms)
+    # A moderated variance knows what its size and the prior know, never more than all replicates together.
+    known = min(prior + float(np.mean(freedoms[freedoms > 0])), float(freedom - 1))
+    return Noise(SHRUNK + name, variance * shrunk[group], known, least)
+
+
+def _heights(points: Points) -> list[Floats]:
+    """What a variance may grow with, (S,) each: the loss above the lowest one, and the smallness of the size."""
+    span = float(np.log(1.0 / _SOFTENING))
+    heights = [np.log((points.loss - float(np.min(points.loss))) / drop_of(points) + _SOFTENING)]
+    if "params" in points.axes and points.distinct("params").size > 1:
+        logs = np.log(points.axes["params"])
+        heights.append(span * (logs.max() - logs) / (logs.max() - logs.min()))
+    return heights
+
+
+def _choose(scaled: Floats, freedoms: Floats, jacobian: Floats, trend: int) -> _Choice:
+    """The best slope and prior for sums of squares (B, G) that each slope scaled, with freedoms (G,)."""
     some = freedoms > 0
-    n, q, jacobian = freedoms[some], scaled[:, some], log_trend[:, some].sum(axis=1)
-    best, value, chosen = -np.inf, np.zeros(0), (0, 0)
+    n, q = freedoms[some], scaled[:, some]
+    best = _Choice(-np.inf, 1.0, 0, 0, trend)
     for j, prior in enumerate(_PRIORS):
         level = q.sum(axis=1) / n.sum()
         if np.isinf(prior):
@@ -102,16 +141,6 @@ def model_noise(points: Points) -> Noise:
             likelihood = likelihood - 0.5 * n.sum() * np.log(level)
         score = likelihood - jacobian - _STEP * ((_SLOPES > 0) + float(np.isfinite(prior)))
         k = int(np.argmax(score))
-        if score[k] > best:
-            best, value, chosen = float(score[k]), level, (k, j)
-    k, j = chosen
-    if (k, j) == (0, 0):
-        return one
-    prior, level_here = float(_PRIORS[j]), float(value[k])
-    variance = level_here * trend[k]
-    if np.isinf(prior):
-        return Noise(GROWING, variance, float(freedom - 1), least)
-    shrunk = (prior + scaled[k] / level_here) / (prior + freedoms)
-    # A moderated variance knows what its size and the prior know, never more than all replicates together.
-    known = min(prior + float(np.mean(n)), float(freedom - 1))
-    return Noise(GROWING_BY_SIZE if k else BY_SIZE, variance * shrunk[group], known, least)
+        if score[k] > best.score:
+            best = _Choice(float(score[k]), float(level[k]), k, j, trend)
+    return best

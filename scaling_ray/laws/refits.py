@@ -61,9 +61,7 @@ class Basin:
         return self.valley.ends(self.scan, self.weight, combined, self.limit, open_at_edge=False)
 
 
-def descend(
-    valley: Valley, points: Points, weight: Floats, allowed: float, *, at: Solution | None = None
-) -> Basin:
+def descend(valley: Valley, points: Points, weight: Floats, allowed: float, *, at: Solution | None = None) -> Basin:
     """The basin of a weighting (S,), up to ``allowed`` above its lowest misfit (found here unless ``at`` has it)."""
     coarse = valley.whole(points.loss, weight)
     if at is None:

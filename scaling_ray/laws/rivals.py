@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import fdtri
 
 from scaling_ray.laws.fit import Floats
 from scaling_ray.laws.forms import EXPONENT_SEARCH
@@ -23,6 +22,8 @@ _FORMULAS = {
     EXPONENTIAL: "an exponential approach, exp(-{x} / {x}0)",
 }
 _SYMBOLS = {"params": "P", "cells": "D", "flops": "C"}
+AS_GOOD = 2.0
+"""Difference of twice a log likelihood below which a rival is as good; rivals have as many parameters as the power law."""
 _ALPHAS, _BREAKS, _ZOOMS = 61, 25, 6
 
 
@@ -33,7 +34,7 @@ class Rival:
     axis: str
     formula: str
     excess: float  # misfit above that of the power law, in units of the modelled noise
-    as_good: bool
+    as_good: bool  # whether it is no more than AS_GOOD worse
     loss_at: Callable[[Mapping[str, float]], float]
 
 
@@ -43,13 +44,11 @@ def rivals_of(law: Fitted) -> list[Rival]:
     if law.best is None or form.floor is None or not form.exponents or law.width.allowed is None:
         return []
     scale = 1.0 if law.noise.variance is not None else law.width.variance
-    freedom = law.noise.freedom if law.noise.variance is not None else law.width.freedom
-    limit = float(fdtri(1, freedom, 0.95)) if freedom >= 1 else np.inf
 
     def rival(axis: str, formula: str, misfit: float, loss_at: Callable[[Mapping[str, float]], float]) -> Rival:
         assert law.best is not None
         excess = (misfit - law.best.misfit_rss) / scale
-        return Rival(axis, formula, excess, bool(excess <= limit), loss_at)
+        return Rival(axis, formula, excess, bool(excess <= AS_GOOD), loss_at)
 
     found = []
     for axis in form.axes:

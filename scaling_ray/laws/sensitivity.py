@@ -59,9 +59,7 @@ def without_flagged(form: Form, rows: Rows, flagged: list[Flagged]) -> Compared:
     return _compare(form, clean, kept, all_runs, reason, settles, "flagged")
 
 
-def _compare(
-    form: Form, rows: Rows, kept: Fitted, all_runs: Fitted, reason: str, settles: str, what: str
-) -> Compared:
+def _compare(form: Form, rows: Rows, kept: Fitted, all_runs: Fitted, reason: str, settles: str, what: str) -> Compared:
     if kept.best is None or all_runs.best is None:
         return Compared(rows, [Refusal(reason, settles)], [], [])
     entries, refusals, said = [], [], []
@@ -102,9 +100,7 @@ def without_outlying(form: Form, rows: Rows, law: Fitted, huber: dict[str, float
         return same
     kept = fit_law(form, kept_rows, thorough=False)
     moved = [
-        name
-        for name in form.exponents
-        if kept.best is not None and kept.intervals[name].excludes(law.parameters[name])
+        name for name in form.exponents if kept.best is not None and kept.intervals[name].excludes(law.parameters[name])
     ]
     if not moved:
         return same

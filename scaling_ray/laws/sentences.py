@@ -15,13 +15,15 @@ def sentences(judged: Judged, predictions: dict[str, Any], contrast_lines: list[
         predictions: ``headline.predictions``.
         contrast_lines: sentences of :mod:`contrasts`, sizes first.
     """
-    predicted = next((e["sentence"] for e in predictions["entries"] if e["sentence"] and e["verdict"] != "refused"), None)
+    predicted = next(
+        (e["sentence"] for e in predictions["entries"] if e["sentence"] and e["verdict"] != "refused"), None
+    )
     rest = " ".join(line for line in ([predicted] if predicted else []) + contrast_lines)
     if judged.answered:
         return [_law(judged), rest or "Nothing was predicted beyond the sizes trained."]
     more = len(judged.refusals) - 1
     aside = "" if not more else f" (and {more} more reason{'s' if more > 1 else ''})"
-    first = f"These runs do not determine a scaling exponent: {judged.reasons[0]}{aside}."
+    first = f"Refused: these runs do not determine a scaling exponent, because {judged.reasons[0]}{aside}."
     settles = f"What would settle it first: {judged.settles[0]}." if judged.settles else "Nothing is known yet."
     return [first, f"{rest}" if rest else settles]
 

@@ -284,7 +284,10 @@ def nothing_to_fit(reason: str, columns: Mapping[str, Any], agreement: Agreement
     head |= {"estimator": "least_squares", "size": no_axis, "data": no_axis}
     head["predictions"] = {"verdict": "refused", "reasons": head["reasons"], "entries": []}
     head["predictions"] |= {"held_out": {"covered": 0, "settings": 0}}
-    head["sentences"] = [f"There is nothing to fit: {reason}.", "What would settle it first: runs that finish."]
+    head["sentences"] = [
+        f"Refused: there is nothing to fit ({reason}).",
+        "What would settle it first: runs that finish.",
+    ]
     blank = {"budgets": [], "reason": "there is nothing to fit"}
     return {
         "format": FORMAT,

@@ -6,7 +6,8 @@ runs leave the exponent open. Size, data and both together get one each, and so 
 
 Noise. Replicates say how far runs of one setting spread, and whether small sizes spread further (:mod:`noise`). A
 setting weighs by the variance of its mean: that of its runs, and a declared least misfit with a standard deviation of
-1% of the loss drop, since no sweep is known to follow a power law more closely. Fit, intervals, tests and contrasts use
+1% of the loss drop, since no sweep is known to follow a power law more closely (along one axis neighbours share their
+misfit: beyond six values it counts as that of six). Fit, intervals, tests and contrasts use
 the same variance. Where settings have no replicates, residuals stand in from 4 degrees of freedom on.
 
 Intervals. The variance behind every shown interval is the larger of that noise and of the misfit of setting means, each
@@ -15,7 +16,8 @@ the profiles at the same variance that leave out each size, or each number of ce
 interval, from the noise between runs alone.
 
 Refused: too few sizes; no effect beyond noise (p < 0.001); an exponent on the edge of its search; a shown interval that
-is open or spans a factor of 3; a law without a power that describes the settings as well (:mod:`rivals`); declared
+is open or spans a factor of 3; a law without a power that describes the settings as well (twice its log likelihood is
+less than 2 lower: :mod:`rivals`); declared
 choices that disagree by a factor of 3; runs that cannot be compared (mixed protocols, copies, leaks, a size that is no
 better than the mean of each gene). Approximate: lack of fit (p < 0.01); an exponent that moves by more than noise when
 a size is left out; flagged runs, or a robust estimate, that move the answer within its interval.
