@@ -115,8 +115,8 @@ def test_intervals_from_the_grid_are_those_of_the_exact_profile():
     for name in ("alpha", "c", "a"):
         exact, found = law.intervals[name], there.interval(name)
         width = exact.high - exact.low
-        assert found.low == pytest.approx(exact.low, abs=2e-3 * width)
-        assert found.high == pytest.approx(exact.high, abs=2e-3 * width)
+        assert found.low == pytest.approx(exact.low, abs=5e-3 * width)
+        assert found.high == pytest.approx(exact.high, abs=5e-3 * width)
     sizes, cells = (np.repeat(g.ravel(), 3) for g in np.meshgrid(np.geomspace(1e5, 1e7, 5), np.geomspace(2e3, 2e5, 5)))
     loss = 1 + (sizes / 1e5) ** -0.34 + (cells / 2e3) ** -0.28 + np.random.default_rng(1).normal(0, 0.006, sizes.size)
     problem = Problem(PARAMS_CELLS, gather({"params": sizes, "cells": cells}, loss))
@@ -236,6 +236,6 @@ def test_all_shapes_and_estimators_are_shown_and_aicc_counts_sizes():
     assert own["power_floor"]["delta_aicc"] == 0.0
     # Two seeds in place of one leave six sizes: only their means count, and these are the same here.
     twice = fit_law(POWER_FLOOR, {n: np.repeat(v[cells == 1e5], 2) for n, v in columns.items()}, thorough=False)
-    rss = own["power_floor"]["rss"]
-    assert twice.best.misfit_rss == pytest.approx(2 * rss)
+    rss = own["power_floor"]["rss"]  # of one run per size: its misfit
+    assert twice.unweighted_rss == pytest.approx(2 * rss)
     assert twice.aicc - own["power_floor"]["aicc"] == pytest.approx(6 * np.log(2))

@@ -87,8 +87,8 @@ def contrasts(rows: Rows, axis: str, names: Mapping[float, str], residual: float
             continue
         bound = {"from": float(values[i]), "from_name": names.get(float(values[i])), "at_most": max(0.0, *highs)}
         bounds.append(bound)
-        # A bound that leaves half of all that was gained is a shrug.
-        if settled is None and not any(e["low"] > 0 for e in above) and bound["at_most"] <= 0.5 * drop:
+        # A bound that leaves half of all that was gained is a shrug, unless nothing was gained beyond noise at all.
+        if settled is None and not any(e["low"] > 0 for e in above) and (i == 0 or bound["at_most"] <= 0.5 * drop):
             settled = bound
     found = {"axis": axis, "neighbours": neighbours, "bounds": bounds, "settled_from": settled, "reason": None}
     return found | {"sentence": _sentence(axis, neighbours, settled, names)}

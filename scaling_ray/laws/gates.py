@@ -18,7 +18,7 @@ from scaling_ray.laws.fit import Floats, Points, Solution
 from scaling_ray.laws.forms import EXPONENT_SEARCH, Form
 from scaling_ray.laws.intervals import Interval
 from scaling_ray.laws.law import Fitted
-from scaling_ray.laws.noise import MIN_FREEDOM
+from scaling_ray.laws.noise import MIN_FREEDOM, drop_of
 from scaling_ray.laws.rivals import Rival
 
 MIN_SIZES, MIN_CELL_COUNTS = 4, 3
@@ -122,7 +122,7 @@ def fit_doubts(law: Fitted) -> list[Refusal]:
         return []
     doubts = []
     if tests.lack_of_fit_p is not None and tests.lack_of_fit_p < LACK_OF_FIT_P:
-        drop = float(np.max(points.loss) - np.min(points.loss))
+        drop = drop_of(points)
         share = float(np.sqrt(np.mean(law.residuals**2))) / drop
         doubts.append(
             Refusal(

@@ -135,7 +135,10 @@ def _has_moved(basin: Basin, points: Points, index: int, whole: float, allowed: 
     if abs(basin.logs[index] - whole) < 1e-5:
         return False
     valley = basin.valley
-    grids = [np.linspace(*ends, 121) for ends in valley.ranges]
+    grids = [
+        np.linspace(max(log - 0.5, low), min(log + 0.5, high), 81)
+        for log, (low, high) in zip(basin.logs, valley.ranges, strict=True)
+    ]
     grids[index] = np.array([whole])
     held = valley.scan(points.loss, basin.weight, grids)
-    return bool(held.rss.min() - basin.misfit > allowed)
+    return bool(held.along(index)[0] - basin.misfit > allowed)

@@ -23,7 +23,7 @@ _FORMULAS = {
 }
 _SYMBOLS = {"params": "P", "cells": "D", "flops": "C"}
 AS_GOOD = 2.0
-"""Difference of twice a log likelihood below which a rival is as good; rivals have as many parameters as the power law."""
+"""Twice a log likelihood ratio below which a rival is as good; rivals have as many parameters as the power law."""
 _ALPHAS, _BREAKS, _ZOOMS = 61, 25, 6
 
 

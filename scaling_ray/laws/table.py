@@ -54,7 +54,7 @@ RAY_TOLERANCE = 0.02  # how far log D may lie from a line in log P and still be 
 CONDITIONAL_ON = (
     "Intervals are 95% and conditional on this split: the held-out donors, genes and masks stay as they are. The shown "
     "interval is as wide as the larger of the noise between runs and the misfit of the law makes it, and is the union "
-    "with those of the fits that leave one size (or one number of cells) out; the statistical one is of the noise alone."
+    "with those of the fits that leave one size (or one number of cells) out; the statistical one is of noise alone."
 )
 AICC_NOTE = (
     "AICc compares shapes of the same settings, counts sizes and not rows, and never rescues an exponent that a gate "

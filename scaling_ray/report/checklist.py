@@ -73,7 +73,7 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
         (
             "fit",
             "What is minimised?",
-            "squared error of the loss, over runs, each weighing by the modelled noise of its size; Huber on the log beside it",
+            "squared error of the loss, weighted by the modelled noise of each size; Huber on the log beside it",
         ),
         (
             "fit",
@@ -84,7 +84,7 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
         (
             "fit",
             "Intervals",
-            "95% profiles, as wide as the larger of noise and misfit, and their union with those of every leave-one-out fit",
+            "95% profiles, from the larger of noise and misfit; their union with every leave-one-out fit's",
         ),
         ("fit", "Is the fit tested beyond its points?", _held_out(fit)),
         ("fit", "Is the fit sensitive to choices?", f"{len(fit['choices'])} declared choices, each with its interval"),
