@@ -133,10 +133,20 @@ def fit_doubts(law: Fitted) -> list[Refusal]:
             )
         )
     for name in form.exponents:
+        axis = form.axis_of(name)
+        plural, unit = _AXIS_WORDS[axis]
         moved = [refit for refit in law.refits if refit.exponent == name and refit.moved]
+        if not any(refit.exponent == name for refit in law.refits):
+            values = points.distinct(axis)
+            doubts.append(
+                Refusal(
+                    f"{name} rests on {values.size} {plural}: none can be left out to test it, and other shapes than a "
+                    "power fit so few as well",
+                    f"a further one of {plural}, {_between(values, unit)}",
+                    axis,
+                )
+            )
         if moved:
-            axis = form.axis_of(name)
-            plural, unit = _AXIS_WORDS[axis]
             doubts.append(
                 Refusal(
                     f"{name} leans on single {plural}: without {listed([f'{m.left_out:,.0f}' for m in moved])} {unit} "
@@ -153,7 +163,8 @@ def rival_gates(law: Fitted, rivals: Sequence[Rival]) -> list[Refusal]:
     refusals = []
     for axis in law.form.axes:
         names = [rival.formula for rival in rivals if rival.as_good and rival.axis == axis]
-        if names:
+        # Three values fit any shape: fit_doubts says so, and predictions are widened by the rivals all the same.
+        if names and law.points.distinct(axis).size > MIN_CELL_COUNTS:
             plural, unit = _AXIS_WORDS[axis]
             refusals.append(
                 Refusal(

@@ -85,7 +85,7 @@ def model_noise(points: Points) -> Noise:
         group = np.unique(points.axes["params"], return_inverse=True)[1].reshape(-1)
     else:
         group = np.arange(points.n_settings)
-    freedoms = np.bincount(group, weights=points.runs - 1)
+    freedoms: Floats = np.bincount(group, weights=points.runs - 1).astype(np.float64)
     if np.count_nonzero(freedoms) < 3 or common <= 0:
         return one
     # A size whose runs are copies of each other would be infinitely sure of itself.
@@ -94,7 +94,7 @@ def model_noise(points: Points) -> Noise:
     kept: tuple[Floats, Floats] | None = None
     for number, height in enumerate(_heights(points)):
         trend = np.exp(_SLOPES[:, None] * (height - height.mean())[None, :])  # (B, S)
-        scaled = np.stack([np.bincount(group, weights=squares / row) for row in trend])
+        scaled: Floats = np.stack([np.bincount(group, weights=squares / row) for row in trend]).astype(np.float64)
         jacobian = 0.5 * np.log(trend) @ (points.runs - 1)
         found = _choose(scaled, freedoms, jacobian, number)
         if found.score > best.score + 1e-9:

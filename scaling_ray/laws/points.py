@@ -136,7 +136,7 @@ def select_points(columns: Mapping[str, Any], anchors: Sequence[str], agreement:
         raise BadInput("table", count, "no finished run is left that could be a point of a law")
     table = {name: values[name] if name in values else text[name] for name in names} | {"row": np.arange(count) + 1}
     axes = [name for name in ("params", "cells") if name in table and name in _known(table, keep)]
-    lost = {name: table[name][diverged & ~aside] for name in axes}
+    lost: Rows = {str(name): table[name][diverged & ~aside] for name in axes}
     return Selected(_known(table, keep), _known(table, everyone), excluded, lost)
 
 

@@ -17,7 +17,7 @@ from scaling_ray.laws.fit import Floats, Points, Solution
 from scaling_ray.laws.intervals import Interval
 from scaling_ray.laws.valley import Scan, Valley
 
-MOST_REFITS = 12
+MOST_REFITS, MIN_VALUES = 12, 3
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def leave_one_out(
 ) -> list[Refit]:
     """Refit without each value of ``exponent``'s own axis in turn.
 
-    Empty where a refit would leave fewer settings than parameters, or fewer than two values of the axis.
+    Empty where a refit would leave fewer settings than parameters, or fewer than three values of the axis: two fix no
+    exponent beside a floor, so such refits would say nothing of these runs.
     """
     form, axis = valley.form, valley.form.axis_of(exponent)
     values = points.distinct(axis)
@@ -113,7 +114,7 @@ def leave_one_out(
     refits = []
     for group in groups:
         kept = ~np.isin(points.axes[axis], group)
-        if np.count_nonzero(kept) < len(form.parameters) or np.unique(points.axes[axis][kept]).size < 2:
+        if np.count_nonzero(kept) < len(form.parameters) or np.unique(points.axes[axis][kept]).size < MIN_VALUES:
             return []
         basin = descend(valley, points, points.weight * kept, allowed)
         refits.append(

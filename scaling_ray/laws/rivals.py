@@ -78,8 +78,8 @@ def _power_that_stops(
     """``a min(P, P0)^-alpha``, P0 no larger than the second largest size: beyond it nothing would have stopped."""
     sizes = np.unique(logs)
     start = float(sizes[0])
-    edges = np.log(EXPONENT_SEARCH)
-    alphas, breaks = np.linspace(*edges, _ALPHAS), np.linspace(float(sizes[1]), float(sizes[-2]), _BREAKS)
+    edges = (float(np.log(EXPONENT_SEARCH[0])), float(np.log(EXPONENT_SEARCH[1])))
+    alphas, breaks = np.linspace(edges[0], edges[1], _ALPHAS), np.linspace(float(sizes[1]), float(sizes[-2]), _BREAKS)
 
     def solve(log_alphas: Floats, ends: Floats) -> tuple[Floats, Floats]:
         reach = np.minimum(logs[None, :], ends[:, None]) - start  # (B, S)

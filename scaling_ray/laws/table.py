@@ -280,7 +280,13 @@ def nothing_to_fit(reason: str, columns: Mapping[str, Any], agreement: Agreement
     head: dict[str, Any] = {"verdict": "refused", "reasons": [f"there is nothing to fit ({reason})"]}
     head |= {"settles": ["runs that finish"], "form": POWER_FLOOR.name, "formula": POWER_FLOOR.formula, "cells": None}
     no_axis = {"verdict": "refused", "reasons": head["reasons"], "exponent": None, "parameter": None, "sentence": None}
-    no_contrast = {"neighbours": [], "bounds": [], "settled_from": None, "sentence": None, "reason": reason}
+    no_contrast: dict[str, Any] = {
+        "neighbours": [],
+        "bounds": [],
+        "settled_from": None,
+        "sentence": None,
+        "reason": reason,
+    }
     head |= {"estimator": "least_squares", "size": no_axis, "data": no_axis}
     head["predictions"] = {"verdict": "refused", "reasons": head["reasons"], "entries": []}
     head["predictions"] |= {"held_out": {"covered": 0, "settings": 0}}

@@ -29,6 +29,9 @@ interval, or where too few sizes are left without them; else both values are sho
 Robust. Settings that Huber's loss leaves far outside are set aside where they move an exponent beyond its statistical
 interval; they are named, both estimates are shown, and the verdict is at most approximate.
 
+Three numbers of cells answer within the form only: none can be left out and no rival can be told apart, so that the
+verdict is at most approximate.
+
 Predictions need no exponent. Loss at the next size, at ten times the largest and with twice the cells is given where
 the largest size, held out, was predicted within its own interval; rivals widen the interval. What sizes and cells
 bought inside the grid, and what more can buy at most (:mod:`contrasts`), needs no law at all and is always given.
