@@ -162,7 +162,12 @@ def rival_gates(law: Fitted, rivals: Sequence[Rival]) -> list[Refusal]:
     """Laws without a power that describe the settings as well: the exponent is then a choice of form."""
     refusals = []
     for axis in law.form.axes:
-        names = [rival.formula for rival in rivals if rival.as_good and rival.axis == axis]
+        shown = {law.form.axis_of(name): law.headline_interval(name) for name in law.form.exponents}[axis]
+        names = [
+            rival.formula
+            for rival in rivals
+            if rival.as_good and rival.axis == axis and (rival.exponent is None or shown.excludes(rival.exponent))
+        ]
         # Three values fit any shape: fit_doubts says so, and predictions are widened by the rivals all the same.
         if names and law.points.distinct(axis).size > MIN_CELL_COUNTS:
             plural, unit = _AXIS_WORDS[axis]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.special import fdtri, stdtrit
+from scipy.special import fdtrc, fdtri, stdtrit
 
 from scaling_ray.laws.f_tests import Tests, f_tests
 from scaling_ray.laws.fit import Floats, Points, Problem, Solution, gather
@@ -16,6 +16,8 @@ from scaling_ray.laws.noise import MIN_FREEDOM, Noise, model_noise
 from scaling_ray.laws.points import Rows
 from scaling_ray.laws.refits import Basin, Refit, descend, leave_one_out
 from scaling_ray.laws.valley import Valley
+
+AGREE_P = 0.05  # of noise and misfit being estimates of one variance
 
 
 @dataclass(frozen=True)
@@ -192,12 +194,17 @@ def _width(problem: Problem, best: Solution, noise: Noise) -> Width:
         if left < 1:
             return Width(1.0, 0.0, None, statistical)
         variance, freedom = max(misfit, 1.0), float(left)
-    elif misfit > 1.0:
-        variance, freedom = misfit, float(left)
     else:
         # Satterthwaite: the declared part of the variance is known exactly, that of the runs as replicates show it.
         shares = noise.variance / points.runs / noise.of_means(points.runs)
-        variance, freedom = 1.0, noise.freedom / max(float(np.mean(shares**2)), 1e-3)
+        known = noise.freedom / max(float(np.mean(shares**2)), 1e-3)
+        if misfit <= 1.0:
+            variance, freedom = 1.0, known
+        elif fdtrc(left, known, misfit) >= AGREE_P:
+            # Both estimate one variance as far as anybody can see: it is known by the degrees of freedom of both.
+            variance, freedom = misfit, known + left
+        else:
+            variance, freedom = misfit, float(left)
     allowed = max(variance * float(fdtri(1, freedom, 0.95)), statistical or 0.0)
     return Width(variance, freedom, allowed, statistical)
 

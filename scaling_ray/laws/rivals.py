@@ -2,7 +2,8 @@
 
 An exponent is an answer only where the runs tell a power law from its rivals: a logarithm, an exponential approach to
 a floor, and a law that stops falling at some size. Whatever cannot be told apart within the modelled noise takes the
-exponent away, and widens the prediction to hold its own.
+exponent away, and widens the prediction to hold its own. A law that falls as a power until it stops takes the exponent
+away only where its own lies outside the shown interval; it widens the prediction in any case.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Rival:
     formula: str
     excess: float  # misfit above that of the power law, in units of the modelled noise
     as_good: bool  # whether it is no more than AS_GOOD worse
+    exponent: float | None  # its own, where it stops but falls as a power until then
     loss_at: Callable[[Mapping[str, float]], float]
 
 
@@ -45,10 +47,12 @@ def rivals_of(law: Fitted) -> list[Rival]:
         return []
     scale = 1.0 if law.noise.variance is not None else law.width.variance
 
-    def rival(axis: str, formula: str, misfit: float, loss_at: Callable[[Mapping[str, float]], float]) -> Rival:
+    def rival(
+        axis: str, formula: str, misfit: float, loss_at: Callable[[Mapping[str, float]], float], exponent: float | None
+    ) -> Rival:
         assert law.best is not None
         excess = (misfit - law.best.misfit_rss) / scale
-        return Rival(axis, formula, excess, bool(excess <= AS_GOOD), loss_at)
+        return Rival(axis, formula, excess, bool(excess <= AS_GOOD), exponent, loss_at)
 
     found = []
     for axis in form.axes:
@@ -56,10 +60,12 @@ def rivals_of(law: Fitted) -> list[Rival]:
             continue
         for shape, words in _FORMULAS.items():
             misfit, loss_at = _fit_shape(law, axis, shape)
-            found.append(rival(axis, words.format(x=_SYMBOLS[axis]), misfit, loss_at))
+            found.append(rival(axis, words.format(x=_SYMBOLS[axis]), misfit, loss_at, None))
     if form.axes == ("params",) and points.distinct("params").size >= 4:
-        misfit, loss_at = _power_that_stops(points.loss, points.weight, np.log(points.axes["params"]))
-        found.append(rival("params", "a power without a floor that stops (a min(P, P0)^-alpha)", misfit, loss_at))
+        misfit, loss_at, exponent = _power_that_stops(points.loss, points.weight, np.log(points.axes["params"]))
+        found.append(
+            rival("params", "a power without a floor that stops (a min(P, P0)^-alpha)", misfit, loss_at, exponent)
+        )
     return found
 
 
@@ -74,7 +80,7 @@ def _fit_shape(law: Fitted, axis: str, shape: str) -> tuple[float, Callable[[Map
 
 def _power_that_stops(
     loss: Floats, weight: Floats, logs: Floats
-) -> tuple[float, Callable[[Mapping[str, float]], float]]:
+) -> tuple[float, Callable[[Mapping[str, float]], float], float]:
     """``a min(P, P0)^-alpha``, P0 no larger than the second largest size: beyond it nothing would have stopped."""
     sizes = np.unique(logs)
     start = float(sizes[0])
@@ -103,4 +109,4 @@ def _power_that_stops(
     def loss_at(place: Mapping[str, float]) -> float:
         return coefficient * float(np.exp(-alpha * (min(np.log(place["params"]), end) - start)))
 
-    return max(best, 0.0), loss_at
+    return max(best, 0.0), loss_at, alpha
