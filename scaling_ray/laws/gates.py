@@ -161,8 +161,8 @@ def fit_doubts(law: Fitted) -> list[Refusal]:
 def rival_gates(law: Fitted, rivals: Sequence[Rival]) -> list[Refusal]:
     """Laws without a power that describe the settings as well: the exponent is then a choice of form."""
     refusals = []
-    for axis in law.form.axes:
-        shown = {law.form.axis_of(name): law.headline_interval(name) for name in law.form.exponents}[axis]
+    for name in law.form.exponents:
+        axis, shown = law.form.axis_of(name), law.headline_interval(name)
         names = [
             rival.formula
             for rival in rivals
