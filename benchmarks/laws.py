@@ -117,7 +117,7 @@ def drawn_tables(
 
 def misfit(tables: int) -> dict[str, Any]:
     """True laws with a misfit: answers, coverage of alpha and of the loss at ten times the largest size."""
-    settings = []
+    settings: list[dict[str, Any]] = []
     for title, params in LADDERS.items():
         for noise in (0.001, 0.0025, 0.005):
             for kind, size in MISFITS:
@@ -209,7 +209,7 @@ def uneven(tables: int) -> dict[str, Any]:
 
 def clean(tables: int) -> dict[str, Any]:
     """Answers and coverage on clean tables that the truth alone bounds to a factor of two."""
-    settings = []
+    settings: list[dict[str, Any]] = []
     for title, params in LADDERS.items():
         for noise in NOISES:
             for alpha in ALPHAS:
@@ -229,7 +229,7 @@ def clean(tables: int) -> dict[str, Any]:
 
 def flags(tables: int) -> dict[str, Any]:
     """A tenth of the runs flagged at random; the truth a law with or without misfit."""
-    settings = []
+    settings: list[dict[str, Any]] = []
     for title, params in LADDERS.items():
         for noise in (0.0025, 0.005):
             for kind, size in (("none", 0.0), ("smooth", 0.01), ("per size", 0.01)):
@@ -249,7 +249,7 @@ def both(tables: int) -> dict[str, Any]:
     x, y = np.log(np.unique(sizes)), np.log(np.unique(cells))
     law = 1.0 + (sizes / 1e5) ** -0.34 + (cells / 2e3) ** -0.28
     drop = float(law.max() - law.min())
-    settings = []
+    settings: list[dict[str, Any]] = []
     for kind, size in MISFITS:
         rng = np.random.default_rng([25, len(settings)])
         away = np.zeros((tables, law.size))

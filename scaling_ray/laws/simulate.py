@@ -15,6 +15,7 @@ from scipy.special import fdtri
 
 from scaling_ray.laws.fit import Floats
 from scaling_ray.laws.forms import POWER_FLOOR, Form
+from scaling_ray.laws.intervals import Interval
 from scaling_ray.laws.law import fit_law
 from scaling_ray.laws.many import Design
 from scaling_ray.laws.points import Rows
@@ -119,10 +120,15 @@ def judge_tables(
             found.values.setdefault(name, []).append(law.parameters.get(name, np.nan))
             for kind, intervals in ((found.statistical, law.intervals), (found.shown, law.shown)):
                 interval = intervals.get(name)
-                ends = (None, None) if interval is None else (interval.low, interval.high)
-                kind.setdefault(name, []).append(tuple(np.nan if end is None else end for end in ends))
+                kind.setdefault(name, []).append(_ends(interval))
         if place is not None:
             interval = predict_at(judged, place, float(seeds))[1] if law.best is not None else None
-            ends = (None, None) if interval is None else (interval.low, interval.high)
-            found.predicted.append(tuple(np.nan if end is None else end for end in ends))
+            found.predicted.append(_ends(interval))
     return found
+
+
+def _ends(interval: Interval | None) -> tuple[float, float]:
+    """Both ends, an open one as NaN."""
+    if interval is None:
+        return np.nan, np.nan
+    return (np.nan if interval.low is None else interval.low), (np.nan if interval.high is None else interval.high)
