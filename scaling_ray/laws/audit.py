@@ -131,7 +131,7 @@ def _choices(rows: Rows) -> dict[str, Fitted]:
         "parameters counted without the gene embedding": without_embedding,
         "parameters without the gene embedding, without XXS": where(without_embedding, ~xxs),
     }
-    return {name: fit_law(POWER_FLOOR, table, thorough=False) for name, table in tables.items()}
+    return {name: fit_law(POWER_FLOOR, table, thorough=False, plain=True) for name, table in tables.items()}
 
 
 def _choice(name: str, fit: Fitted) -> dict[str, Any]:

@@ -8,20 +8,28 @@ import numpy as np
 
 from scaling_ray.laws import gates
 from scaling_ray.laws.entries import NO_INTERVAL, parameter
-from scaling_ray.laws.forms import PARAMS_CELLS, POWER_FLOOR
+from scaling_ray.laws.forms import POWER_FLOOR, Form
 from scaling_ray.laws.law import Fitted, fit_law
 from scaling_ray.laws.points import Selected, at_cells, where
 
+MOST_ALONE = 12
 
-def declared_choices(runs: Selected) -> list[dict[str, Any]]:
-    """Entries of ``choices``: the headline's law under each choice, then each number of cells separately."""
+
+def declared_choices(runs: Selected, form: Form, cells: float | None) -> list[dict[str, Any]]:
+    """Entries of ``choices``: the headline's law under each choice, then each number of cells separately.
+
+    Args:
+        runs: the table.
+        form: the headline's law.
+        cells: the number of cells that it is fitted at; all where None.
+    """
     rows = runs.points
+    if form.axes == ("cells",):
+        return []
     counts = np.unique(rows["cells"])[::-1] if "cells" in rows else np.array([])
-    if counts.size >= gates.MIN_CELL_COUNTS:
-        form, largest, suffix = PARAMS_CELLS, None, ", all numbers of cells"
-    else:
-        largest = float(counts[0]) if counts.size else None
-        form, suffix = POWER_FLOOR, "" if largest is None else f", {largest:,.0f} cells"
+    largest = cells
+    suffix = ", all numbers of cells" if largest is None and counts.size > 1 else ""
+    suffix += "" if largest is None else f", {largest:,.0f} cells"
     base, everyone = at_cells(rows, largest), at_cells(runs.everyone, largest)
     smallest, biggest = float(np.min(base["params"])), float(np.max(base["params"]))
     # Name -> the runs; an anchor taken as a point is shown, but is not a choice that anybody should defend.
@@ -45,9 +53,12 @@ def declared_choices(runs: Selected) -> list[dict[str, Any]]:
     for name, chosen in table.items():
         if len(chosen["loss"]):
             done.append(_choice(name, fit_law(form, chosen, thorough=False), defensible=name != with_anchors))
-    for cells in counts if form is PARAMS_CELLS else counts[1:]:
-        alone = fit_law(POWER_FLOOR, at_cells(rows, float(cells)), thorough=False)
-        done.append(_choice(f"anchor sizes left out, {cells:,.0f} cells alone", alone, defensible=False))
+    for count in [float(count) for count in counts if count != largest][:MOST_ALONE]:
+        at_count = at_cells(rows, count)
+        if np.unique(at_count["params"]).size < gates.MIN_SIZES - 1:
+            continue
+        alone = fit_law(POWER_FLOOR, at_count, thorough=False)
+        done.append(_choice(f"anchor sizes left out, {count:,.0f} cells alone", alone, defensible=False))
     return done
 
 

@@ -1,72 +1,20 @@
-"""Estimators beside plain least squares: moderated weights, Huber on the log loss. Shown, never the headline.
+"""Huber's loss on the log losses, beside least squares: an estimator that a few runs out of place do not pull.
 
-Three seeds say little about the noise of one size: weights of raw variances would follow chance, and one lucky size
-would decide the law. Variances are therefore shrunk towards the one they share, as in limma (Smyth, Stat. Appl. Genet.
-Mol. Biol. 3 (2004) 3), with at least four prior degrees of freedom.
+The weights of least squares by the noise of each size are those of :mod:`noise`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import least_squares, minimize
-from scipy.special import digamma, polygamma
 
-from scaling_ray.laws.fit import Floats, Points, Problem, Solution
+from scaling_ray.laws.fit import Floats, Problem, Solution
 from scaling_ray.laws.forms import EXPONENT_SEARCH
 
-LEAST_SQUARES, MODERATED, HUBER = "least_squares", "moderated_weights", "huber_log"
-MIN_PRIOR_FREEDOM = 4.0
+LEAST_SQUARES, WEIGHTED, HUBER = "least_squares", "weighted_least_squares", "huber_log"
 HUBER_DELTA = 1e-3  # on the log loss, as in Hoffmann et al. (2203.15556)
-
-
-def prior_freedom(setting_rss: Floats, runs: Floats) -> float:
-    """Degrees of freedom of the shared variance by the spread of the log variances (Smyth 2004, section 6.2).
-
-    Args:
-        setting_rss: (S,) sums of squares of runs around their setting's mean.
-        runs: (S,) runs of each setting.
-
-    Returns:
-        at least :data:`MIN_PRIOR_FREEDOM`; infinite where the variances differ by no more than chance.
-    """
-    some = (runs > 1) & (setting_rss > 0)
-    if np.count_nonzero(some) < 3:
-        return np.inf
-    freedom = runs[some] - 1
-    logs = np.log(setting_rss[some] / freedom) - digamma(freedom / 2) + np.log(freedom / 2)
-    excess = float(
-        np.mean((logs - logs.mean()) ** 2) * logs.size / (logs.size - 1) - np.mean(polygamma(1, freedom / 2))
-    )
-    if excess <= 0:
-        return np.inf
-    half = 0.5 + 1.0 / excess  # solve trigamma(half) = excess by Newton's method
-    for _ in range(50):
-        value = float(polygamma(1, half))
-        step = value * (1.0 - value / excess) / float(polygamma(2, half))
-        half += step
-        if abs(step) < 1e-10 * half:
-            break
-    return max(2.0 * half, MIN_PRIOR_FREEDOM)
-
-
-def moderated(points: Points) -> Points:
-    """The same settings with one run weighted by the inverse of its setting's shrunken variance, mean weight near one.
-
-    Without repeated runs, or where variances differ by no more than chance, the weights are equal.
-    """
-    if points.replicate_freedom < 1 or points.setting_rss is None or points.replicate_rss <= 0:
-        return points
-    prior = prior_freedom(points.setting_rss, points.runs)
-    if not np.isfinite(prior):
-        return points
-    common = points.replicate_rss / points.replicate_freedom
-    freedom = points.runs - 1
-    shrunk = (prior * common + points.setting_rss) / (prior + freedom)
-    weight = common / shrunk
-    return replace(points, run_weight=weight, replicate_rss=float(np.sum(weight * points.setting_rss)))
 
 
 def huber_log(problem: Problem, axes: Mapping[str, Floats], loss: Floats, start: Solution) -> dict[str, float]:

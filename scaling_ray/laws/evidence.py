@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from scaling_ray.laws.law import Fitted
 from scaling_ray.laws.points import Rows, at_cells
-from scaling_ray.laws.refits import Refit, hold_out_largest
+from scaling_ray.laws.predictions import HeldOut
+from scaling_ray.laws.refits import Refit
 from scaling_ray.laws.verdict import Judged
 
 CURVE_PLACES = 41
@@ -32,9 +33,9 @@ def residuals(law: Fitted, rows: Rows) -> list[dict[str, Any]]:
 
 
 def curves(headline: Judged, rows: Rows) -> list[dict[str, Any]]:
-    """A supported headline's law over the sizes trained at each number of cells; nothing where it is refused."""
+    """An answered headline's law over the sizes trained at each number of cells; nothing where it is refused."""
     law = headline.law
-    if headline.verdict != "supported":
+    if not headline.answered or "params" not in law.form.axes:
         return []
     found = []
     for cells in np.unique(rows["cells"]).tolist() if "cells" in rows else [None]:
@@ -64,21 +65,20 @@ def left_out(cells: float | None, law: Fitted, refit: Refit, names: Mapping[floa
     }
 
 
-def held_out(law: Fitted, rows: Rows) -> list[dict[str, Any]]:
+def held_out(form: str, held: Sequence[HeldOut]) -> list[dict[str, Any]]:
     """Each setting of the largest size as the smaller sizes predict it."""
-    axes = {axis: rows[axis] for axis in law.form.axes}
     return [
         {
-            "form": law.form.name,
-            "params": held.params,
-            "cells": held.cells,
-            "observed": held.observed,
-            "predicted": held.predicted,
-            "low": held.low,
-            "high": held.high,
-            "covered": held.covered,
+            "form": form,
+            "params": one.params,
+            "cells": one.cells,
+            "observed": one.observed,
+            "predicted": one.predicted,
+            "low": one.low,
+            "high": one.high,
+            "covered": one.covered,
         }
-        for held in hold_out_largest(law.form, axes, rows["loss"])
+        for one in held
     ]
 
 
@@ -88,9 +88,9 @@ def planted_floor(headline: Judged, rows: Rows) -> dict[str, Any] | None:
     if "attainable_loss" not in rows or floor is None:
         return None
     attainable = float(np.nanmean(rows["attainable_loss"]))
-    if headline.verdict != "supported":
+    if not headline.answered:
         return {"attainable": attainable, "verdict": "refused", "covered": None, "above": None}
     interval = headline.law.headline_interval(floor)
     above = interval.high is not None and attainable > interval.high
-    found = {"attainable": attainable, "verdict": "supported", "covered": not interval.excludes(attainable)}
+    found = {"attainable": attainable, "verdict": headline.verdict, "covered": not interval.excludes(attainable)}
     return found | {"above": above, "low": interval.low, "high": interval.high}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import fdtrc
 
-from scaling_ray.laws.fit import Points, Problem, Solution
+from scaling_ray.laws.fit import Floats, Points, Problem, Solution
 from scaling_ray.laws.forms import Form
-
-MIN_RESIDUAL_FREEDOM = 8  # without repeated settings, residuals stand in for seed noise from here on
+from scaling_ray.laws.noise import MIN_FREEDOM, Noise
+from scaling_ray.laws.valley import Valley
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,22 @@ class Tests:
 
     effect_p: Mapping[str, float | None]  # axis -> p of "the loss does not depend on it"
     lack_of_fit_p: float | None
+    by_residuals: bool  # whether residuals stood in for the noise between runs
 
 
-def f_tests(problem: Problem, best: Solution) -> Tests:
+def f_tests(form: Form, points: Points, noise: Noise, best: Solution) -> Tests:
     """Does the loss depend on each axis, and does the form describe the means of the settings?
 
-    Both against the noise between runs of the same setting; where no setting was repeated, the dependence is tested
-    against the residuals, and only with enough of them.
+    Both against the modelled noise between runs of the same setting; where that is not known, the dependence is tested
+    against the residuals, from :data:`MIN_FREEDOM` degrees of freedom on.
     """
-    points, form = problem.points, problem.form
-    freedom, noise_rss = points.replicate_freedom, points.replicate_rss
-    if freedom < 1 and problem.freedom >= MIN_RESIDUAL_FREEDOM:
-        freedom, noise_rss = problem.freedom, best.rss
-        saturated = len(form.parameters)
-    else:
-        saturated = points.n_settings
-    effects: dict[str, float | None] = {}
+    left = points.n_settings - len(form.parameters)
+    if noise.variance is None:
+        effects = {axis: None if left < MIN_FREEDOM else _nested_effect(form, points, best, axis) for axis in form.axes}
+        return Tests(effects, None, left >= MIN_FREEDOM)
+    exact = max(float(np.min(noise.variance)), 1e-20 * float(np.max(points.loss**2)))
+    by_noise = replace(points, run_weight=1.0 / np.maximum(noise.variance, exact), replicate_rss=noise.freedom)
+    found: dict[str, float | None] = {}
     for axis in form.axes:
         others = [points.axes[name] for name in form.axes if name != axis]
         group = (
@@ -44,45 +44,61 @@ def f_tests(problem: Problem, best: Solution) -> Tests:
             if others
             else np.zeros(points.n_settings)
         )
-        rss, groups = _within(points, np.asarray(group).reshape(-1))
-        rss += points.replicate_rss
-        effects[axis] = _f_tail(rss - noise_rss, saturated - groups, noise_rss, freedom)
-        if saturated - groups < 1 <= problem.freedom:
-            effects[axis] = _nested_effect(problem, best, axis)
-    extra = points.n_settings - len(form.parameters)
+        misfit, groups = _within(by_noise, np.asarray(group).reshape(-1))
+        if groups == points.n_settings:
+            found[axis] = _nested_effect(form, points, best, axis) if left >= MIN_FREEDOM else None
+        else:
+            found[axis] = _f_tail(misfit, points.n_settings - groups, noise.freedom)
+    lack = _f_tail(_lowest_misfit(form, by_noise), left, noise.freedom)
+    return Tests(found, lack, False)
+
+
+def _lowest_misfit(form: Form, points: Points) -> float:
+    """Misfit of the form by the noise alone, which other weights than the fit's own make lowest."""
+    if not form.exponents:
+        return Problem(form, points).search().misfit_rss
+    valley = Valley(form, points.axes)
+    misfit, _ = valley.minimum(points.loss, points.weight, valley.whole(points.loss, points.weight))
     # Rounding is no lack of fit, even where copies of one loss leave no noise to hide it.
-    rounding = 1e-20 * float(np.sum(points.runs * points.loss**2))
-    misfit = best.misfit_rss if best.misfit_rss > rounding else 0.0
-    lack = _f_tail(misfit, extra, points.replicate_rss, points.replicate_freedom)
-    return Tests(effects, lack)
+    rounding = 1e-20 * float(np.sum(points.weight * points.loss**2))
+    return misfit if misfit > rounding else 0.0
 
 
-def _nested_effect(problem: Problem, best: Solution, axis: str) -> float | None:
+def _nested_effect(form: Form, points: Points, best: Solution, axis: str) -> float | None:
     """Whether the law without an axis does as well, by the residuals of the whole law.
 
     For tables where nearly every setting has values of its own, such as a D that differs from run to run.
     """
-    form = problem.form
     shorter = Form(f"{form.name}_without_{axis}", "", tuple(term for term in form.terms if term.axis != axis))
-    reduced = Problem(shorter, problem.points).search()
+    if not shorter.terms:
+        reduced = float(np.sum(points.weight * points.loss**2))
+    elif shorter.exponents:
+        valley = Valley(shorter, points.axes)
+        reduced = valley.minimum(points.loss, points.weight, valley.whole(points.loss, points.weight))[0]
+    else:
+        reduced = Problem(shorter, points).search().misfit_rss
     extra = len(form.parameters) - len(shorter.parameters)
-    return _f_tail(reduced.rss - best.rss, extra, best.rss, problem.freedom)
+    left = points.n_settings - len(form.parameters)
+    if left < 1 or extra < 1:
+        return None
+    rounding = 1e-20 * float(np.sum(points.weight * points.loss**2))
+    ratio = max(reduced - best.misfit_rss, 0.0) / extra / max(best.misfit_rss / left, rounding)
+    return float(fdtrc(extra, left, ratio))
 
 
 def _within(points: Points, group: NDArray) -> tuple[float, int]:
-    """Sum of squares of means (weighted by runs) around their group's mean, and the number of groups."""
+    """Weighted sum of squares of means around their group's mean, and the number of groups."""
     total, labels = 0.0, np.unique(group)
+    weight: Floats = points.weight
     for label in labels:
         here = group == label
-        mean = np.average(points.loss[here], weights=points.runs[here])
-        total += float(np.sum(points.runs[here] * (points.loss[here] - mean) ** 2))
+        mean = np.average(points.loss[here], weights=weight[here])
+        total += float(np.sum(weight[here] * (points.loss[here] - mean) ** 2))
     return total, labels.size
 
 
-def _f_tail(rss: float, freedom: int, noise_rss: float, noise_freedom: int) -> float | None:
+def _f_tail(misfit: float, freedom: int, noise_freedom: float) -> float | None:
+    """Tail of a sum of squares in units of the noise's variance."""
     if noise_freedom < 1 or freedom < 1:
         return None
-    if noise_rss <= 0:
-        return 0.0 if rss > 0 else 1.0
-    ratio = max(rss, 0.0) / freedom / (noise_rss / noise_freedom)
-    return float(fdtrc(freedom, noise_freedom, ratio))
+    return float(fdtrc(freedom, noise_freedom, max(misfit, 0.0) / freedom))

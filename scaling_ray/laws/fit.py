@@ -40,6 +40,7 @@ class Points:
     replicate_rss: float
     run_weight: Floats | None = None  # (S,) weight of one run of the setting; one each where None
     setting_rss: Floats | None = None  # (S,) unweighted sum of squares of runs around the mean of their setting
+    noise_rss: float = 0.0  # their sum, in loss units whatever the weights
 
     @property
     def weight(self) -> Floats:
@@ -80,7 +81,8 @@ def gather(axes: Mapping[str, Floats], loss: Floats) -> Points:
     squares = np.bincount(setting_of_run, weights=(loss - mean[setting_of_run]) ** 2, minlength=len(keys))
     setting_rss: Floats = np.asarray(squares, dtype=np.float64)
     named = {name: keys[:, i].copy() for i, name in enumerate(axes)}
-    return Points(named, mean, runs, float(setting_rss.sum()), setting_rss=setting_rss)
+    total = float(setting_rss.sum())
+    return Points(named, mean, runs, total, setting_rss=setting_rss, noise_rss=total)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ PARAMS_CELLS = Form(
     "L = E + a / P^alpha + b / D^beta",
     (Term("E"), Term("a", "params", "alpha"), Term("b", "cells", "beta")),
 )
+CELLS_FLOOR = Form("cells_floor", "L = b D^-beta + c", (Term("c"), Term("b", "cells", "beta")))
 CELLS_LOG = Form("cells_log", "L = k + b log(D_max / D)", (Term("k"), Term("b", "cells")))
 
 

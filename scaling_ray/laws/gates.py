@@ -1,7 +1,8 @@
 """Gates: every reason not to believe a fitted law, as a plain sentence.
 
-A gate gives a :class:`Refusal`: the reason, and the runs that would settle it. Any refusal means "refused", and a
-refused fit has no headline parameters. A floor of zero is an answer; a parameter on the edge of a search is not.
+A gate gives a :class:`Refusal`: the reason, and the runs that would settle it. Any refusal of :func:`fit_gates` means
+"refused", and a refused fit has no headline parameters; what :func:`fit_doubts` gives means "approximate". A floor of
+zero is an answer; a parameter on the edge of a search is not.
 Refusals by the runs' protocol, which no choice of law can mend, are in :mod:`protocol`.
 """
 
@@ -16,14 +17,16 @@ import numpy as np
 from scaling_ray.laws.fit import Floats, Points, Solution
 from scaling_ray.laws.forms import EXPONENT_SEARCH, Form
 from scaling_ray.laws.intervals import Interval
-from scaling_ray.laws.law import Fitted
+from scaling_ray.laws.law import LACK_OF_FIT_P, Fitted
+from scaling_ray.laws.noise import MIN_FREEDOM, drop_of
+from scaling_ray.laws.rivals import Rival
 
 MIN_SIZES, MIN_CELL_COUNTS = 4, 3
-SIZE_EFFECT_P, LACK_OF_FIT_P = 0.001, 0.01
+SIZE_EFFECT_P = 0.001
 MAX_RATIO = 3.0
-SEARCH_ERROR = 1e-5
 
 _AXIS_WORDS = {"params": ("sizes", "parameters"), "cells": ("data sizes", "training cells")}
+_SYMBOLS = {"params": "P", "cells": "D", "flops": "C"}
 _AXIS_WORDS |= {"flops": ("budgets", "FLOP")}
 
 
@@ -33,6 +36,8 @@ class Refusal:
 
     reason: str
     settles: str
+    axis: str | None = None  # the axis whose exponent it speaks of; of every one where None
+    spoils_losses: bool = False  # whether the losses themselves cannot be compared, so that no prediction holds either
 
 
 def count_gates(form: Form, points: Points) -> list[Refusal]:
@@ -48,6 +53,7 @@ def count_gates(form: Form, points: Points) -> list[Refusal]:
                     f"only {values.size} {plural} (anchor sizes left out), and an exponent needs at least "
                     f"{needs[axis]}",
                     f"{needs[axis] - values.size} or more further {plural}, {_between(values, unit)}",
+                    axis,
                 )
             )
     return refusals
@@ -88,7 +94,8 @@ def fit_gates(law: Fitted) -> list[Refusal]:
         if p is None:
             refusals.append(
                 Refusal(
-                    "no setting was trained with two seeds, so the noise between runs is unknown",
+                    "no setting was trained with two seeds (or too few were), and too few residuals are left over to "
+                    f"stand in for the noise between runs ({MIN_FREEDOM} degrees of freedom are needed)",
                     "at least 2, better 3 seeds per setting",
                 )
             )
@@ -99,31 +106,77 @@ def fit_gates(law: Fitted) -> list[Refusal]:
                     f"the effect of {what} is within the noise of the runs (F-test p = {p:.2g}, "
                     f"needed below {SIZE_EFFECT_P:g})",
                     f"{plural} further apart, {_beyond(points.distinct(axis), unit)}, or more seeds per setting",
+                    axis,
                 )
             )
     for i, name in enumerate(form.exponents):
         axis = form.axis_of(name)
-        refusals += _exponent_gates(name, points.distinct(axis), axis, best, i, law.intervals[name])
+        refusals += _exponent_gates(name, points.distinct(axis), axis, best, i, law.headline_interval(name))
+    return refusals
+
+
+def fit_doubts(law: Fitted) -> list[Refusal]:
+    """What keeps an answer from being supported as a law: the widened intervals already hold it."""
+    form, points, tests = law.form, law.points, law.tests
+    if law.best is None or tests is None:
+        return []
+    doubts = []
     if tests.lack_of_fit_p is not None and tests.lack_of_fit_p < LACK_OF_FIT_P:
-        refusals.append(
+        drop = drop_of(points)
+        share = float(np.sqrt(np.mean(law.residuals**2))) / drop
+        doubts.append(
             Refusal(
-                f"the form does not fit: the means of settings depart from it by more than the noise of the runs "
-                f"explains (lack of fit p = {tests.lack_of_fit_p:.2g}, needed above {LACK_OF_FIT_P:g})",
+                f"the means of settings depart from the form by {100 * share:.1f}% of the loss drop (root mean "
+                f"square), more than the noise of the runs explains (lack of fit p = {tests.lack_of_fit_p:.2g}); the "
+                "intervals are widened by it",
                 "a look at the settings with the largest residuals: budget, learning rate, or a form that saturates",
             )
         )
     for name in form.exponents:
-        estimate = law.parameters[name]
-        own = [refit for refit in law.refits if refit.exponent == name and refit.bonferroni.excludes(estimate)]
-        # Without noise intervals have no width, and the searches' own last digits would lie outside.
-        moved = [refit for refit in own if abs(refit.values[name] / estimate - 1.0) > SEARCH_ERROR]
+        axis = form.axis_of(name)
+        plural, unit = _AXIS_WORDS[axis]
+        moved = [refit for refit in law.refits if refit.exponent == name and refit.moved]
+        if not any(refit.exponent == name for refit in law.refits):
+            values = points.distinct(axis)
+            doubts.append(
+                Refusal(
+                    f"{name} rests on {values.size} {plural}: none can be left out to test it, and other shapes than a "
+                    "power fit so few as well",
+                    f"a further one of {plural}, {_between(values, unit)}",
+                    axis,
+                )
+            )
         if moved:
-            plural, unit = _AXIS_WORDS[form.axis_of(name)]
+            doubts.append(
+                Refusal(
+                    f"{name} leans on single {plural}: without {listed([f'{m.left_out:,.0f}' for m in moved])} {unit} "
+                    "it moves by more than the noise of the runs explains; the interval holds those fits",
+                    f"{plural} next to those, {_between(points.distinct(axis), unit)}",
+                    axis,
+                )
+            )
+    return doubts
+
+
+def rival_gates(law: Fitted, rivals: Sequence[Rival]) -> list[Refusal]:
+    """Laws without a power that describe the settings as well: the exponent is then a choice of form."""
+    refusals = []
+    for name in law.form.exponents:
+        axis, shown = law.form.axis_of(name), law.headline_interval(name)
+        names = [
+            rival.formula
+            for rival in rivals
+            if rival.preferred and rival.axis == axis and (rival.exponent is None or shown.excludes(rival.exponent))
+        ]
+        # Three values fit any shape: fit_doubts says so, and predictions are widened by the rivals all the same.
+        if names and law.points.distinct(axis).size > MIN_CELL_COUNTS:
+            plural, unit = _AXIS_WORDS[axis]
             refusals.append(
                 Refusal(
-                    f"{name} hangs on single {plural}: without {listed([f'{m.left_out:,.0f}' for m in moved])} {unit} "
-                    f"the interval excludes the value of all",
-                    f"{plural} next to those, {_between(points.distinct(form.axis_of(name)), unit)}",
+                    f"{listed(names)} describes the settings as well as a power of {_SYMBOLS[axis]}, so the runs do "
+                    "not show an exponent; predictions are given between them",
+                    f"{plural} {_beyond(law.points.distinct(axis), unit)}, where the laws part",
+                    axis,
                 )
             )
     return refusals
@@ -139,14 +192,16 @@ def _exponent_gates(
             Refusal(
                 f"{name} rests on the edge of its search ({edges}), so the value is the search's and not the runs'",
                 f"{plural} {_beyond(values, unit)}",
+                axis,
             )
         ]
     if interval.low is None or interval.high is None:
         side = "both sides" if interval.low is interval.high else "below" if interval.low is None else "above"
         return [
             Refusal(
-                f"the 95% interval of {name} is open ({side}) within {edges}: the runs do not bound it",
+                f"the interval of {name} is open ({side}) within {edges}: the runs do not bound it",
                 f"{plural} {_beyond(values, unit)}, or more seeds per setting",
+                axis,
             )
         ]
     ratio = interval.high / interval.low
@@ -154,9 +209,10 @@ def _exponent_gates(
         seeds = (np.log(ratio) / np.log(MAX_RATIO)) ** 2
         return [
             Refusal(
-                f"the 95% interval of {name} spans a factor {ratio:.1f}, and {MAX_RATIO:g} is the most that counts as "
-                f"an answer",
+                f"the interval of {name} ({interval.low:.2g} to {interval.high:.2g}, whichever size is left out) spans "
+                f"a factor {ratio:.1f}, and {MAX_RATIO:g} is the most that counts as an answer",
                 f"about {max(seeds, 1.1):.1f} times the seeds, or {plural} {_beyond(values, unit)}",
+                axis,
             )
         ]
     return []

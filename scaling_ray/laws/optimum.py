@@ -1,4 +1,4 @@
-"""Gains of the next step, and the best split of a budget: sentences and tables, only where a law is supported.
+"""Gains of the next step, and the best split of a budget: sentences and tables, only where a law is answered.
 
 Nothing here goes further than one step of the sampled ladder, or twice its cells. The split of a budget comes twice:
 from the law L(P, D) with exact FLOPs interpolated over the sizes, and from the minima of isoFLOP parabolas, which need
@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from scaling_ray.laws.fit import Floats
-from scaling_ray.laws.intervals import profile_at, union
+from scaling_ray.laws.intervals import Interval
 from scaling_ray.laws.law import Fitted
 from scaling_ray.laws.many import Design
 from scaling_ray.laws.points import Rows
@@ -26,16 +26,16 @@ DRAWS = 400
 
 
 def next_steps(headline: Judged) -> list[dict[str, Any]]:
-    """Loss gained by the next size, and by twice the cells, under a supported law, with intervals.
+    """Loss gained by the next size, and by twice the cells, under an answered law, with intervals.
 
-    The interval is the union of the profile of the difference with those of the leave-one-out refits.
+    The interval is the union of the widened one of the difference with those of the leave-one-out refits.
 
     Returns:
         entries with ``what``, ``from``, ``to``, ``gain`` (loss units), ``low``, ``high``, ``sentence``; empty for a
         refused fit.
     """
     fit = headline.law
-    if headline.verdict != "supported" or fit.best is None:
+    if not headline.answered or fit.best is None or fit.basin is None:
         return []
     here = {axis: float(np.max(fit.points.axes[axis])) for axis in fit.form.axes}
     steps: list[tuple[str, str, float]] = []
@@ -48,12 +48,8 @@ def next_steps(headline: Judged) -> list[dict[str, Any]]:
     found = []
     for what, axis, to in steps:
         there = here | {axis: to}
-        places = {name: np.array([here[name], there[name]]) for name in fit.form.axes}
-        signs = np.array([1.0, -1.0])
-        gain = float(signs @ fit.problem.predict(fit.best, places))
-        own = profile_at(fit.problem, fit.best, places, signs, known=fit.intervals)
-        without = [profile_at(r.problem, r.best, places, signs, known=r.intervals) for r in fit.refits]
-        interval = union([own, *without])
+        gain = fit.form.loss_at(fit.parameters, here) - fit.form.loss_at(fit.parameters, there)
+        interval = _gain(fit, gain, here, there)
         noun = "parameters" if axis == "params" else "cells"
         text = f"{what.capitalize()} ({here[axis]:,.0f} to {to:,.0f} {noun}) would buy {gain:.4f} of loss"
         if interval.low is not None and interval.high is not None:
@@ -61,6 +57,11 @@ def next_steps(headline: Judged) -> list[dict[str, Any]]:
         entry = {"what": what, "axis": axis, "from": here[axis], "to": to, "gain": gain, "unit": "loss"}
         found.append(entry | {"low": interval.low, "high": interval.high, "sentence": text + "."})
     return found
+
+
+def _gain(fit: Fitted, gain: float, here: dict[str, float], there: dict[str, float]) -> Interval:
+    """Interval of the loss at one place less that at another."""
+    return fit.over_refits(gain, lambda basin: basin.difference(here, there))
 
 
 def flops_per_cell(rows: Rows) -> tuple[Floats, Floats] | None:
@@ -79,7 +80,7 @@ def flops_per_cell(rows: Rows) -> tuple[Floats, Floats] | None:
 
 
 def compute_optimal(headline: Judged, rows: Rows) -> dict[str, Any]:
-    """Best size, cells and loss for budgets inside the sampled range, from a supported L(P, D) with T = D.
+    """Best size, cells and loss for budgets inside the sampled range, from an answered L(P, D) with T = D.
 
     Returns:
         ``reason`` (why there is none) or ``budgets``: entries of ``flops``, ``params``, ``cells_seen`` and ``loss``,
@@ -87,7 +88,7 @@ def compute_optimal(headline: Judged, rows: Rows) -> dict[str, Any]:
         leave-one-out laws), and ``inside``, false where the optimum lies on the edge of the sampled sizes or cells.
     """
     fit = headline.law
-    if headline.verdict != "supported" or fit.best is None or fit.form.name != "params_cells":
+    if not headline.answered or fit.best is None or fit.form.name != "params_cells":
         return {"budgets": [], "reason": "these runs support no law of size and data"}
     costs = flops_per_cell(rows)
     if costs is None:
@@ -123,12 +124,13 @@ def compute_optimal(headline: Judged, rows: Rows) -> dict[str, Any]:
 
 
 def _simulated_laws(fit: Fitted) -> Floats:
-    """Parameters (DRAWS, 5) of refits to the law plus seed noise, fixed seed; residual variance, Student's width."""
+    """Parameters (DRAWS, 5) of refits to the law plus seed noise, fixed seed; widened variance, Student's width."""
     assert fit.best is not None
     problem, points = fit.problem, fit.points
-    noise = np.sqrt(fit.best.rss / problem.freedom / points.weight)
+    freedom = max(fit.width.freedom, 1.0)
+    noise = np.sqrt(fit.width.variance / points.weight)
     rng = np.random.default_rng(20260215)
-    wide = rng.chisquare(problem.freedom, (DRAWS, 1)) / problem.freedom
+    wide = rng.chisquare(freedom, (DRAWS, 1)) / freedom
     draws = rng.standard_normal((DRAWS, points.n_settings)) * noise / np.sqrt(wide)
     law = problem.predict(fit.best, points.axes)
     found = Design(fit.form, points.axes, points.weight).fit(law + draws)

@@ -60,13 +60,14 @@ class Selected:
     """The finished runs of a table.
 
     A law is fitted to ``points``; ``everyone`` holds the anchor sizes too. ``excluded`` counts other runs by reason,
-    ``diverged`` those of the grid that diverged. Both tables have a column ``row``: the row's number, from 1.
+    ``diverged`` has ``params`` and ``cells`` of those of the grid that diverged. Both tables have a column ``row``: the
+    row's number, from 1.
     """
 
     points: Rows
     everyone: Rows
     excluded: list[dict[str, Any]]
-    diverged: int
+    diverged: Rows
 
 
 def read_by_laws(agreement: Agreement) -> tuple[str, ...]:
@@ -101,7 +102,7 @@ def select_points(columns: Mapping[str, Any], anchors: Sequence[str], agreement:
             raise BadInput(name, len(columns[name]), f"has another number of rows than loss ({count})")
     text = {name: np.array(["" if v is None else str(v) for v in columns[name]]) for name in names}
     excluded: list[dict[str, Any]] = []
-    keep, diverged = np.ones(count, dtype=bool), 0
+    keep, diverged = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
 
     def drop(mask: NDArray, reason: str) -> None:
         mask = mask & keep
@@ -113,9 +114,8 @@ def select_points(columns: Mapping[str, Any], anchors: Sequence[str], agreement:
         drop(np.isin(text["role"], ["rate"]), "learning-rate selection")
     if "status" in text:
         if "failure" in text:
-            failed = keep & (text["status"] == "failed") & (text["failure"] == "diverged")
-            diverged = int(failed.sum())
-            drop(failed, "failed: diverged")
+            diverged = keep & (text["status"] == "failed") & (text["failure"] == "diverged")
+            drop(diverged, "failed: diverged")
         for status in np.unique(text["status"][keep]):
             if status not in ("done", ""):
                 drop(text["status"] == status, str(status))
@@ -135,7 +135,9 @@ def select_points(columns: Mapping[str, Any], anchors: Sequence[str], agreement:
     if not np.any(keep):
         raise BadInput("table", count, "no finished run is left that could be a point of a law")
     table = {name: values[name] if name in values else text[name] for name in names} | {"row": np.arange(count) + 1}
-    return Selected(_known(table, keep), _known(table, everyone), excluded, diverged)
+    axes = [name for name in ("params", "cells") if name in table and name in _known(table, keep)]
+    lost: Rows = {str(name): table[name][diverged & ~aside] for name in axes}
+    return Selected(_known(table, keep), _known(table, everyone), excluded, lost)
 
 
 def _known(table: Rows, keep: NDArray) -> Rows:

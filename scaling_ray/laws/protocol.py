@@ -6,6 +6,7 @@ a z far below zero means that masked values leak into the input or test cells in
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ def protocol_gates(rows: Rows, agreement: Agreement) -> list[Refusal]:
                 Refusal(
                     f"mixed cohorts: the runs differ in {name} ({', '.join(found[:4])}), not only in size and cells",
                     f"one fit for each {name}, or runs that share it",
+                    spoils_losses=True,
                 )
             )
     setting_of_run = _settings(rows)
@@ -41,26 +43,10 @@ def protocol_gates(rows: Rows, agreement: Agreement) -> list[Refusal]:
                     f"mixed cohorts: {name} differs between runs of the same size and data in {len(mixed)} of "
                     f"{len(settings)} settings",
                     f"runs of one setting that share {name}",
+                    spoils_losses=True,
                 )
             )
     refusals += _seed_gates(rows, setting_of_run)
-    if "undertrained" in rows and (count := int(np.sum(_flags(rows["undertrained"])))):
-        in_settings = len(np.unique(setting_of_run[_flags(rows["undertrained"])]))
-        refusals.append(
-            Refusal(
-                f"{count} of {len(setting_of_run)} runs ({in_settings} settings) were still improving when their "
-                f"budget ended: they are undertrained",
-                "a larger budget of cells seen for these runs, until validation stops them",
-            )
-        )
-    if "lr_at_edge" in rows and np.any(_flags(rows["lr_at_edge"])):
-        sizes = sorted({_size_name(rows, int(i)) for i in np.flatnonzero(_flags(rows["lr_at_edge"]))})
-        refusals.append(
-            Refusal(
-                f"the learning rate of {listed(sizes)} is the lowest or highest of those tried",
-                "further learning rates beyond the edge for these sizes",
-            )
-        )
     if "baseline_loss" in rows:
         refusals += _gene_mean_gate(rows)
     if leaking := int(np.sum(_leak_scores(rows) < LEAK_Z)):
@@ -69,20 +55,49 @@ def protocol_gates(rows: Rows, agreement: Agreement) -> list[Refusal]:
                 f"{leaking} runs are better than the planted bound allows (paired z below {LEAK_Z:g}): "
                 f"masked values leak into the input or test cells into training",
                 "the leak found and closed, and the runs repeated",
+                spoils_losses=True,
             )
         )
     return refusals
 
 
-def diverged_gate(count: int) -> list[Refusal]:
-    """Settings of the grid whose runs diverged leave a hole that is not at random."""
-    if not count:
-        return []
-    return [
-        Refusal(
-            f"{count} runs diverged and are missing from the fit", "these settings repeated at a lower learning rate"
+@dataclass(frozen=True)
+class Flagged:
+    """Runs (R,) that a table itself flags: a law is fitted with them and without."""
+
+    runs: NDArray[np.bool_]
+    reason: str
+    settles: str
+
+
+def flagged_runs(rows: Rows, diverged: Rows) -> list[Flagged]:
+    """Flags of the points' runs.
+
+    Args:
+        rows: the runs, each column (R,).
+        diverged: ``params`` and ``cells`` of runs that diverged and are no rows; what is left of their settings is not
+            left at random.
+    """
+    found = []
+    setting_of_run = _settings(rows)
+    if "undertrained" in rows and np.any(marked := _flags(rows["undertrained"])):
+        in_settings = len(np.unique(setting_of_run[marked]))
+        reason = (
+            f"{int(marked.sum())} of {len(setting_of_run)} runs ({in_settings} settings) were still improving when "
+            f"their budget ended: they are undertrained"
         )
-    ]
+        found.append(
+            Flagged(marked, reason, "a larger budget of cells seen for these runs, until validation stops them")
+        )
+    if "lr_at_edge" in rows and np.any(marked := _flags(rows["lr_at_edge"])):
+        sizes = sorted({_size_name(rows, int(i)) for i in np.flatnonzero(marked)})
+        reason = f"the learning rate of {listed(sizes)} is the lowest or highest of those tried"
+        found.append(Flagged(marked, reason, "further learning rates beyond the edge for these sizes"))
+    if count := len(next(iter(diverged.values()), [])):
+        marked = np.isin(setting_of_run, _settings(diverged))
+        reason = f"{count} runs diverged and are missing from the fit"
+        found.append(Flagged(marked, reason, "these settings repeated at a lower learning rate"))
+    return found
 
 
 def leak_test(rows: Rows) -> dict[str, Any] | None:

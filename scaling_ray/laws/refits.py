@@ -1,8 +1,9 @@
 """The same fit without a part of the runs: each size in turn, or the largest size predicted before it is fitted.
 
 A bootstrap of seeds cannot see that the form is wrong, or that the largest size was undertrained: every resample
-shares the fault. Leaving one size out can, because the sizes disagree then. The headline interval is therefore the
-union of the statistical profile with those of the refits.
+shares the fault. Leaving one size out can, because the sizes disagree then. The shown interval is therefore the
+union of the widened interval with those of the refits, of the same variance. A size counts by the part of its variance
+that is misfit: noise moves a refit as well, and what noise does stands in the interval of all runs already.
 """
 
 from __future__ import annotations
@@ -11,109 +12,156 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import fdtri
 
-from scaling_ray.laws.fit import Floats, Problem, Solution, gather
-from scaling_ray.laws.forms import Form
-from scaling_ray.laws.intervals import Interval, profile, profile_at, profiles
+from scaling_ray.laws.fit import Floats, Points, Solution
+from scaling_ray.laws.intervals import Interval
+from scaling_ray.laws.valley import Scan, Valley
 
-MOST_REFITS = 12
+MOST_REFITS, MIN_VALUES = 12, 3
+
+
+@dataclass(frozen=True)
+class Basin:
+    """The laws whose misfit is at most ``limit``, for one weighting of the settings."""
+
+    valley: Valley
+    scan: Scan
+    weight: Floats
+    limit: float
+    misfit: float
+    logs: Floats  # (q,) of the best exponents
+
+    def interval(self, name: str) -> Interval:
+        """Range of a parameter; an end that the edge of the search made is open."""
+        if name in self.valley.names:
+            i = self.valley.names.index(name)
+            return self.valley.exponent(self.scan, i, self.limit, float(self.logs[i]))
+        combined = self.valley.parameter_weights(self.scan, name)
+        return self.valley.ends(self.scan, self.weight, combined, self.limit, open_at_edge=True)
+
+    def value(self, name: str) -> float:
+        """A parameter of the best law."""
+        if name in self.valley.names:
+            return float(np.exp(self.logs[self.valley.names.index(name)]))
+        return self.valley.value(self.scan, self.valley.parameter_weights(self.scan, name))
+
+    def best_loss_at(self, place: Mapping[str, float]) -> float:
+        """Loss of the best law at a place."""
+        return self.valley.value(self.scan, self.valley.place_weights(self.scan, place))
+
+    def loss_at(self, place: Mapping[str, float]) -> Interval:
+        """Range of the loss at a place (axis -> value)."""
+        combined = self.valley.place_weights(self.scan, place)
+        return self.valley.ends(self.scan, self.weight, combined, self.limit, open_at_edge=False)
+
+    def difference(self, place: Mapping[str, float], other: Mapping[str, float]) -> Interval:
+        """Range of the loss at one place less that at another."""
+        one, two = (self.valley.place_weights(self.scan, p) for p in (place, other))
+        combined = (one[0] - two[0], one[1] - two[1], one[2] - two[2])
+        return self.valley.ends(self.scan, self.weight, combined, self.limit, open_at_edge=False)
+
+
+def descend(valley: Valley, points: Points, weight: Floats, allowed: float, *, at: Solution | None = None) -> Basin:
+    """The basin of a weighting (S,), up to ``allowed`` above its lowest misfit (found here unless ``at`` has it)."""
+    coarse = valley.whole(points.loss, weight)
+    if at is None:
+        misfit, logs = valley.minimum(points.loss, weight, coarse)
+    else:
+        misfit, logs = at.misfit_rss, np.log(at.exponents)
+    limit = misfit + allowed
+    scan = valley.below(points.loss, weight, coarse, logs, limit)
+    return Basin(valley, scan, weight, limit, misfit, logs)
 
 
 @dataclass(frozen=True)
 class Refit:
-    """The fit with one value of an axis (of very many, a twelfth of them) left out, and its 95% intervals."""
+    """The fit with one value of an axis (of very many, a twelfth of them) left out, and its widened intervals.
+
+    ``share`` is the part of what is left out that counts (0 to 1). ``moved`` says that the noise between runs does not
+    explain how far the exponent went: that of all runs lies outside the refit's statistical interval at 1 - 0.05 /
+    refits.
+    """
 
     axis: str
     left_out: float
     exponent: str
     values: Mapping[str, float]
     intervals: Mapping[str, Interval]
-    bonferroni: Interval  # of the exponent, at 1 - 0.05 / refits
-    problem: Problem
-    best: Solution
+    share: float
+    moved: bool
+    basin: Basin
 
+    def counted(self, whole: float, interval: Interval) -> Interval:
+        """The part of an interval of this refit that counts, seen from the value ``whole`` of all runs.
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The largest size, predicted by a fit that never saw it; ``low``..``high`` is for the mean of its runs."""
+        An end that the refit leaves open stays open where misfit is the larger part of the variance.
+        """
+        low, high = interval.low, interval.high
+        if self.share < 0.5:
+            low, high = whole if low is None else low, whole if high is None else high
+        ends = [None if end is None else whole + self.share * (end - whole) for end in (low, high)]
+        return Interval(ends[0], ends[1])
 
-    params: float
-    cells: float | None
-    observed: float
-    predicted: float
-    low: float | None
-    high: float | None
-
-    @property
-    def covered(self) -> bool | None:
-        """Whether the observed mean lies in the prediction interval (None where that is open)."""
-        if self.low is None or self.high is None:
-            return None
-        return self.low <= self.observed <= self.high
+    def counted_exponent(self, whole: float, interval: Interval) -> Interval:
+        """The same on the logarithm of an exponent."""
+        logs = Interval(*(None if end is None else float(np.log(end)) for end in (interval.low, interval.high)))
+        found = self.counted(float(np.log(whole)), logs)
+        return Interval(*(None if end is None else float(np.exp(end)) for end in (found.low, found.high)))
 
 
 def leave_one_out(
-    form: Form, axes: Mapping[str, Floats], loss: Floats, exponent: str, names: tuple[str, ...] | None = None
+    valley: Valley,
+    points: Points,
+    exponent: str,
+    names: tuple[str, ...],
+    allowed: float,
+    statistical: float | None,
+    shares: Floats,
+    best: Solution,
 ) -> list[Refit]:
-    """Refit without each value of ``exponent``'s own axis in turn; ``axes`` and ``loss`` are per run (R,).
+    """Refit without each value of ``exponent``'s own axis in turn; ``shares`` (S,) of the settings' variances count.
 
-    Intervals are found of ``names`` (all parameters where None). Empty where a refit would leave fewer settings than
-    parameters, or fewer than two values of the axis.
+    Empty where a refit would leave fewer settings than parameters, or fewer than three values of the axis: two fix no
+    exponent beside a floor, so such refits would say nothing of these runs.
     """
-    axis = form.axis_of(exponent)
-    values = np.unique(axes[axis])
+    form, axis = valley.form, valley.form.axis_of(exponent)
+    values = points.distinct(axis)
     # Other people's tables may hold hundreds of distinct values: neighbours are then left out together.
     groups = np.array_split(values, min(values.size, MOST_REFITS))
+    wider = float(fdtri(1, 200, 1 - 0.05 / len(groups)) / fdtri(1, 200, 0.95))
+    index = form.exponents.index(exponent)
+    whole = float(np.log(best.exponents[index]))
     refits = []
     for group in groups:
-        kept = ~np.isin(axes[axis], group)
-        points = gather({name: column[kept] for name, column in axes.items()}, loss[kept])
-        if points.n_settings < len(form.parameters) or points.distinct(axis).size < 2:
+        kept = ~np.isin(points.axes[axis], group)
+        if np.count_nonzero(kept) < len(form.parameters) or np.unique(points.axes[axis][kept]).size < MIN_VALUES:
             return []
-        problem = Problem(form, points)
-        best = problem.search()
+        basin = descend(valley, points, points.weight * kept, allowed)
         refits.append(
             Refit(
                 axis,
                 float(np.exp(np.mean(np.log(group)))) if group.size > 1 else float(group[0]),
                 exponent,
-                {name: problem.value(best, name) for name in form.parameters},
-                profiles(problem, best, names or form.parameters),
-                profile(problem, best, exponent, 1.0 - 0.05 / len(groups)),
-                problem,
-                best,
+                {name: basin.value(name) for name in names},
+                {name: basin.interval(name) for name in names},
+                float(np.mean(shares[~kept])),
+                statistical is not None and _has_moved(basin, points, index, whole, statistical * wider),
+                basin,
             )
         )
     return refits
 
 
-def hold_out_largest(form: Form, axes: Mapping[str, Floats], loss: Floats, level: float = 0.95) -> list[HeldOut]:
-    """Predict each setting of the largest size from the smaller ones; empty where those do not suffice."""
-    if "params" not in axes:
-        return []
-    largest = float(np.max(axes["params"]))
-    kept = axes["params"] < largest
-    if not np.any(kept):
-        return []
-    points = gather({name: column[kept] for name, column in axes.items()}, loss[kept])
-    if points.n_settings < len(form.parameters) or points.distinct("params").size < 2:
-        return []
-    problem = Problem(form, points)
-    best = problem.search()
-    unseen = gather({name: column[~kept] for name, column in axes.items()}, loss[~kept])
-    held = []
-    for i in range(unseen.n_settings):
-        where = {name: column[i : i + 1] for name, column in unseen.axes.items()}
-        cells = float(where["cells"][0]) if "cells" in where else None
-        predicted = float(problem.predict(best, where)[0])
-        law = profile_at(problem, best, where, np.ones(1), level)
-        low = high = None
-        if law.low is not None and law.high is not None:
-            # The law's own interval, widened by the noise of a mean of so many runs.
-            student = float(stdtrit(problem.freedom, 0.5 + level / 2))
-            noise = student**2 * best.rss / problem.freedom / float(unseen.runs[i])
-            low = predicted - float(np.hypot(predicted - law.low, np.sqrt(noise)))
-            high = predicted + float(np.hypot(law.high - predicted, np.sqrt(noise)))
-        held.append(HeldOut(largest, cells, float(unseen.loss[i]), predicted, low, high))
-    return held
+def _has_moved(basin: Basin, points: Points, index: int, whole: float, allowed: float) -> bool:
+    """Whether the exponent of all runs (a logarithm) costs the refit more than ``allowed``."""
+    if abs(basin.logs[index] - whole) < 1e-5:
+        return False
+    valley = basin.valley
+    grids = [
+        np.linspace(max(log - 0.5, low), min(log + 0.5, high), 81)
+        for log, (low, high) in zip(basin.logs, valley.ranges, strict=True)
+    ]
+    grids[index] = np.array([whole])
+    held = valley.scan(points.loss, basin.weight, grids)
+    return bool(held.along(index)[0] - basin.misfit > allowed)

@@ -1,63 +1,71 @@
-"""The verdict rule on many tables at once: how often it answers, refuses, and covers a known truth.
+"""The verdict rule on many tables of known truth: how often it answers, refuses, and covers.
 
-What the rule promises can only be counted on tables whose law is known, in hundreds. :func:`fit_and_judge` applies the
-gates of :mod:`scaling_ray.laws.gates` that speak of the fit of ``L = a P^-alpha + c`` to B tables of the same sizes and
-seeds; that it gives the verdicts and intervals of ``fit_table`` is a test.
-
-The gates pull against each other: each refuses a share of clean tables by its own level (lack of fit 1%, leave-one-out
-at most 5% by Bonferroni, in fact far less, since the refits share five sixths of their runs), and what is left of clean
-tables must still be covered and answered. So no level here is chosen by its outcome: they are those of the rule,
-and the simulation reports what they give.
+What the rule promises can only be counted on tables whose law is known, in hundreds. :func:`judge_tables` fits and
+judges each as ``fit_table`` does, and leaves out what no simulation asks for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import fdtrc, fdtri
+from scipy.special import fdtri
 
-from scaling_ray.laws import gates
 from scaling_ray.laws.fit import Floats
-from scaling_ray.laws.forms import EXPONENT_SEARCH, POWER_FLOOR
+from scaling_ray.laws.forms import POWER_FLOOR, Form
+from scaling_ray.laws.intervals import Interval
+from scaling_ray.laws.law import fit_law
 from scaling_ray.laws.many import Design
+from scaling_ray.laws.points import Rows
+from scaling_ray.laws.predictions import predict_at
+from scaling_ray.laws.protocol import Flagged
+from scaling_ray.laws.sensitivity import without_flagged
+from scaling_ray.laws.verdict import judge
 
 Flags = NDArray[np.bool_]
-_EDGES = np.log(EXPONENT_SEARCH)
 
 
-@dataclass(frozen=True)
+@dataclass
 class JudgedTables:
-    """Verdicts and intervals of alpha for B tables; an open end is NaN."""
+    """Verdicts and intervals of B tables; an open end is NaN. Names are those of the form's parameters."""
 
-    alpha: Floats  # (B,)
-    low: Floats  # (B,) statistical: the F-profile
-    high: Floats
-    headline_low: Floats  # (B,) the union with the leave-one-size-out profiles
-    headline_high: Floats
-    refused_by: dict[str, Flags]  # gate -> (B,)
+    verdicts: list[str] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+    statistical: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    shown: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    predicted: list[tuple[float, float]] = field(default_factory=list)
+    refused_by: Counter[str] = field(default_factory=Counter)
 
     @property
     def answered(self) -> Flags:
-        """(B,): no gate refuses the table."""
-        return ~np.any(np.stack(list(self.refused_by.values())), axis=0)
+        """(B,): whether the table has an exponent, supported or approximate."""
+        return np.array([verdict != "refused" for verdict in self.verdicts])
 
-    def covers(self, truth: float, *, headline: bool = False) -> Flags:
-        """(B,): the interval holds ``truth``; an open end excludes nothing on its side."""
-        low, high = (self.headline_low, self.headline_high) if headline else (self.low, self.high)
+    def covers(self, name: str, truth: float, *, shown: bool = True) -> Flags:
+        """(B,): the interval of a parameter holds ``truth``; an open end excludes nothing on its side."""
+        low, high = np.array((self.shown if shown else self.statistical)[name]).T
         covered: Flags = ~(low > truth) & ~(high < truth)
         return covered
 
-    def log_width_ratio(self) -> Floats:
-        """(B,): log-width of the headline interval over that of the profile; infinite where the former is open."""
-        ratio = np.log(self.headline_high / self.headline_low) / np.log(self.high / self.low)
-        return np.where(np.isnan(ratio), np.inf, ratio)
+    def predicts(self, truth: Floats) -> Flags:
+        """(B,): the interval of the predicted loss holds what a new setting showed (B,)."""
+        low, high = np.array(self.predicted).T
+        covered: Flags = ~(low > truth) & ~(high < truth)
+        return covered
+
+    def ratio(self, name: str) -> Floats:
+        """(B,): high over low of the shown interval; infinite where it is open."""
+        low, high = np.array(self.shown[name]).T
+        ratio: Floats = np.nan_to_num(high / low, nan=np.inf)
+        return ratio
 
 
-def draw(law: Floats, noise: float, tables: int, seeds: int, rng: np.random.Generator) -> Floats:
-    """Losses (B, S, R) of ``tables`` tables: a law (S,) with Gaussian seed noise."""
-    losses: Floats = law[None, :, None] + rng.normal(0.0, noise, (tables, law.size, seeds))
+def draw(law: Floats, noise: float | Floats, tables: int, seeds: int, rng: np.random.Generator) -> Floats:
+    """Losses (B, S, R) of ``tables`` tables: a law (S,) with Gaussian seed noise (one sd, or (S,) of them)."""
+    sd = np.broadcast_to(np.asarray(noise, dtype=np.float64), law.shape)
+    losses: Floats = law[None, :, None] + rng.standard_normal((tables, law.size, seeds)) * sd[None, :, None]
     return losses
 
 
@@ -75,55 +83,52 @@ def expected_ratio(params: Floats, law: Floats, noise: float, seeds: int) -> flo
     return float(np.nan_to_num(high / low, nan=np.inf)[0])
 
 
-def fit_and_judge(params: Floats, losses: Floats) -> JudgedTables:
-    """Fit ``L = a P^-alpha + c`` to each of B tables (B, S, R) of sizes (S,) with R >= 2 seeds each."""
-    tables, sizes, seeds = losses.shape
-    means = losses.mean(axis=2)
-    within = np.sum((losses - means[:, :, None]) ** 2, axis=2)  # (B, S)
-    alpha, low, high, misfit, edge = _fit(params, means, within, seeds, 0.95)
-    noise_freedom = sizes * (seeds - 1)
-    noise = within.sum(axis=1) / noise_freedom
-    between = seeds * np.sum((means - means.mean(axis=1, keepdims=True)) ** 2, axis=1)
-    effect_p = fdtrc(sizes - 1, noise_freedom, between / (sizes - 1) / noise)
-    extra = sizes - len(POWER_FLOOR.parameters)
-    lack_p = fdtrc(extra, noise_freedom, misfit / extra / noise) if extra > 0 else np.ones(tables)
-    moved = np.zeros(tables, dtype=bool)
-    lows, highs, others = [low], [high], [alpha]
-    for left in range(sizes):
-        kept = np.arange(sizes) != left
-        part = _fit(params[kept], means[:, kept], within[:, kept], seeds, 0.95)
-        _, inner, outer, _, _ = _fit(params[kept], means[:, kept], within[:, kept], seeds, 1.0 - 0.05 / sizes)
-        moved |= (alpha < inner) | (alpha > outer)
-        lows.append(part[1])
-        highs.append(part[2])
-        if left in (0, sizes - 1):
-            others.append(part[0])
-    spread = np.max(others, axis=0) / np.min(others, axis=0)
-    ratio = high / low
-    refused_by = {
-        "sizes": np.full(tables, sizes < gates.MIN_SIZES),
-        "effect": effect_p >= gates.SIZE_EFFECT_P,
-        "edge": edge,
-        "open": ~edge & np.isnan(ratio),
-        "wide": ~edge & (ratio >= gates.MAX_RATIO),
-        "lack_of_fit": lack_p < gates.LACK_OF_FIT_P,
-        "leave_one_out": moved,
-        "choices": spread >= gates.MAX_RATIO if sizes > gates.MIN_SIZES else np.zeros(tables, dtype=bool),
-    }
-    # A NaN among the ends makes minimum and maximum NaN: a union with an open interval is open.
-    return JudgedTables(alpha, low, high, np.min(lows, axis=0), np.max(highs, axis=0), refused_by)
+def judge_tables(
+    axes: dict[str, Floats],
+    losses: Floats,
+    *,
+    form: Form = POWER_FLOOR,
+    place: dict[str, float] | None = None,
+    keep: Flags | None = None,
+) -> JudgedTables:
+    """Fit a law to each of B tables (B, S, R) of settings with axes (S,) and R seeds each.
+
+    Args:
+        axes: name -> (S,).
+        losses: (B, S, R).
+        form: the law.
+        place: where to predict the mean of R further runs (axis -> value).
+        keep: (B, S, R) runs without a flag; all where None. A table with flagged runs is judged as
+            :func:`~scaling_ray.laws.sensitivity.without_flagged` has it.
+    """
+    found = JudgedTables()
+    seeds = losses.shape[2]
+    runs = {name: np.repeat(values, seeds) for name, values in axes.items()}
+    names = tuple(name for name in form.parameters if name in (*form.exponents, form.floor))
+    for i, table in enumerate(losses):
+        rows: Rows = runs | {"loss": table.reshape(-1)}
+        refusals = []
+        if keep is not None and not keep[i].all():
+            flag = Flagged(~keep[i].reshape(-1), "flagged", "repeats")
+            compared = without_flagged(form, rows, [flag])
+            rows, refusals = compared.rows, compared.refusals
+        judged = judge(fit_law(form, rows, only=names), refusals)
+        law = judged.law
+        found.verdicts.append(judged.verdict)
+        found.refused_by.update({refusal.reason[:40] for refusal in judged.refusals})
+        for name in names:
+            found.values.setdefault(name, []).append(law.parameters.get(name, np.nan))
+            for kind, intervals in ((found.statistical, law.intervals), (found.shown, law.shown)):
+                interval = intervals.get(name)
+                kind.setdefault(name, []).append(_ends(interval))
+        if place is not None:
+            interval = predict_at(judged, place, float(seeds))[1] if law.best is not None else None
+            found.predicted.append(_ends(interval))
+    return found
 
 
-def _fit(
-    params: Floats, means: Floats, within: Floats, seeds: int, level: float
-) -> tuple[Floats, Floats, Floats, Floats, Flags]:
-    """Alpha, its profile at ``level``, misfit, and whether alpha rests on an edge of its search: (B,) each."""
-    design = Design(POWER_FLOOR, {"params": params}, np.full(params.size, float(seeds)))
-    found = design.fit(means)
-    freedom = params.size * seeds - len(POWER_FLOOR.parameters)
-    rss = found.misfit_rss + within.sum(axis=1)
-    limit = found.misfit_rss + rss * float(fdtri(1, freedom, level)) / freedom
-    low, high = design.profile(means, found, limit)
-    logs = np.log(found.exponents[:, 0])
-    edge = (logs < _EDGES[0] + 1e-6) | (logs > _EDGES[1] - 1e-6)
-    return found.exponents[:, 0], low, high, found.misfit_rss, edge
+def _ends(interval: Interval | None) -> tuple[float, float]:
+    """Both ends, an open one as NaN."""
+    if interval is None:
+        return np.nan, np.nan
+    return (np.nan if interval.low is None else interval.low), (np.nan if interval.high is None else interval.high)

@@ -1,20 +1,23 @@
-"""From a table of runs to ``fit.json``: the verdict first, then its evidence.
+"""From a table of runs to ``fit.json``: the verdicts first, then their evidence.
 
-``fit_table`` is the one public way in. The shape of the table decides which law it fits, never the outcome:
-with at least three numbers of cells the headline is L(P, D), otherwise L(P) with a floor at the largest number.
+``fit_table`` is the one public way in. The headline is the law of size and data where the table has three numbers of
+cells and both make a difference, the law of size or of data alone where one does, and the law along the ray where D
+follows P; the rule by which it is judged is the docstring of :mod:`verdict`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from scaling_ray.laws import entries, evidence, gates, optimum, units
 from scaling_ray.laws.choices import declared_choices
+from scaling_ray.laws.contrasts import contrasts
 from scaling_ray.laws.forms import (
+    CELLS_FLOOR,
     CELLS_LOG,
     CONSTANT,
     PARAMS_CELLS,
@@ -22,6 +25,7 @@ from scaling_ray.laws.forms import (
     POWER_FLOOR,
     POWER_FLOOR_FLOPS,
     POWER_FLOPS,
+    Form,
 )
 from scaling_ray.laws.gates import Refusal
 from scaling_ray.laws.law import fit_law
@@ -38,20 +42,35 @@ from scaling_ray.laws.points import (
     size_table,
     where,
 )
-from scaling_ray.laws.protocol import diverged_gate, leak_test, protocol_gates
+from scaling_ray.laws.predictions import HeldOut, hold_out_largest, predict
+from scaling_ray.laws.protocol import flagged_runs, leak_test, protocol_gates
+from scaling_ray.laws.sensitivity import huber_parameters, without_flagged, without_outlying
+from scaling_ray.laws.sentences import sentences
 from scaling_ray.laws.verdict import Judged, judge
 
-FORMAT = 3
+FORMAT = 4
 MANY_CELL_COUNTS = 12
+RAY_TOLERANCE = 0.02  # how far log D may lie from a line in log P and still be one
 CONDITIONAL_ON = (
-    "Intervals are 95% F-profiles over the noise between seeds, conditional on this split: the held-out donors, "
-    "genes and masks stay as they are. The headline interval is the union of the profile with those of the fits that "
-    "leave one size (or one number of cells) out."
+    "Intervals are 95% and conditional on this split: the held-out donors, genes and masks stay as they are. The shown "
+    "interval is as wide as the larger of the noise between runs and the misfit of the law makes it, and is the union "
+    "with those of the fits that leave one size (or one number of cells) out; the statistical one is of noise alone."
 )
 AICC_NOTE = (
     "AICc compares shapes of the same settings, counts sizes and not rows, and never rescues an exponent that a gate "
     "refuses."
 )
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The law that the verdict is about, with the runs that it was fitted to."""
+
+    judged: Judged
+    cells: float | None
+    rows: Rows
+    sensitivity: list[dict[str, Any]]
+    notes: list[str]
 
 
 def fit_table(
@@ -78,64 +97,181 @@ def fit_table(
     runs = select_points(columns, anchors, agreement)
     rows = runs.points
     d_values = np.unique(rows["cells"]) if "cells" in rows else np.array([])
-    protocol = protocol_gates(rows, agreement) + diverged_gate(runs.diverged)
 
     fitted: list[tuple[float | None, Judged]] = []
     for cells in _counts_to_fit(rows, d_values):
-        here = at_cells(rows, cells)
-        gates_here = protocol_gates(here, agreement) + diverged_gate(runs.diverged)
         for form in (CONSTANT, POWER, POWER_FLOOR):
             say(f"fitting {form.formula}" + ("" if cells is None else f" at {cells:,.0f} cells"))
-            fitted.append((cells, judge(fit_law(form, here), gates_here)))
-    if d_values.size >= 2:
-        say(f"fitting {PARAMS_CELLS.formula}")
-        fitted.append((None, judge(fit_law(PARAMS_CELLS, rows), protocol)))
+            fitted.append((cells, _judged(form, runs, cells, agreement).judged))
+    say("choosing the headline's law")
+    head, both = _headline(runs, agreement, fitted)
+    if both is not None:
+        fitted.append((None, both))
     say("fitting the declared choices")
-    choices = declared_choices(runs)
-    chosen = len(fitted) - 1
-    if d_values.size == 2:
-        chosen -= 1  # two numbers of cells do not carry a term of their own
-    cells, head = fitted[chosen]
+    choices = declared_choices(runs, head.judged.law.form, head.cells)
     disagreement = gates.choices_gate(
         [c["alpha"] for c in choices if c["defensible"] and c["n_sizes"] >= gates.MIN_SIZES]
     )
-    head = replace(head, refusals=[*head.refusals, *disagreement])
-    fitted[chosen] = (cells, head)
-    here = at_cells(rows, cells)
+    say("setting runs aside that Huber's loss leaves far outside")
+    huber = huber_parameters(head.judged.law, head.rows)
+    robust = without_outlying(head.judged.law.form, head.rows, head.judged.law, huber)
+    if robust.entries:
+        again = judge(fit_law(head.judged.law.form, robust.rows), _standing(head.judged))
+        doubts = [*robust.doubts, *again.doubts]
+        judged = replace(again, doubts=doubts)
+        head = Headline(judged, head.cells, robust.rows, [*head.sensitivity, *robust.entries], head.notes)
+    judged = replace(head.judged, refusals=[*head.judged.refusals, *disagreement])
+    head = replace(head, judged=judged)
+    key = (head.cells, judged.law.form.name)
+    fitted = [(at, judged if (at, one.law.form.name) == key else one) for at, one in fitted]
+    if not any(one is judged for _, one in fitted):
+        fitted.append((head.cells, judged))
+    here = head.rows
     say("fitting the other shapes and estimators")
+    protocol = protocol_gates(rows, agreement)
     shapes = _in_compute(rows, d_values, protocol) + _against_cells(rows, d_values, protocol)
-    fits = entries.with_aicc(fitted) + [entries.entry(at, judged) for at, judged in shapes]
-    fits += [elbow for at, judged in fitted if (elbow := entries.elbow_entry(at, judged)) is not None]
-    fits += entries.other_estimators(cells, head, here)
+    fits = entries.with_aicc(fitted) + [entries.entry(at, other) for at, other in shapes]
+    fits += [elbow for at, one in fitted if (elbow := entries.elbow_entry(at, one)) is not None]
+    fits += entries.other_estimators(head.cells, judged, here, huber)
     names = size_names(rows)
     left_out = [
-        evidence.left_out(at, judged.law, refit, names) | {"headline": judged is head}
-        for at, judged in fitted
-        for refit in judged.law.refits
+        evidence.left_out(at, one.law, refit, names) | {"headline": one is judged}
+        for at, one in fitted
+        for refit in one.law.refits
     ]
     loss_unit = _loss_unit(rows)
+    say("predicting the largest size from the others")
+    held = hold_out_largest(judged.law.form, here) if judged.law.best is not None else []
+    bought = {
+        "size": contrasts(rows, "params", names, _residual_sd(judged)),
+        "data": contrasts(rows, "cells", {}, _residual_sd(judged)),
+    }
     return {
         "format": FORMAT,
-        "headline": entries.headline(cells, head),
+        "headline": _headline_entry(head, held, bought, rows),
         "loss_unit": loss_unit,
+        "contrasts": bought,
+        "sensitivity": head.sensitivity,
+        "rivals": [
+            {"axis": rival.axis, "formula": rival.formula, "excess": rival.excess, "as_good": rival.as_good}
+            for rival in judged.rivals
+        ],
         "choices": choices,
         "fits": fits,
         "baselines": _baselines(rows),
         "anchors": size_table(_anchors(runs)),
         "leave_one_out": left_out,
-        "held_out_largest": evidence.held_out(head.law, here),
-        "residuals": evidence.residuals(head.law, here),
-        "curves": evidence.curves(head, here),
+        "held_out_largest": evidence.held_out(judged.law.form.name, held),
+        "residuals": evidence.residuals(judged.law, here),
+        "curves": evidence.curves(judged, here),
         "leak_test": leak_test(runs.everyone),
-        "next_steps": optimum.next_steps(head),
-        "compute_optimal": optimum.compute_optimal(head, here),
+        "next_steps": optimum.next_steps(judged),
+        "compute_optimal": optimum.compute_optimal(judged, here),
         "iso_flop": optimum.iso_flop(rows),
-        "planted_floor": evidence.planted_floor(head, here),
+        "planted_floor": evidence.planted_floor(judged, here),
         "units": units.size_units(rows, loss_unit),
         "points": {"runs": len(rows["loss"]), "sizes": size_table(rows), "cells": [float(d) for d in d_values]},
         "excluded": runs.excluded,
-        "notes": [CONDITIONAL_ON, AICC_NOTE, *_notes(rows)],
+        "notes": [CONDITIONAL_ON, AICC_NOTE, *head.notes, *_notes(rows)],
         "columns_used": _columns_used(columns, agreement),
+    }
+
+
+def _standing(judged: Judged) -> list[Refusal]:
+    """Refusals by protocol and flags, which stand whatever runs are set aside."""
+    fit = gates.fit_gates(judged.law) + gates.count_gates(judged.law.form, judged.law.points)
+    by_fit = {refusal.reason for refusal in fit + gates.rival_gates(judged.law, judged.rivals)}
+    return [refusal for refusal in judged.refusals if refusal.reason not in by_fit]
+
+
+def _judged(form: Form, runs: Selected, cells: float | None, agreement: Agreement) -> Headline:
+    """A form fitted at one number of cells (or to all), with flagged runs as a sensitivity."""
+    rows, lost = at_cells(runs.points, cells), at_cells(runs.diverged, cells)
+    compared = without_flagged(form, rows, flagged_runs(rows, lost))
+    judged = judge(fit_law(form, compared.rows), [*protocol_gates(rows, agreement), *compared.refusals])
+    judged = replace(judged, doubts=[*compared.doubts, *judged.doubts])
+    return Headline(judged, cells, compared.rows, compared.entries, [])
+
+
+def _headline(
+    runs: Selected, agreement: Agreement, fitted: Sequence[tuple[float | None, Judged]]
+) -> tuple[Headline, Judged | None]:
+    """The headline, and the law of size and data where the table has one.
+
+    Both where there are three numbers of cells and both make a difference beyond noise; the law of the one that does
+    otherwise; along the ray where D follows P; of size at the largest number of cells where there are fewer.
+    """
+    rows = runs.points
+    sizes = np.unique(rows["params"])
+    counts = np.unique(rows["cells"]) if "cells" in rows else np.array([])
+    largest = float(counts[-1]) if counts.size else None
+    if counts.size < gates.MIN_CELL_COUNTS:
+        return _judged(POWER_FLOOR, runs, largest, agreement), None
+    if sizes.size == 1:
+        note = "Only the number of cells varies, so the law is one of data alone."
+        return replace(_judged(CELLS_FLOOR, runs, None, agreement), notes=[note]), None
+    if (ray := _ray(rows)) is not None:
+        return replace(_judged(POWER_FLOOR, runs, None, agreement), notes=[ray]), None
+    both = _judged(PARAMS_CELLS, runs, None, agreement)
+    tests = both.judged.law.tests
+    if tests is None:
+        return _judged(POWER_FLOOR, runs, largest, agreement), both.judged
+    size_p, data_p = tests.effect_p["params"], tests.effect_p["cells"]
+    if size_p is not None and data_p is not None:
+        if size_p < gates.SIZE_EFFECT_P <= data_p:
+            note = (
+                f"The number of cells makes no difference beyond noise here (F-test p = {data_p:.2g}), so the law is "
+                "one of size, over all numbers of cells."
+            )
+            return replace(_judged(POWER_FLOOR, runs, None, agreement), notes=[note]), both.judged
+        if data_p < gates.SIZE_EFFECT_P <= size_p:
+            note = (
+                f"The size makes no difference beyond noise here (F-test p = {size_p:.2g}), so the law is one of data, "
+                "over all sizes."
+            )
+            return replace(_judged(CELLS_FLOOR, runs, None, agreement), notes=[note]), both.judged
+    return both, both.judged
+
+
+def _ray(rows: Rows) -> str | None:
+    """What to say where D is a power of P in every run, so that no law can part the two; None elsewhere."""
+    x, y = np.log(rows["params"]), np.log(rows["cells"])
+    slope, level = np.polyfit(x, y, 1)
+    if np.max(np.abs(y - slope * x - level)) > RAY_TOLERANCE:
+        return None
+    if abs(slope - 1.0) < RAY_TOLERANCE:
+        ratio = float(np.exp(np.mean(y - x)))
+        follows = f"in proportion to the size (D = {ratio:.3g} P)"
+    else:
+        follows = f"as a power of the size (D ~ P^{slope:.3g})"
+    return (
+        f"The number of cells follows the size here, {follows}: the law is of the loss along that ray, P and D growing "
+        "together, and neither can be told apart from the other."
+    )
+
+
+def _residual_sd(judged: Judged) -> float | None:
+    """Standard deviation of one run by the residuals of the law, where no replicates show it."""
+    law = judged.law
+    if law.best is None or law.tests is None or not law.tests.by_residuals:
+        return None
+    return float(np.sqrt(law.width.variance)) * law.noise.least_misfit
+
+
+def _headline_entry(head: Headline, held: Sequence[HeldOut], bought: dict[str, Any], rows: Rows) -> dict[str, Any]:
+    """``headline``: the verdict on the law, on size, on data, on predictions; then what is true in any case."""
+    judged = head.judged
+    fixed = {} if head.cells is None else {"cells": head.cells}
+    if "params" not in judged.law.form.axes:
+        fixed["params"] = float(np.max(rows["params"]))
+    predictions = predict(judged, list(held), fixed)
+    lines = [one["sentence"] for one in bought.values() if one["sentence"]]
+    notes = [note for note in head.notes]
+    return entries.headline(head.cells, judged) | {
+        "size": entries.of_axis(judged, "params", bought["size"], notes),
+        "data": entries.of_axis(judged, "cells", bought["data"], notes),
+        "predictions": predictions,
+        "sentences": sentences(judged, predictions, lines),
     }
 
 
@@ -143,13 +279,32 @@ def nothing_to_fit(reason: str, columns: Mapping[str, Any], agreement: Agreement
     """The content of ``fit.json`` for a table that :func:`fit_table` cannot take: refused, for that reason."""
     head: dict[str, Any] = {"verdict": "refused", "reasons": [f"there is nothing to fit ({reason})"]}
     head |= {"settles": ["runs that finish"], "form": POWER_FLOOR.name, "formula": POWER_FLOOR.formula, "cells": None}
+    no_axis = {"verdict": "refused", "reasons": head["reasons"], "exponent": None, "parameter": None, "sentence": None}
+    no_contrast: dict[str, Any] = {
+        "neighbours": [],
+        "bounds": [],
+        "settled_from": None,
+        "sentence": None,
+        "reason": reason,
+    }
+    head |= {"estimator": "least_squares", "size": no_axis, "data": no_axis}
+    head["predictions"] = {"verdict": "refused", "reasons": head["reasons"], "entries": []}
+    head["predictions"] |= {"held_out": {"covered": 0, "settings": 0}}
+    head["sentences"] = [
+        f"Refused: there is nothing to fit ({reason}).",
+        "What would settle it first: runs that finish.",
+    ]
     blank = {"budgets": [], "reason": "there is nothing to fit"}
     return {
         "format": FORMAT,
         "headline": head,
         "loss_unit": None,
         **{name: [] for name in ("choices", "fits", "anchors", "leave_one_out", "held_out_largest", "residuals")},
-        **{name: [] for name in ("curves", "next_steps", "excluded", "notes")},
+        **{name: [] for name in ("curves", "next_steps", "excluded", "notes", "sensitivity", "rivals")},
+        "contrasts": {
+            "size": {"axis": "params"} | no_contrast,
+            "data": {"axis": "cells"} | no_contrast,
+        },
         "baselines": {"by_cells": []},
         "leak_test": _leak_test_of(columns),
         "compute_optimal": blank,

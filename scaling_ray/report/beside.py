@@ -30,7 +30,7 @@ def _side(report: dict[str, Any]) -> dict[str, Any]:
     best = report["best"]
     largest = max((setting["cells"] or 0 for setting in report["settings"]), default=0)
     at_largest = [s for s in report["settings"] if (s["cells"] or 0) == largest and s["done"]]
-    supported = report["verdict"] == "supported"
+    supported = report["verdict"] != "refused"
     return {
         "name": report["name"],
         "recipe": report["protocol"]["recipe"],

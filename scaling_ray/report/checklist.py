@@ -73,7 +73,7 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
         (
             "fit",
             "What is minimised?",
-            "squared error of the loss, over runs; moderated weights and Huber on the log beside it",
+            "squared error of the loss, weighted by the modelled noise of each size; Huber on the log beside it",
         ),
         (
             "fit",
@@ -81,7 +81,11 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
             "variable projection: every local minimum of a grid over the exponents is refined",
         ),
         ("fit", "How many points, how many parameters?", _points(fit)),
-        ("fit", "Intervals", "95% F-profiles, and their union with those of every leave-one-out fit"),
+        (
+            "fit",
+            "Intervals",
+            "95% profiles, from the larger of noise and misfit; their union with every leave-one-out fit's",
+        ),
         ("fit", "Is the fit tested beyond its points?", _held_out(fit)),
         ("fit", "Is the fit sensitive to choices?", f"{len(fit['choices'])} declared choices, each with its interval"),
         (

@@ -117,7 +117,7 @@ def _forests(fit: Mapping[str, Any], suffix: str) -> list[Picture]:
         rows = [Estimate(f"without {name}", found["value"], found["low"], found["high"]) for name, found in left]
         caption = f"{parameter} of the headline's form, refitted without each size or number of cells in turn."
         band = None
-        if head["verdict"] == "supported":
+        if head["verdict"] != "refused":
             own = head["parameters"][parameter]
             rows.insert(0, Estimate("all runs", own["value"], own["profile_low"], own["profile_high"]))
             if own["profile_low"] is not None and own["profile_high"] is not None:

@@ -48,8 +48,8 @@ def summarise(sweep: Sweep, fits: Mapping[int, dict[str, Any]]) -> dict[str, Any
         "format": FORMAT,
         "name": sweep.spec.name if sweep.spec else sweep.folder.rstrip("/").rsplit("/", 1)[-1],
         "verdict": head["verdict"],
-        "sentence": _sentence(head, fit),
-        "second_sentence": _second_sentence(head),
+        "sentence": head["sentences"][0],
+        "second_sentence": head["sentences"][1],
         "headline": head,
         "genes": genes,
         "split_noun": sweep.split_noun,
@@ -98,31 +98,6 @@ def _unit_words(loss_units: Sequence[str]) -> tuple[str, str]:
         return "loss", "loss"
     short, about = zip(*(_UNITS.get(unit, (unit, f"loss in {unit}")) for unit in loss_units), strict=True)
     return " or ".join(short), " or ".join(about)
-
-
-def _sentence(head: dict[str, Any], fit: dict[str, Any]) -> str:
-    """The verdict in words: the law that the runs support, or the first reason why they support none."""
-    supported = [f for f in fit["fits"] if f["verdict"] == "supported" and f["form"] not in ("constant", "cells_log")]
-    if head["verdict"] == "supported":
-        what = "size and data" if head["form"] == "params_cells" else "size"
-        return f"Supported: within the sizes trained here, the loss falls with {what} as {head['formula']}."
-    more = len(head["reasons"]) - 1
-    rest = "" if not more else f" (and {more} more reason{'s' if more > 1 else ''}, below)"
-    aside = ""
-    if any(f["form"] == "power_floor" for f in supported):
-        aside = " A part of the table, fitted alone, does support a law: see the fits."
-    return f"Refused: these runs do not determine a scaling exponent, because {head['reasons'][0]}{rest}.{aside}"
-
-
-def _second_sentence(head: dict[str, Any]) -> str | None:
-    """The second sentence: the exponent with its headline interval, or the runs that would settle it."""
-    if head["verdict"] != "supported":
-        return f"What would settle it first: {head['settles'][0]}." if head["settles"] else None
-    alpha = head["parameters"]["alpha"]
-    low, high = alpha["low"], alpha["high"]
-    if low is None or high is None:
-        return f"alpha is {alpha['value']:.3g}, and leaving one size out opens its interval."
-    return f"alpha is {alpha['value']:.3g}, and between {low:.3g} and {high:.3g} whichever size is left out."
 
 
 def _definitions(sweep: Sweep, grid: Sequence[Row], loss: str) -> list[dict[str, str]]:
