@@ -188,7 +188,7 @@ def _run(
     )
     # The name of a size is its user's; the shape behind it is what the run is.
     identity = {name: value for name, value in unnamed.identity.items() if name not in ("run_id", "size")}
-    digest = content_hash(identity | {"data": spec.data.model_dump(mode="json")})[:8]
+    digest = content_hash(identity | {"data": spec.data.rules})[:8]
     rate = f"lr{lr:g}" if lr is not None else "lrbest"
     from_few = f"-n{donors}" if donors != "all" else ""
     return unnamed.model_copy(update={"run_id": f"{role}-{size}-v{genes}-d{cells}{from_few}-s{seed}-{rate}-{digest}"})

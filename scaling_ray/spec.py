@@ -54,8 +54,12 @@ class DataSpec(Frozen):
     and ``min_counts`` (over the chosen genes). Groups in the older manifest.json that ``split_from`` names keep their
     split. ``batch_key`` ranks genes within each data set and takes the median rank. ``gene_list`` holds feature_ids,
     for ``gene_rule = "list"``.
+
+    ``title`` and ``source`` (a citation or an address) are what a report calls the data; they change no cell.
     """
 
+    title: str | None = None
+    source: str | None = None
     value_filter: str | None = "is_primary_data == True"
     keep: dict[KeptColumn, Annotated[list[str], Field(min_length=1)]] = {}
     cap_by: KeptColumn = "tissue_general"
@@ -70,6 +74,11 @@ class DataSpec(Frozen):
     gene_rule: Literal["seurat_v3", "by_mean", "first_n", "list"] = "seurat_v3"
     batch_key: Literal["dataset_id"] | None = None
     gene_list: list[str] = []
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """What decides the cells, splits and genes, as plain values: all but the names that reports give the data."""
+        return self.model_dump(mode="json", exclude={"title", "source"})
 
     @model_validator(mode="after")
     def _rules_agree(self) -> DataSpec:

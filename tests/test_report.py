@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from scaling_ray.errors import BadInput
+from scaling_ray.report import figures, svg
 from scaling_ray.report.build import build_report
 from scaling_ray.results.cohorts import fit_place
 from scaling_ray.results.columns import SCHEMA, Row
@@ -344,9 +345,9 @@ def test_the_first_screen_has_what_a_sceptic_asks_for(built: tuple[Path, Path]) 
     first = seen[: seen.index("Best model")]
     alpha = report["headline"]["parameters"]["alpha"]
     assert f"{alpha['value']:.3f}" in first and f"{alpha['low']:.3f} to {alpha['high']:.3f}" in first
-    assert f"{alpha['profile_low']:.3f} to {alpha['profile_high']:.3f}: 95%, from seed noise" in first
+    assert f"{alpha['profile_low']:.3f} to {alpha['profile_high']:.3f}: from the noise of seeds alone" in first
     for words in (
-        "from seed noise",
+        "from the noise of seeds alone",
         "all trainable parameters",
         "unique training cells",
         "whole library",
@@ -360,7 +361,48 @@ def test_the_first_screen_has_what_a_sceptic_asks_for(built: tuple[Path, Path]) 
     ):
         assert words in first, words
     picture = built[1].read_text().split("</svg>")[0]
-    assert all(f">{name}<" in picture for name in ("gene mean", "shrunk Gaussian", "planted floor", "D = 500"))
+    assert all(f">{name}<" in picture for name in ("gene mean", "Gaussian, 500", "planted floor", "D = 500"))
+
+
+def test_size_data_and_predictions_have_a_card_each(built: tuple[Path, Path]) -> None:
+    head = json.loads((built[1].parent / "report.json").read_text())["headline"]
+    seen = text_of(built[1])
+    for title, part in (("Size", "size"), ("Data", "data"), ("Predictions", "predictions")):
+        assert f"{title} {head[part]['verdict']}" in seen
+    for entry in head["predictions"]["entries"]:
+        assert f"{entry['what']} {entry['params']:,.0f} {entry['cells']:,.0f} {entry['value']:.4f}" in seen
+    first, second = head["sentences"]
+    assert seen.index(first) < seen.index(second) < seen.index("Size ")
+
+
+def test_every_word_that_is_linked_is_explained(built: tuple[Path, Path]) -> None:
+    text = built[1].read_text()
+    links, ids = set(re.findall(r'href="#([^"]+)"', text)), set(re.findall(r'id="([^"]+)"', text))
+    assert links <= ids and len({link for link in links if link.startswith("word-")}) > 20
+    assert len(re.findall(r'id="word-', text)) == len({i for i in ids if i.startswith("word-")})
+
+
+def test_a_prediction_stands_at_the_size_it_predicts() -> None:
+    here = figures.Series(
+        "D", [(1e3, 2.0), (1e5, 1.5)], "d0", bars=[(1e5, 1.4, 1.3, 1.6)], forecasts=[(1e7, 1.1, 1.0, 1.2)]
+    )
+    drawn = figures.draw(figures.Chart("t", "P", "loss", [here]), 700, 400)
+    points = [float(x) for x in re.findall(r'<circle class="pd0"[^>]* cx="([\d.]+)"', drawn)]
+    held, ahead = (float(x) for x in re.findall(r'<path class="od0" d="M([\d.]+) ', drawn))
+    assert held == points[1]
+    # Two decades to the right on an axis where two decades are as far as between the points.
+    assert ahead - points[1] == pytest.approx(points[1] - points[0], abs=0.2)
+
+
+def test_a_colour_means_one_thing() -> None:
+    """Cells, sizes and budgets share no colour with each other or with a verdict, in light and in dark."""
+    style = (Path(figures.__file__).parent / "style.html").read_text()
+    for scheme, line in zip(("light", "dark"), style.splitlines()[:2], strict=True):
+        verdicts = {found for name in ("good", "bad", "near") for found in re.findall(rf"--{name}:(#\w+)", line)}
+        names = re.findall(r"--([dsb]\d):(#\w+)", svg.STYLE.split("@media")[0 if scheme == "light" else 1])
+        colours = [colour for _, colour in names]
+        assert len(colours) >= 18 and len(set(colours)) == 18
+        assert len(verdicts) == 3 and not verdicts & set(colours)
 
 
 def test_every_run_is_on_the_page_and_every_setting_leads_to_its_runs(built: tuple[Path, Path]) -> None:

@@ -214,6 +214,7 @@ def test_run_ids_are_the_golden_ones() -> None:
         ("[train]", "[train]\nmicro_batch = 4\nprecision = 'bf16'\nthreads = 2"),
         ("[train]", "[train]\ndropout = 0.0"),
         ("default = 3200", "default = 3200, XL = 10"),
+        ("[data]", '[data]\ntitle = "Bone marrow"\nsource = "GEO"'),
     ],
     ids=[
         "name",
@@ -223,6 +224,7 @@ def test_run_ids_are_the_golden_ones() -> None:
         "execution",
         "a default written out",
         "budget of a size not in the grid",
+        "what reports call the data",
     ],
 )
 def test_run_ids_do_not_depend_on(pair: tuple[str, str]) -> None:

@@ -19,6 +19,7 @@ from conftest import TINY_SWEEP
 from scaling_ray.errors import BadInput, LeaseHeld, RunsFailed
 from scaling_ray.model.exported import load_model
 from scaling_ray.records import ShardManifest
+from scaling_ray.shards.format import read_manifest
 from scaling_ray.storage import open_place
 from scaling_ray.sweep.export import export_model
 from scaling_ray.sweep.run import run_sweep
@@ -101,6 +102,37 @@ def test_the_report_of_a_sweep_shows_what_its_runs_left(swept: Path, tmp_path: P
     assert f"{max(row['test_loss'] for row in law.values()):.4f}" in page
     lowest = min(row["bound_z"] for row in law.values())
     assert report["leak_test"]["lowest_z"] == lowest
+
+
+def test_the_report_says_in_which_donors_and_genes_the_loss_sits(
+    swept: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    from scaling_ray.report.build import build_report
+
+    page = Path(build_report(swept, tmp_path / "report")).read_text()
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    found, run = report["whereabouts"], swept / "runs" / report["best"]["run_id"]
+    cells, genes = pq.read_table(run / "test_cells.parquet"), pq.read_table(run / "test_genes.parquet")
+    manifest = read_manifest(tiny_shards)
+    shard = pq.read_table(tiny_shards / manifest.splits["test"].files[0].path, columns=["cell", "donor_id"])
+    donor_of = dict(zip(shard["cell"].to_pylist(), shard["donor_id"].to_pylist(), strict=True))
+    sums: dict[str, list[float]] = {}
+    for cell, loss, masked in zip(*(cells[name].to_pylist() for name in ("cell", "loss", "masked_genes")), strict=True):
+        total = sums.setdefault(manifest.codes["donor_id"][donor_of[cell]], [0.0, 0.0, 0.0])
+        total[0], total[1], total[2] = total[0] + loss, total[1] + masked, total[2] + 1
+    donors = next(table["rows"] for table in found["tables"] if table["by"] == "donor") if len(sums) > 1 else []
+    assert {row["name"] for row in donors} == (set(sums) if len(sums) > 1 else set())
+    for row in donors:
+        loss, masked, count = sums[row["name"]]
+        assert row["loss"] == pytest.approx(loss / masked) and row["cells"] == count
+    assert len(sums) < 2 or sum(row["share"] for row in donors) == pytest.approx(1.0)
+    # The whole, put together from cells and from genes, is the run's own test loss.
+    whole = sum(cells["loss"].to_pylist()) / sum(cells["masked_genes"].to_pylist())
+    assert whole == pytest.approx(report["best"]["test_loss"])
+    worst = max(zip(genes["loss"].to_pylist(), genes["gene"].to_pylist(), strict=True))
+    names = pq.read_table(tiny_shards / "genes.parquet")["feature_name"].to_pylist()
+    assert found["genes"][0]["gene"] == names[worst[1]] and names[worst[1]] in page
+    assert "Where the loss sits" in page
 
 
 def test_a_second_call_finds_everything_done(swept: Path, tiny_shards: Path) -> None:

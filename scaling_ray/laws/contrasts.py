@@ -19,7 +19,7 @@ from scaling_ray.laws.noise import drop_of, model_noise
 from scaling_ray.laws.points import Rows
 
 MOST_VALUES = 60
-_WORDS = {"params": ("a larger model", "sizes"), "cells": ("more cells", "numbers of cells")}
+_WORDS = {"params": ("a larger model lowers", "sizes"), "cells": ("more cells lower", "numbers of cells")}
 
 
 def contrasts(rows: Rows, axis: str, names: Mapping[float, str], residual: float | None) -> dict[str, Any]:
@@ -32,9 +32,9 @@ def contrasts(rows: Rows, axis: str, names: Mapping[float, str], residual: float
         residual: standard deviation of one run where no replicates show it; None where that is not known either.
 
     Returns:
-        ``neighbours`` (``from``, ``to``, ``gain``, ``low``, ``high``), ``bounds`` (``from``, ``at_most``: by how much
-        any larger value lowers the loss), ``settled_from`` (the smallest value above which no gain is beyond noise),
-        ``sentence``, and ``reason`` where there is none.
+        ``neighbours`` (``from``, ``to``, ``gain``, ``low``, ``high``); ``bounds`` (``from``, ``at_most``: by how much
+        any larger value lowers the loss, ``up_to`` the largest that was compared); ``settled_from`` (the bound of the
+        smallest value above which no gain is beyond noise); ``sentence``; and ``reason`` where there is none.
     """
     empty: dict[str, Any] = {"axis": axis, "neighbours": [], "bounds": [], "settled_from": None}
     keys = [name for name in ("params", "cells") if name in rows]
@@ -86,6 +86,7 @@ def contrasts(rows: Rows, axis: str, names: Mapping[float, str], residual: float
         if not above or not highs:
             continue
         bound = {"from": float(values[i]), "from_name": names.get(float(values[i])), "at_most": max(0.0, *highs)}
+        bound["up_to"] = max(e["to"] for e in above)
         bounds.append(bound)
         # A bound that leaves half of all that was gained is a shrug, unless nothing was gained beyond noise at all.
         if settled is None and not any(e["low"] > 0 for e in above) and (i == 0 or bound["at_most"] <= 0.5 * drop):
@@ -97,10 +98,11 @@ def contrasts(rows: Rows, axis: str, names: Mapping[float, str], residual: float
 def _sentence(
     axis: str, neighbours: list[dict[str, Any]], settled: dict[str, Any] | None, names: Mapping[float, str]
 ) -> str | None:
-    noun = _WORDS[axis][0]
+    does = _WORDS[axis][0]
     if settled is not None:
         name = _named(axis, settled["from"], names)
-        return f"From {name} on {noun} lowers the loss by at most {settled['at_most']:.2g} (95%)."
+        top = _named(axis, settled["up_to"], names)
+        return f"From {name} up to {top} {does} the loss by at most {settled['at_most']:.2g} (95%)."
     if not neighbours:
         return None
     last = neighbours[-1]

@@ -171,9 +171,10 @@ def rival_gates(law: Fitted, rivals: Sequence[Rival]) -> list[Refusal]:
         # Three values fit any shape: fit_doubts says so, and predictions are widened by the rivals all the same.
         if names and law.points.distinct(axis).size > MIN_CELL_COUNTS:
             plural, unit = _AXIS_WORDS[axis]
+            verb = "describes" if len(names) == 1 else "describe"
             refusals.append(
                 Refusal(
-                    f"{listed(names)} describes the settings as well as a power of {_SYMBOLS[axis]}, so the runs do "
+                    f"{listed(names)} {verb} the settings as well as a power of {_SYMBOLS[axis]}, so the runs do "
                     "not show an exponent; predictions are given between them",
                     f"{plural} {_beyond(law.points.distinct(axis), unit)}, where the laws part",
                     axis,

@@ -26,6 +26,7 @@ _SYMBOLS = {"params": "P", "cells": "D", "flops": "C"}
 AS_GOOD = 2.0
 """AIC of a rival above that of the power law up to which its prediction counts as well."""
 _ALPHAS, _BREAKS, _ZOOMS = 61, 25, 6
+_EXACT = 1e-6  # both describe every setting to the last digits
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Rival:
     @property
     def preferred(self) -> bool:
         """Whether it describes the settings as well as the power law, or better."""
-        return self.excess <= 0
+        return self.excess <= _EXACT
 
     @property
     def as_good(self) -> bool:

@@ -153,7 +153,8 @@ def fit_table(
         "contrasts": bought,
         "sensitivity": head.sensitivity,
         "rivals": [
-            {"axis": rival.axis, "formula": rival.formula, "excess": rival.excess, "as_good": rival.as_good}
+            {"axis": rival.axis, "formula": rival.formula, "excess": rival.excess}
+            | {"preferred": rival.preferred, "as_good": rival.as_good}
             for rival in judged.rivals
         ],
         "choices": choices,
@@ -172,7 +173,7 @@ def fit_table(
         "units": units.size_units(rows, loss_unit),
         "points": {"runs": len(rows["loss"]), "sizes": size_table(rows), "cells": [float(d) for d in d_values]},
         "excluded": runs.excluded,
-        "notes": [CONDITIONAL_ON, AICC_NOTE, *head.notes, *_notes(rows)],
+        "notes": [CONDITIONAL_ON, AICC_NOTE, *head.notes, *_notes(rows, judged)],
         "columns_used": _columns_used(columns, agreement),
     }
 
@@ -266,10 +267,9 @@ def _headline_entry(head: Headline, held: Sequence[HeldOut], bought: dict[str, A
         fixed["params"] = float(np.max(rows["params"]))
     predictions = predict(judged, list(held), fixed)
     lines = [one["sentence"] for one in bought.values() if one["sentence"]]
-    notes = [note for note in head.notes]
     return entries.headline(head.cells, judged) | {
-        "size": entries.of_axis(judged, "params", bought["size"], notes),
-        "data": entries.of_axis(judged, "cells", bought["data"], notes),
+        "size": entries.of_axis(judged, "params", bought["size"], head.notes),
+        "data": entries.of_axis(judged, "cells", bought["data"], head.notes),
         "predictions": predictions,
         "sentences": sentences(judged, predictions, lines),
     }
@@ -390,8 +390,13 @@ def _anchors(runs: Selected) -> Rows:
     return where(runs.everyone, ~np.isin(runs.everyone["params"], runs.points["params"]))
 
 
-def _notes(rows: Rows) -> list[str]:
+def _notes(rows: Rows, judged: Judged) -> list[str]:
     notes = []
+    if judged.law.tests is not None and judged.law.tests.by_residuals:
+        notes.append(
+            "Too few settings were repeated to show the noise between runs: what the law leaves over stands in for it, "
+            "so that lack of fit cannot be told from noise."
+        )
     if "max_cells_seen" in rows and len(np.unique(rows["max_cells_seen"])) > 1:
         notes.append(
             "The budget of cells seen follows the size (or the data): it is part of the protocol, and the law is a law "

@@ -11,18 +11,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from scaling_ray.report.svg import LETTER, LINE_HEIGHT, PALETTE, open_svg, plain, power_of_ten, short, text, ticks
+from scaling_ray.report.svg import GREY, INK, LETTER, LINE_HEIGHT, open_svg, plain, power_of_ten, short, text, ticks
+
+Prediction = tuple[float, float, float | None, float | None]
+"""Where it is, the value, and both ends of its interval (None where it has none)."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One labelled line: its points (x, y), and hollow points beside it that are not part of the line."""
+    """One labelled line: its points (x, y), and hollow points beside it that are not part of the line.
+
+    ``bars`` are predictions of what was measured since (x, predicted, low, high), drawn hollow where they belong;
+    ``forecasts`` are predictions of what nobody has measured, drawn filled.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
+    colour: str = INK
     hollow: Sequence[tuple[float, float]] = ()
     curve: Sequence[tuple[float, float]] = ()  # drawn thin and dashed, without points
-    bars: Sequence[tuple[float, float, float | None, float | None]] = ()  # x, predicted, low, high: a diamond and a bar
+    bars: Sequence[Prediction] = ()
+    forecasts: Sequence[Prediction] = ()
     marks: Sequence[tuple[float, float]] = ()  # diamonds where they are, such as a minimum
     joined: bool = True  # a line through the means of equal x
 
@@ -33,6 +42,7 @@ class Level:
 
     label: str
     y: float
+    colour: str = GREY
 
 
 @dataclass(frozen=True)
@@ -52,13 +62,11 @@ def draw(chart: Chart, width: int, height: int) -> str:
     points = [p for s in chart.series for p in (*s.points, *s.hollow)]
     if not points:
         return ""
-    bars = [bar for s in chart.series for bar in s.bars]
+    bars = [bar for s in chart.series for bar in (*s.bars, *s.forecasts)]
     names = [s.label for s in chart.series] + [level.label for level in chart.levels]
     right = min(max([12, *(len(name) for name in names)]) * LETTER + 16 if any(names) else 20, 0.38 * width)
-    # Predictions stand beside their observations, the last of which may be at the right end.
-    beside = 8 + 6 * len(bars) if bars else 0
     top, bottom = 16.0, 62.0 if chart.x_names else 46.0
-    x_low, x_high = _log_span([x for x, _ in points])
+    x_low, x_high = _log_span([x for x, _ in points] + [x for x, *_ in bars])
     ys = [y for _, y in points] + [level.y for level in chart.levels]
     reach = max(ys) - min(ys)  # a wide prediction may not squeeze the measured losses: it is cut at the frame
     ends = [y for _, *three in bars for y in three if y is not None] + [y for s in chart.series for _, y in s.marks]
@@ -69,7 +77,7 @@ def draw(chart: Chart, width: int, height: int) -> str:
     y_low, y_high = min(ys) - pad, max(ys) + pad
 
     def across(x: float) -> float:
-        return left + (math.log10(x) - x_low) / (x_high - x_low) * (width - left - right - beside)
+        return left + (math.log10(x) - x_low) / (x_high - x_low) * (width - left - right)
 
     def down(y: float) -> float:
         return top + (y_high - y) / (y_high - y_low) * (height - top - bottom)
@@ -97,11 +105,11 @@ def draw(chart: Chart, width: int, height: int) -> str:
     labels: list[tuple[float, str, str, float]] = []
     for level in chart.levels:
         y = down(level.y)
-        parts.append(f'<path class="level" d="M{left:.1f} {y:.1f}H{end:.1f}"/>')
-        labels.append((y, level.label, "soft", end))
-    drawn_bars = 0
-    for i, series in enumerate(chart.series):
-        colour = i % PALETTE
+        line = f"M{left:.1f} {y:.1f}H{end:.1f}"
+        parts.append(f'<path class="l{level.colour}" stroke-width="1.4" stroke-dasharray="6 4" d="{line}"/>')
+        labels.append((y, level.label, "soft" if level.colour == GREY else f"p{level.colour}", end))
+    for series in chart.series:
+        colour = series.colour
         means = _means(series.points)
         if series.curve:
             path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in series.curve if y_low <= y <= y_high)
@@ -116,8 +124,9 @@ def draw(chart: Chart, width: int, height: int) -> str:
         for x, y in series.hollow:
             parts.append(f'<circle class="o{colour}" cx="{across(x):.1f}" cy="{down(y):.1f}" r="3.6"/>')
         for bar in series.bars:
-            parts.append(_bar(bar, colour, across(bar[0]) + 9 + 6 * drawn_bars, down, top, base))
-            drawn_bars += 1
+            parts.append(_bar(bar, colour, across(bar[0]), down, top, base))
+        for bar in series.forecasts:
+            parts.append(_bar(bar, colour, across(bar[0]), down, top, base, filled=True))
         for x, y in series.marks:
             parts.append(_bar((x, y, None, None), colour, across(x), down, top, base))
         last = means[-1] if means else series.hollow[-1]
@@ -132,14 +141,14 @@ def draw(chart: Chart, width: int, height: int) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """One small picture of a set: curves of (x, y), each with the index of its colour."""
+    """One small picture of a set: curves of (x, y), each with its colour."""
 
     title: str
-    curves: Sequence[tuple[int, Sequence[tuple[float, float]]]]
+    curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]
 
 
 def small_multiples(
-    title: str, panels: Sequence[Panel], legend: Sequence[tuple[int, str]], x_label: str, y_label: str, width: int
+    title: str, panels: Sequence[Panel], legend: Sequence[tuple[str, str]], x_label: str, y_label: str, width: int
 ) -> str:
     """Panels side by side, all with the same vertical axis, as one ``<svg>``; empty text without any curve."""
     points = [p for panel in panels for _, curve in panel.curves for p in curve]
@@ -158,9 +167,7 @@ def small_multiples(
     parts = [open_svg(title, width, round(height))]
     x = left
     for colour, label in legend:
-        parts.append(
-            f'<line class="l{colour % PALETTE}" stroke-width="2.5" x1="{x:.1f}" x2="{x + 18:.1f}" y1="13" y2="13"/>'
-        )
+        parts.append(f'<line class="l{colour}" stroke-width="2.5" x1="{x:.1f}" x2="{x + 18:.1f}" y1="13" y2="13"/>')
         parts.append(text(x + 24, 17.5, label, "", "start"))
         x += 24 + len(label) * LETTER + 18
     for i, panel in enumerate(panels):
@@ -180,9 +187,7 @@ def small_multiples(
                 f"{x0 + x / longest * panel_width:.1f},{y0 + (y_high - y) / (y_high - y_low) * panel_height:.1f}"
                 for x, y in curve
             )
-            parts.append(
-                f'<polyline class="l{colour % PALETTE}" stroke-width="1.5" stroke-opacity=".85" points="{path}"/>'
-            )
+            parts.append(f'<polyline class="l{colour}" stroke-width="1.5" stroke-opacity=".85" points="{path}"/>')
         parts.append(text(x0, y0 + panel_height + 16, "0", "soft", "start"))
         parts.append(text(x0 + panel_width, y0 + panel_height + 16, short(longest), "soft", "end"))
     parts.append(text(left, height - 8, f"{y_label}, against {x_label}", "soft", "start"))
@@ -209,27 +214,30 @@ def _labels(labels: Sequence[tuple[float, str, str, float]], end: float, top: fl
 
 
 def _bar(
-    bar: tuple[float, float, float | None, float | None],
-    colour: int,
+    bar: Prediction,
+    colour: str,
     x: float,
     down: Callable[[float], float],
     top: float,
     base: float,
+    *,
+    filled: bool = False,
 ) -> str:
-    """A prediction beside its observation: a diamond, and its interval where it has one, cut at the frame."""
+    """A prediction at its place: a diamond, and its interval where it has one, cut at the frame."""
     _, value, low, high = bar
 
     def inside(y: float) -> float:
         return min(max(down(y), top), base)
 
     y = inside(value)
-    path = f"M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5z"
+    path = diamond = f"M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5z"
     if low is not None and high is not None:
         path = f"M{x:.1f} {inside(high):.1f}V{y - 5:.1f}M{x:.1f} {y + 5:.1f}V{inside(low):.1f}" + path
         for edge in (low, high):
             if top < down(edge) < base:
                 path += f"M{x - 4:.1f} {down(edge):.1f}h8"
-    return f'<path class="o{colour}" d="{path}"/>'
+    drawn = f'<path class="o{colour}" d="{path}"/>'
+    return drawn + (f'<path class="p{colour}" d="{diamond}"/>' if filled else "")
 
 
 def _log_marks(low: float, high: float, room: float) -> list[tuple[float, str]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scaling_ray.report.svg import LETTER, open_svg, plain, text, ticks
+from scaling_ray.report.svg import GREY, INK, LETTER, open_svg, plain, text, ticks
 
 _ROW, _TALL_ROW = 26.0, 42.0  # pixels: label beside the row, label above it
 
@@ -24,22 +24,32 @@ class Estimate:
 
 
 def draw_forest(
-    title: str, x_label: str, rows: Sequence[Estimate], width: int, *, band: tuple[float, float] | None = None
+    title: str,
+    x_label: str,
+    rows: Sequence[Estimate],
+    width: int,
+    *,
+    band: tuple[float, float] | None = None,
+    lines: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """The rows as one ``<svg>``; empty text without any value. ``band`` (low, high) is shaded behind them."""
+    """The rows as one ``<svg>``; empty text without any value.
+
+    ``band`` (low, high) is shaded behind them; ``lines`` (value, label) stand upright, and the axis reaches them.
+    """
     known = [row for row in rows if row.value is not None]
     values = [v for row in known for v in (row.value, row.low, row.high) if v is not None and math.isfinite(v)]
     values += list(band or ())
+    values += [value for value, _ in lines] if values else []
     if not values:
         return ""
     above = width < 640
     row_height = _TALL_ROW if above else _ROW
     left = 14.0 if above else min(0.5 * width, max(len(row.label) for row in rows) * LETTER + 24)
-    right, top, bottom = 18.0, 8.0, 44.0
+    right, top, bottom = 18.0, 24.0 if lines else 8.0, 44.0
     height = round(top + row_height * len(rows) + bottom)
     low, high = min(values), max(values)
     # Intervals may be open or very wide: the axis ends at a few times the spread of the estimates.
-    centre = [row.value for row in known if row.value is not None] + list(band or ())
+    centre = [row.value for row in known if row.value is not None] + [*(band or ()), *(value for value, _ in lines)]
     spread = max(max(centre) - min(centre), 0.25 * abs(sum(centre) / len(centre)), 1e-9)
     low, high = max(low, min(centre) - 1.5 * spread), min(high, max(centre) + 1.5 * spread)
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -60,6 +70,9 @@ def draw_forest(
         if low <= mark <= high:
             parts.append(f'<line class="grid" x1="{x(mark):.1f}" x2="{x(mark):.1f}" y1="{top}" y2="{base:.1f}"/>')
             parts.append(text(x(mark), base + 16, plain(mark, marks), "soft", "middle"))
+    for value, label in lines:
+        parts.append(f'<path class="level" d="M{x(value):.1f} {top:.1f}V{base:.1f}"/>')
+        parts.append(text(x(value), top - 8, label, "soft", "middle"))
     for i, row in enumerate(rows):
         y = top + row_height * i + (29.0 if above else 0.5 * row_height)
         if above:
@@ -74,7 +87,7 @@ def draw_forest(
 
 
 def _drawn(row: Estimate, y: float, x: Callable[[float], float], low: float, high: float) -> str:
-    colour = "4" if row.alone else "5" if row.soft else "0"
+    colour = GREY if row.alone or row.soft else INK
     if row.value is None:
         return text(x(low) + 4, y + 4.5, "no estimate", "soft", "start")
     dot = f'<circle class="p{colour}" cx="{x(row.value):.1f}" cy="{y:.1f}" r="4.2"/>'

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from scaling_ray.report import svg
 from scaling_ray.report.pictures import Picture
+from scaling_ray.report.words import WORDS, anchor, term
 
 NOT_SHOWN = (
     # A size's shape, and what the grid asked for: the specification has them.
@@ -37,6 +38,7 @@ def render(report: dict[str, Any], pictures: Sequence[Picture], fits: Mapping[in
         numbers={run["run_id"]: run["number"] for run in report["runs"]},
         residual={entry["run_id"]: entry["residual"] for entry in report["residuals"]},
         figure_style=Markup(svg.STYLE),  # noqa: S704
+        words=WORDS,
     )
 
 
@@ -49,6 +51,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals |= {"term": term, "anchor": anchor}
     environment.filters |= {
         "number": _number,
         "span": _span,

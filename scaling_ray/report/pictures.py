@@ -7,24 +7,33 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+from scaling_ray.laws import units
 from scaling_ray.laws.points import is_anchor
 from scaling_ray.report import figures
 from scaling_ray.report.forest import Estimate, draw_forest
+from scaling_ray.report.svg import BUDGETS, CELLS, GREY, INK, SIZES, shades
 from scaling_ray.report.sweep import Evaluation, Sweep
 from scaling_ray.results.columns import Row
 
-# Pixels that a figure is drawn for: first screen, column, half of it, beside the table of choices, phone.
-FIRST, WIDE, HALF, CHOICES, NARROW = 730, 1100, 540, 430, 348
+# Pixels that a figure is drawn for: first screen, column, half of it, above the table of choices, phone.
+FIRST, WIDE, HALF, CHOICES, NARROW = 730, 1100, 540, 900, 348
 
 _SIZE_CAPTION = (
     "Points are runs, one per seed; lines join the means, one line for each number of training cells D. Hollow points: "
-    "anchor sizes, which no law uses. Diamonds with bars: the largest size as the smaller ones predicted it before "
-    "it was fitted, with the 95% prediction interval. Dashed grey: what to compare with, on the same test cells and "
-    "masks, at the largest D."
+    "anchor sizes, which no law uses. Hollow diamonds with bars: the largest size as the smaller ones predicted it "
+    "before it was fitted, with the 95% prediction interval. Dashed: the shrunk Gaussian of each D in its colour; in "
+    "grey what does not depend on D. All on the same test cells and masks."
 )
 _LAW_CAPTION = " Thin dotted: the law."
+_FORECAST_CAPTION = " Filled diamonds: sizes that nobody has trained yet, predicted, with the 95% interval."
+_SHARE_CAPTION = (
+    "How far each size came from the mean of each gene (0) to the shrunk Gaussian (1), the best linear guess from the "
+    "visible genes, at the largest D: mean over seeds, bars from the lowest to the highest seed. Beyond 1 a model "
+    "knows something about cells that no covariance holds."
+)
 _CELLS_CAPTION = "Test loss against unique training cells D, one line per size; points are runs."
 _SEEN_CAPTION = "Test loss against the cells each run saw (T), repeats counted; points are runs."
 _FLOPS_CAPTION = "Test loss against exact training FLOPs; points are runs, colours are sizes."
@@ -33,7 +42,7 @@ _RESIDUAL_CAPTION = (
     "Test loss of each run less the best least-squares fit of the headline's form, whether that is supported or not."
 )
 _CHOICES_CAPTION = (
-    "alpha under each declared choice, with 95% F-profile intervals; an arrow: open, or beyond the axis. Grey: for "
+    "alpha under each declared choice, with its 95% interval; an arrow: open, or beyond the axis. Grey: for "
     "comparison only. No row is the answer; their spread is part of it."
 )
 _CURVES_CAPTION = "Validation loss during training, one panel per size, one curve per run; coloured by training cells."
@@ -68,9 +77,11 @@ def draw_pictures(sweep: Sweep, fits: Mapping[int, dict[str, Any]], unit: str) -
         ]
         suffix = "" if len(fits) == 1 else f"-{genes}-genes"
         where = "" if len(fits) == 1 else f" ({genes:,} genes)"
-        levels = _levels([run.row for run in done])
+        colours = _Colours.of([run.row for run in done], fit)
+        levels = _levels([run.row for run in done], colours)
         law = _LAW_CAPTION if fit["curves"] else ""
-        by_size = _loss_against_size(done, levels, fit, unit, where)
+        by_size = _loss_against_size(done, levels, fit, colours, unit, where)
+        law += _FORECAST_CAPTION if any(series.forecasts for series in by_size.series) else ""
         place = "first" if number == 0 else "loss"
         width = FIRST if number == 0 else HALF
         wide, narrow = figures.draw(by_size, width, 470), figures.draw(by_size, NARROW, 440)
@@ -78,16 +89,17 @@ def draw_pictures(sweep: Sweep, fits: Mapping[int, dict[str, Any]], unit: str) -
         by_seen = [(run, run.row.cells_seen) for run in done if run.row.cells_seen]
         by_flops = [(run, run.row.flops) for run in done if run.row.flops]
         for name, caption, chart, part in (
-            ("loss-by-cells", _CELLS_CAPTION, _loss_against_cells(done, levels, unit, where), "loss"),
-            ("loss-by-cells-seen", _SEEN_CAPTION, _loss_against(by_seen, "cells seen T", unit, where), "loss"),
-            ("loss-by-flops", _FLOPS_CAPTION, _loss_against(by_flops, "training FLOPs", unit, where), "loss"),
-            ("iso-flop", _ISO_CAPTION, _iso_flop(fit, unit, where), "loss"),
-            ("residuals", _RESIDUAL_CAPTION, _residuals(fit, unit, where), "law"),
+            ("loss-by-cells", _CELLS_CAPTION, _loss_against_cells(done, levels, fit, colours, unit, where), "loss"),
+            ("loss-by-cells-seen", _SEEN_CAPTION, _loss_against(by_seen, "cells seen T", colours, unit, where), "loss"),
+            ("loss-by-flops", _FLOPS_CAPTION, _loss_against(by_flops, "training FLOPs", colours, unit, where), "loss"),
+            ("iso-flop", _ISO_CAPTION, _iso_flop(fit, colours, unit, where), "loss"),
+            ("residuals", _RESIDUAL_CAPTION, _residuals(fit, colours, unit, where), "law"),
         ):
             wide, narrow = figures.draw(chart, HALF, 360), figures.draw(chart, NARROW, 340)
             found.append(Picture(f"{name}{suffix}", caption, wide, narrow, part))
+        found += _shares(done, suffix)
         found += _forests(fit, suffix)
-        panels, legend = _curve_panels([run.row for run in done], sweep.curves)
+        panels, legend = _curve_panels([run.row for run in done], sweep.curves, colours)
         title = f"Validation loss against cells seen{where}"
         wide, narrow = (
             figures.small_multiples(title, panels, legend, "cells seen", f"validation {unit}", width)
@@ -119,28 +131,77 @@ def _forests(fit: Mapping[str, Any], suffix: str) -> list[Picture]:
         band = None
         if head["verdict"] != "refused":
             own = head["parameters"][parameter]
-            rows.insert(0, Estimate("all runs", own["value"], own["profile_low"], own["profile_high"]))
-            if own["profile_low"] is not None and own["profile_high"] is not None:
-                band = (own["profile_low"], own["profile_high"])
-                caption += " Shaded: the interval of all runs."
+            rows.insert(0, Estimate("all runs", own["value"], own["low"], own["high"]))
+            if own["low"] is not None and own["high"] is not None:
+                band = (own["low"], own["high"])
+                caption += " Shaded: the shown interval, in which each refit counts by its misfit."
         title = f"{parameter}, leaving one out"
         wide, narrow = (draw_forest(title, parameter, rows, width, band=band) for width in (HALF, NARROW))
         found.append(Picture(f"leave-one-out-{parameter}{suffix}", caption, wide, narrow, "law"))
     return found
 
 
-def _levels(done: Sequence[Row]) -> list[figures.Level]:
-    """Baselines and floors at the largest number of training cells, where they are lowest."""
-    largest = max((row.cells or 0 for row in done), default=0)
-    top = [row for row in done if (row.cells or 0) == largest]
+class _Colours(NamedTuple):
+    """What each number of training cells, size and budget is drawn in, the same on every chart."""
+
+    cells: Mapping[float, str]
+    sizes: Mapping[float, str]
+    budgets: Mapping[float, str]
+
+    @classmethod
+    def of(cls, done: Sequence[Row], fit: Mapping[str, Any]) -> _Colours:
+        return cls(
+            shades(CELLS, [row.cells or 0 for row in done]),
+            shades(SIZES, [row.params for row in done]),
+            shades(BUDGETS, [budget["flops"] for budget in fit["iso_flop"]["budgets"]]),
+        )
+
+
+def _levels(done: Sequence[Row], colours: _Colours) -> list[figures.Level]:
+    """Baselines and floors: those of each number of training cells in its colour, the others in grey."""
+    counts = sorted({row.cells or 0 for row in done})
+    found = []
+    for cells in counts:
+        losses = [row.gaussian_loss for row in done if (row.cells or 0) == cells and row.gaussian_loss is not None]
+        if losses:
+            label = "Gaussian" if len(counts) == 1 else f"Gaussian, {cells:,.0f}"
+            found.append(figures.Level(label, statistics.fmean(losses), colours.cells[cells]))
+    top = [row for row in done if (row.cells or 0) == (counts[-1] if counts else 0)]
     named = {
         "gene mean": [row.baseline_loss for row in top],
-        "shrunk Gaussian": [row.gaussian_loss for row in top],
         "planted floor": [row.attainable_loss for row in top],
         "planted bound": [row.bound_loss for row in top],
     }
     known = {label: [loss for loss in losses if loss is not None] for label, losses in named.items()}
-    return [figures.Level(label, statistics.fmean(losses)) for label, losses in known.items() if losses]
+    return found + [figures.Level(label, statistics.fmean(losses)) for label, losses in known.items() if losses]
+
+
+def _shares(done: Sequence[_Run], suffix: str) -> list[Picture]:
+    """Each size between gene mean and shrunk Gaussian, at the largest number of training cells."""
+    largest = max((run.row.cells or 0 for run in done), default=0)
+    rows = []
+    for params, size in sorted({(run.row.params, run.row.size) for run in done}):
+        here = [run for run in done if run.row.params == params and (run.row.cells or 0) == largest]
+        each = [units.share_of_gap(run.loss, run.row.baseline_loss, run.row.gaussian_loss) for run in here]
+        known = [share for share in each if share is not None]
+        if known:
+            rows.append(Estimate(size, statistics.fmean(known), min(known), max(known), all(r.anchor for r in here)))
+    if not rows:
+        return []
+    title, lines = "From gene mean (0) to shrunk Gaussian (1)", ((0.0, "gene mean"), (1.0, "Gaussian"))
+    wide, narrow = (draw_forest(title, "share of the way", rows, width, lines=lines) for width in (CHOICES, NARROW))
+    return [Picture(f"share-to-gaussian{suffix}", _SHARE_CAPTION, wide, narrow, "best")]
+
+
+def _forecasts(fit: Mapping[str, Any], axis: str, here: Mapping[str, float | None]) -> list[figures.Prediction]:
+    """Predictions along one axis (``params`` or ``cells``) whose other axis is ``here``, or is not read by the law."""
+    found = []
+    for entry in fit["headline"]["predictions"]["entries"]:
+        along = "cells" if "cells" in entry["what"] else "params"
+        other = "params" if axis == "cells" else "cells"
+        if along == axis and entry["verdict"] != "refused" and entry[other] in (None, here[other]):
+            found.append((entry[axis], entry["value"], entry["low"], entry["high"]))
+    return found
 
 
 def _cells_label(cells: float | None) -> str:
@@ -148,9 +209,15 @@ def _cells_label(cells: float | None) -> str:
 
 
 def _loss_against_size(
-    done: Sequence[_Run], levels: Sequence[figures.Level], fit: Mapping[str, Any], unit: str, where: str
+    done: Sequence[_Run],
+    levels: Sequence[figures.Level],
+    fit: Mapping[str, Any],
+    colours: _Colours,
+    unit: str,
+    where: str,
 ) -> figures.Chart:
     series = []
+    largest = max((run.row.cells or 0 for run in done), default=None)
     headline_cells = fit["headline"]["cells"]
     for cells in sorted({run.row.cells for run in done}, key=lambda c: c or 0):
         here = [run for run in done if run.row.cells == cells]
@@ -163,58 +230,79 @@ def _loss_against_size(
         ]
         law = [c for c in fit["curves"] if c["cells"] in (None, cells)]
         curve = [place for c in law for place in zip(c["params"], c["loss"], strict=True)]
-        series.append(figures.Series(_cells_label(cells), points, hollow, curve, bars))
+        # A law that does not read the number of cells predicts for all of them: drawn at the largest.
+        ahead = _forecasts(fit, "params", {"cells": cells}) if headline_cells or cells == largest else []
+        series.append(
+            figures.Series(_cells_label(cells), points, colours.cells[cells or 0], hollow, curve, bars, ahead)
+        )
     names = sorted({(run.row.params, run.row.size) for run in done})
     title = f"Test loss against model size{where}"
     return figures.Chart(title, "parameters P", f"test {unit} per masked gene", series, levels, names)
 
 
-def _loss_against_cells(done: Sequence[_Run], levels: Sequence[figures.Level], unit: str, where: str) -> figures.Chart:
+def _loss_against_cells(
+    done: Sequence[_Run],
+    levels: Sequence[figures.Level],
+    fit: Mapping[str, Any],
+    colours: _Colours,
+    unit: str,
+    where: str,
+) -> figures.Chart:
     known = [(run, run.row.cells) for run in done if run.row.cells and not run.anchor]
     several = len({run.row.cells for run in done if run.row.cells}) > 1
-    series = _by_size(known, joined=True) if several else []
-    return figures.Chart(f"Test loss against training cells{where}", "training cells D", f"test {unit}", series, levels)
+    series = _by_size(known, colours, joined=True) if several else []
+    largest = max((run.row.params for run, _ in known), default=0)
+    ahead = _forecasts(fit, "cells", {"params": largest})
+    series = [
+        replace(one, forecasts=ahead) if one.colour == colours.sizes.get(largest) and one is series[-1] else one
+        for one in series
+    ]
+    grey = [level for level in levels if level.colour == GREY]
+    return figures.Chart(f"Test loss against training cells{where}", "training cells D", f"test {unit}", series, grey)
 
 
-def _loss_against(places: Sequence[tuple[_Run, float]], label: str, unit: str, where: str) -> figures.Chart:
+def _loss_against(
+    places: Sequence[tuple[_Run, float]], label: str, colours: _Colours, unit: str, where: str
+) -> figures.Chart:
     """Every run's test loss against a quantity that each has its own of; anchor sizes are left out."""
-    series = _by_size([(run, x) for run, x in places if not run.anchor], joined=False)
+    series = _by_size([(run, x) for run, x in places if not run.anchor], colours, joined=False)
     return figures.Chart(f"Test loss against {label}{where}", label, f"test {unit}", series)
 
 
-def _by_size(places: Sequence[tuple[_Run, float | None]], *, joined: bool) -> list[figures.Series]:
+def _by_size(places: Sequence[tuple[_Run, float | None]], colours: _Colours, *, joined: bool) -> list[figures.Series]:
     """One series for each size, of runs and where they stand on the axis."""
     series = []
     for params, size in sorted({(run.row.params, run.row.size) for run, _ in places}):
         points = [
             (x, run.loss) for run, x in places if x is not None and (run.row.params, run.row.size) == (params, size)
         ]
-        series.append(figures.Series(size, points, joined=joined))
+        series.append(figures.Series(size, points, colours.sizes[params], joined=joined))
     return series
 
 
-def _iso_flop(fit: Mapping[str, Any], unit: str, where: str) -> figures.Chart:
+def _iso_flop(fit: Mapping[str, Any], colours: _Colours, unit: str, where: str) -> figures.Chart:
     series = []
     for budget in fit["iso_flop"]["budgets"]:
         star = budget["params"]
         lowest = [] if star is None else [(star["value"], budget["loss"])]
-        series.append(figures.Series(f"{budget['flops']:.1e}", budget["points"], marks=lowest))
+        colour = colours.budgets[budget["flops"]]
+        series.append(figures.Series(f"{budget['flops']:.1e}", budget["points"], colour, marks=lowest))
     return figures.Chart(f"Loss at equal FLOPs{where}", "parameters P", f"test {unit}", series)
 
 
-def _residuals(fit: Mapping[str, Any], unit: str, where: str) -> figures.Chart:
+def _residuals(fit: Mapping[str, Any], colours: _Colours, unit: str, where: str) -> figures.Chart:
     found = fit["residuals"]
     series = []
     for cells in sorted({entry["cells"] for entry in found}, key=lambda c: c or 0):
         points = [(entry["params"], entry["residual"]) for entry in found if entry["cells"] == cells]
-        series.append(figures.Series(_cells_label(cells), points, joined=False))
+        series.append(figures.Series(_cells_label(cells), points, colours.cells.get(cells or 0, INK), joined=False))
     levels = [figures.Level("", 0.0)] if series else []
     return figures.Chart(f"Residuals by run{where}", "parameters P", f"test {unit} less fit", series, levels)
 
 
 def _curve_panels(
-    done: Sequence[Row], curves: Mapping[str, Sequence[Evaluation]]
-) -> tuple[list[figures.Panel], list[tuple[int, str]]]:
+    done: Sequence[Row], curves: Mapping[str, Sequence[Evaluation]], colours: _Colours
+) -> tuple[list[figures.Panel], list[tuple[str, str]]]:
     counts = sorted({row.cells for row in done if curves[row.run_id]}, key=lambda c: c or 0)
     panels = []
     for params, size in sorted({(row.params, row.size) for row in done}):
@@ -222,7 +310,7 @@ def _curve_panels(
         for row in done:
             curve = [(float(one.cells_seen), one.val_loss) for one in curves[row.run_id]]
             if (row.params, row.size) == (params, size) and len(curve) > 1:
-                drawn.append((counts.index(row.cells), curve))
+                drawn.append((colours.cells[row.cells or 0], curve))
         if drawn:
             panels.append(figures.Panel(size, drawn))
-    return panels, [(i, _cells_label(cells)) for i, cells in enumerate(counts)]
+    return panels, [(colours.cells[cells or 0], _cells_label(cells)) for cells in counts]

@@ -12,13 +12,14 @@ from scaling_ray.report import settings
 from scaling_ray.report.checklist import SOURCE, checklist
 from scaling_ray.report.data_card import data_card, provenance
 from scaling_ray.report.sweep import Sweep
+from scaling_ray.report.whereabouts import where_the_loss_sits
 from scaling_ray.results.columns import Row
 
-FORMAT = 3
+FORMAT = 4
 # What the page shows of the first cohort's fit as it stands there.
 _OF_FIT = (
     "fits choices leave_one_out held_out_largest residuals next_steps compute_optimal iso_flop planted_floor baselines "
-    "notes excluded columns_used"
+    "notes excluded columns_used contrasts sensitivity rivals"
 ).split()
 _UNITS = {"mse": ("MSE", "mean squared error")}
 _NORMALISATION = {
@@ -52,6 +53,9 @@ def summarise(sweep: Sweep, fits: Mapping[int, dict[str, Any]]) -> dict[str, Any
         "second_sentence": head["sentences"][1],
         "headline": head,
         "genes": genes,
+        "title": sweep.spec.data.title if sweep.spec else None,
+        "source": sweep.spec.data.source if sweep.spec else None,
+        "whereabouts": where_the_loss_sits(sweep, best),
         "split_noun": sweep.split_noun,
         "loss": loss,
         "loss_units": loss_units,

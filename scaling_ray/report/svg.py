@@ -6,14 +6,31 @@ No drawing library, no fonts or scripts from elsewhere. Coordinates are pixels o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
-PALETTE = 6
-_LIGHT = "--ink:#1b2330;--soft:#5b6675;--rule:#e3e7ec;"
-_LIGHT += "--c0:#1f5fa8;--c1:#b04d06;--c2:#1b7448;--c3:#84389c;--c4:#a32c46;--c5:#4d5968"
-_DARK = "--ink:#e8ecf2;--soft:#a3aebd;--rule:#2c3542;"
-_DARK += "--c0:#7db4f7;--c1:#f2a765;--c2:#68d29b;--c3:#d6a1ea;--c4:#f790a5;--c5:#b7c1ce"
+SHADES = 6
+"""Shades of each family of colours, from the smallest value to the largest."""
+CELLS, SIZES, BUDGETS, INK, GREY = "d", "s", "b", "e", "g"
+"""What a colour means, on the whole page: numbers of training cells, sizes, budgets of FLOPs, a law, what is beside."""
+_RAMPS = {
+    CELLS: ("#6fa6d8", "#4a88c6", "#2c6cb0", "#1c5293", "#123a73", "#0a2450"),
+    SIZES: ("#d58abd", "#c063a3", "#a64489", "#872e6e", "#681e54", "#4a123a"),
+    BUDGETS: ("#4fb0ab", "#33958f", "#1f7b76", "#12625e", "#0a4a47", "#053331"),
+}
+_DARK_RAMPS = {
+    CELLS: ("#35608f", "#4479b0", "#5b94cf", "#7db0e6", "#a3caf4", "#cbe2fb"),
+    SIZES: ("#7d3a69", "#9b4d83", "#b9659d", "#d384b8", "#e6a8d0", "#f4cde5"),
+    BUDGETS: ("#1d6e6a", "#2b8a85", "#43a6a0", "#67c1bb", "#93d8d3", "#c1ece9"),
+}
+
+
+def _variables(base: str, ramps: Mapping[str, tuple[str, ...]]) -> str:
+    return base + "".join(f";--{name}{i}:{colour}" for name, ramp in ramps.items() for i, colour in enumerate(ramp))
+
+
+_LIGHT = _variables("--ink:#1b2330;--soft:#5b6675;--rule:#e3e7ec", _RAMPS)
+_DARK = _variables("--ink:#e8ecf2;--soft:#a3aebd;--rule:#2c3542", _DARK_RAMPS)
 _FONTS = 'system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif'
 STYLE = (
     f".fig{{{_LIGHT};font-family:{_FONTS};font-size:13px;fill:var(--ink)}}"
@@ -22,12 +39,14 @@ STYLE = (
     ".fig .axis{stroke:var(--soft);stroke-width:1}.fig .lead{stroke:var(--soft);stroke-width:.75;fill:none}"
     ".fig .level{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:6 4;fill:none}"
 )
+_COLOURS = {f"{family}{i}": f"{family}{i}" for family in (CELLS, SIZES, BUDGETS) for i in range(SHADES)}
+_COLOURS |= {INK: "ink", GREY: "soft"}
 STYLE += "".join(
-    f".fig .l{i}{{stroke:var(--c{i});fill:none}}.fig .p{i}{{fill:var(--c{i})}}"
-    f".fig .o{i}{{stroke:var(--c{i});fill:none;stroke-width:1.5}}"
-    for i in range(PALETTE)
+    f".fig .l{name}{{stroke:var(--{colour});fill:none}}.fig .p{name}{{fill:var(--{colour})}}"
+    f".fig .o{name}{{stroke:var(--{colour});fill:none;stroke-width:1.5}}"
+    for name, colour in _COLOURS.items()
 )
-STYLE += ".fig .band{fill:var(--c0);fill-opacity:.13}"
+STYLE += ".fig .band{fill:var(--soft);fill-opacity:.16}"
 LIGHT = dict(part.split(":", 1) for part in _LIGHT.removeprefix("--").split(";--"))
 """Names of colours, without their dashes, to colours on white."""
 PAPER = "svg.fig{background:#fff}@media (prefers-color-scheme:dark){svg.fig{background:#12171f}}"
@@ -42,6 +61,14 @@ def standalone(svg: str) -> str:
         return ""
     head, body = svg.split(">", 1)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{head}><style>{STYLE}{PAPER}</style>{body}\n'
+
+
+def shades(family: str, values: Sequence[float]) -> dict[float, str]:
+    """A colour for each value, lightest for the lowest: the same on every chart that is given the same values."""
+    known = sorted(set(values))
+    last = max(len(known) - 1, 1)
+    # Few values are spread over the ramp; of many the highest share its darkest shade.
+    return {value: f"{family}{round(i * (SHADES - 1) / last)}" for i, value in enumerate(known)}
 
 
 def open_svg(title: str, width: int, height: int) -> str:

@@ -45,6 +45,7 @@ class Sweep:
     """
 
     folder: str
+    files: SweepFiles
     rows: Sequence[Row]
     spec: SweepSpec | None
     planned: Mapping[str, Planned]
@@ -87,6 +88,7 @@ def read_sweep(source: Path | str | Place) -> Sweep:
     folder = str(place)
     return Sweep(
         folder=folder if "://" in folder else PurePosixPath(folder).name,
+        files=files,
         rows=results.rows,
         spec=spec,
         planned=_planned(plan) if plan else {},

@@ -1,6 +1,7 @@
 """Every file below SWEEP_DIR, on a disk or on S3: names, and reading and writing them whole. No torch, no Ray.
 
-spec.toml  plan.json  shards_manifest.json  genes.parquet  chosen_rates.json  results.parquet  results.csv
+spec.toml  plan.json  shards_manifest.json  chosen_rates.json  results.parquet  results.csv
+genes.parquet  test_split.parquet   the panel's genes; data set, donor and cell type of each test cell
 references/<name>.json|parquet      baselines and planted floors
 runs/<run_id>/                      see RunFiles
 stacks/<name>/attempts/<token>/     checkpoints of runs that train as one
@@ -29,6 +30,7 @@ from scaling_ray.spec import SweepSpec, parse_spec
 from scaling_ray.storage import Place, open_place, sealed_json, unseal
 
 SPEC, PLAN, MANIFEST, GENES = "spec.toml", "plan.json", "shards_manifest.json", "genes.parquet"
+TEST_SPLIT = "test_split.parquet"
 CHOSEN_RATES, RESULTS, RESULTS_CSV = "chosen_rates.json", "results.parquet", "results.csv"
 MLFLOW, TRACKED, STOP, LEASE = "mlflow.json", "tracked.json", ".stop", ".lease"
 RUN_SPEC, RESULT, FAILURE, MEMORY, METRICS = "spec.json", "result.json", "failure.json", "memory.json", "metrics.jsonl"

@@ -59,16 +59,31 @@ def said(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _said_once(found: Mapping[str, Any]) -> Iterator[str]:
     head = found["headline"]
-    yield f"{head['verdict']}: {'; '.join(head['reasons']) or head['form']}"
+    first, second = head["sentences"]
+    yield f"{first[0].lower()}{first[1:]}"
+    yield f"  {second}"
     if "parameters" in head:
         yield f"  {head['formula']}"
         for name, parameter in head["parameters"].items():
             yield f"  {name} = {_with_interval(parameter)}"
-    if "sentences" in head:
-        yield from (f"  {sentence}" for sentence in head["sentences"])
+    for part in ("size", "data", "predictions"):
+        yield f"  {part}: {head[part]['verdict']}{_because(head, part)}"
+    for entry in head["predictions"]["entries"]:
+        if entry["sentence"] and entry["verdict"] != "refused" and entry["sentence"] not in second:
+            yield f"    {entry['sentence']}"
+    for reason in head["reasons"]:
+        yield f"  {'why' if head['verdict'] == 'refused' else 'doubt'}: {reason}"
     for way_out in head["settles"]:
         yield f"  would settle it: {way_out}"
+    for note in found["notes"][2:]:
+        yield f"  note: {note}"
     yield from (f"  {line}" for line in _sizes(found["points"]["sizes"]))
+
+
+def _because(head: Mapping[str, Any], part: str) -> str:
+    """The first reason of a part's verdict, where the headline's own reasons do not say it."""
+    reasons = [reason for reason in head[part]["reasons"] if reason not in head["reasons"]]
+    return f" ({reasons[0]})" if reasons and head[part]["verdict"] == "refused" else ""
 
 
 def _sizes(sizes: Sequence[Mapping[str, Any]]) -> Iterator[str]:

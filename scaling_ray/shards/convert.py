@@ -136,7 +136,7 @@ def build_shards(
 
 
 def _existing(target: Place, spec: SweepSpec, census: str, unswept: bool) -> ShardManifest:
-    rules = spec.data.model_dump(mode="json")
+    rules = spec.data.rules
     manifest = read_manifest(target)
     if manifest.data != rules:
         differing = sorted(key for key in rules if manifest.data.get(key) != rules[key])
@@ -354,7 +354,7 @@ class _Build:
     ) -> list[GatheredFile]:
         names = bucket_names(plan.split_cells, plan.file_cells)
         sizes = _bucket_cells(plan.split_cells, plan.file_cells)
-        folder = f"files/{content_hash(self.spec.data.model_dump(mode='json'))[:16]}/"
+        folder = f"files/{content_hash(self.spec.data.rules)[:16]}/"
         done = self.building.names("files/")
         for other in {name[: name.rindex("/") + 1] for name in done} - {folder}:
             self.building.remove(other)  # made by other rules on genes: their shard files are about to be replaced
@@ -400,7 +400,7 @@ class _Build:
         if planted is not None:
             self.target.write("plant.json", planted)
             tables.append(file_entry("plant.json", planted, 0))
-        rules = self.spec.data.model_dump(mode="json")
+        rules = self.spec.data.rules
         manifest = ShardManifest(
             name=self.spec.name,
             data_hash=content_hash(

@@ -66,7 +66,7 @@ class BuildPlan(Record):
 
 def reading_rules(data: DataSpec) -> dict[str, Any]:
     """The rules that choose the cells to read and keep."""
-    return {key: value for key, value in data.model_dump(mode="json").items() if key not in RULES_OF_GENES}
+    return {key: value for key, value in data.rules.items() if key not in RULES_OF_GENES}
 
 
 def census_identity(census: str) -> dict[str, Any]:

@@ -145,6 +145,18 @@ def read_split(where: Path | str | Place, manifest: ShardManifest, split: str, g
     return decode_cells(pa.concat_tables(tables), genes, manifest.genes, read_measured(shards, manifest, genes))
 
 
+def read_labels(where: Path | str | Place, manifest: ShardManifest, split: str) -> pa.Table:
+    """Each cell of a split (int64) with its data set, donor and cell type by name, as dictionary columns."""
+    shards, names = open_place(where, "shards"), ("dataset_id", "donor_id", "cell_type")
+    parts = [_ShardFile(shards, entry.path).table(["cell", *names]) for entry in manifest.splits[split].files]
+    table = pa.concat_tables(parts).combine_chunks()
+    columns = {"cell": table["cell"]}
+    for name in names:
+        codes = table[name].combine_chunks()
+        columns[name] = pa.DictionaryArray.from_arrays(codes, pa.array(manifest.codes[name], pa.string()))
+    return pa.table(columns)
+
+
 @dataclass(frozen=True)
 class Group:
     """A row group of a split: its file, its number in the file, the rows of the split it holds."""

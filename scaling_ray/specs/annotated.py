@@ -34,6 +34,8 @@ ABOUT_TABLES = {
 
 ABOUT_KEYS: dict[str, dict[str, str]] = {
     "data": {
+        "title": "what reports call these cells; changes no cell",
+        "source": "citation or address of the cells; changes no cell",
         "value_filter": "SOMA condition that a cell must meet; it reads obs columns",
         "keep": "obs column -> values, one of which a cell must have",
         "cap_by": "obs column that cap_cells counts by",
@@ -108,6 +110,8 @@ ABOUT_KEYS: dict[str, dict[str, str]] = {
 """Table -> key -> what it is, with its unit."""
 
 EXAMPLES: dict[str, Any] = {
+    "data.title": "Bone marrow of 18 donors",
+    "data.source": "van Galen et al. 2019, GEO GSE116256",
     "data.keep": {"tissue_general": ["blood", "lung"]},
     "data.cap_cells": 10_000,
     "data.split_from": "OLDER_SHARDS/manifest.json",

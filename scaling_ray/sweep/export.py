@@ -18,9 +18,10 @@ from scaling_ray.errors import BadInput
 from scaling_ray.model.exported import read_record, save_model
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.records import RunResult, ShardManifest
-from scaling_ray.results.sweep_files import ATTEMPTS, CHECKPOINTS, GENES, RunFiles, SweepFiles
+from scaling_ray.results.sweep_files import ATTEMPTS, CHECKPOINTS, GENES, TEST_SPLIT, RunFiles, SweepFiles, write_table
 from scaling_ray.runs import RunSpec, differing
 from scaling_ray.shards.format import read_manifest
+from scaling_ray.shards.read import read_labels
 from scaling_ray.storage import Place, open_place, output_directory, partial_directory, publish_directory
 from scaling_ray.train.attempt import BEST
 from scaling_ray.train.checkpoint import Checkpoint, Checkpoints, newest, read_checkpoint
@@ -32,6 +33,11 @@ def keep_genes(sweep: Place, manifest: ShardManifest, shards: Place) -> None:
     """Copy the shards' table of genes beside the sweep's copy of their manifest: a model needs it."""
     if any(entry.path == GENES for entry in manifest.tables):
         sweep.write(GENES, _shards_genes(shards))
+
+
+def keep_test_labels(sweep: Place, manifest: ShardManifest, shards: Place) -> None:
+    """Write donor and cell type of each test cell beside them: a report says where the loss sits, without shards."""
+    write_table(sweep, TEST_SPLIT, read_labels(shards, manifest, "test"))
 
 
 def export_model(sweep: Path | str, run_id: str, out: Path | str, shards: Path | str | None = None) -> Path:

@@ -25,7 +25,7 @@ from scaling_ray.shards.order import check_donors, chosen_donors
 from scaling_ray.shards.stream import read_resident
 from scaling_ray.spec import SweepSpec, load_spec
 from scaling_ray.storage import Place, fenced, open_place, output_place
-from scaling_ray.sweep.export import keep_genes
+from scaling_ray.sweep.export import keep_genes, keep_test_labels
 from scaling_ray.sweep.plan import as_planned, check_disk, make_plan, run_cost
 from scaling_ray.sweep.probing import choose_device, probe_micro_batches, probe_name
 from scaling_ray.sweep.references import closed_form_task, floor_task
@@ -64,6 +64,7 @@ def run_sweep(
         check_disk(spec, runs_of(spec))
         files.place.write(SPEC, text)
         keep_genes(files.place, manifest, source)
+        keep_test_labels(files.place, manifest, source)
         files.place.write(MANIFEST, manifest.to_json().encode())
         state = SweepState(spec, manifest, source, files, as_planned(runs_of(spec), files.plan()), progress)
         return _complete(state)
@@ -71,7 +72,7 @@ def run_sweep(
 
 def check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
     """Raise BadInput naming the first thing that the spec asks for and the shards do not offer."""
-    rules = spec.data.model_dump(mode="json")
+    rules = spec.data.rules
     for key, wanted in rules.items():
         there = manifest.data[key]
         if there != wanted:
