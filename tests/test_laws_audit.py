@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import re
 import subprocess
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from scaling_ray import cli
@@ -72,6 +75,19 @@ def test_no_single_value_is_the_answer(found: dict[str, Any]) -> None:
     assert supported["alpha"]["low"] == pytest.approx(0.259, abs=1e-3)
     assert supported["alpha"]["high"] == pytest.approx(0.586, abs=1e-3)
     assert any("edge of its own search" in reason for reason in supported["reasons"])
+
+
+def test_what_can_be_said_without_a_law_is_said(found: dict[str, Any]) -> None:
+    assert found["supported"]["verdict"] == "refused"
+    said = found["supported"]["can_be_said"]
+    runs = list(csv.DictReader((published_directory(None) / "canonical_v512.csv").read_text().splitlines()))
+    mean = {
+        size: np.mean([float(run["best_val_mse"]) for run in runs if run["size"] == size])
+        for size in ("TINY", "XS", "S", "M", "L")
+    }
+    assert "a larger model lowers the loss by at most" in said[0]
+    for line, (one, two) in zip(said[1:], itertools.pairwise(mean), strict=True):
+        assert line.startswith(f"{one} to {two} changed the loss by {mean[two] - mean[one]:+.3f}")
 
 
 def test_findings_are_computed_rows(found: dict[str, Any]) -> None:

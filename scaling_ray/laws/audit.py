@@ -16,6 +16,7 @@ import numpy as np
 
 from scaling_ray.errors import BadInput
 from scaling_ray.laws import gates, units
+from scaling_ray.laws.contrasts import contrasts
 from scaling_ray.laws.entries import parameter
 from scaling_ray.laws.fit import Floats
 from scaling_ray.laws.forms import POWER_FLOOR
@@ -96,6 +97,7 @@ def audit(directory: Path | None = None) -> dict[str, Any]:
             "verdict": "refused",
             "reasons": _reasons(rows, as_published, fits),
             "settles": _settles(),
+            "can_be_said": _what_can_be_said(rows),
             "alpha": {"low": min(values), "high": max(values), "what": "least squares over the declared choices"}
             | _union(fits, "alpha"),
             "c": {"low": min(floors), "high": max(floors), "what": "least squares over the declared choices"}
@@ -187,6 +189,21 @@ def _reasons(rows: Rows, as_published: PublishedFit, fits: dict[str, Fitted]) ->
     reasons += [f"with XXS: {reason}" for reason in judge(with_xxs, protocol_gates(beside_mean, Agreement())).reasons]
     reasons += [f"without XXS: {reason}" for reason in judge(without, []).reasons]
     return reasons
+
+
+def _what_can_be_said(rows: Rows) -> list[str]:
+    """What the runs show without any law: what each step in size bought, XXS left out as an anchor."""
+    points = where(rows, rows["size"] != "XXS")
+    names = dict(zip(points["params"].tolist(), points["size"].tolist(), strict=True))
+    bought = contrasts({"params": points["params"], "loss": points["loss"]}, "params", names, None)
+    found = [bought["sentence"]] if bought["sentence"] else []
+    for step in bought["neighbours"]:
+        within = ": within the noise of three seeds" if step["low"] <= 0 <= step["high"] else ""
+        found.append(
+            f"{step['from_name']} to {step['to_name']} changed the loss by {-step['gain']:+.3f} "
+            f"({-step['high']:+.3f} to {-step['low']:+.3f}, 95%, all steps at once){within}."
+        )
+    return found
 
 
 def _settles() -> list[str]:

@@ -11,16 +11,17 @@ misfit: beyond six values it counts as that of six). Fit, intervals, tests and c
 the same variance. Where settings have no replicates, residuals stand in from 4 degrees of freedom on.
 
 Intervals. The variance behind every shown interval is the larger of that noise and of the misfit of setting means, each
-with the degrees of freedom that it is known by. The shown interval is the union of the profile at that variance with
-the profiles at the same variance that leave out each size, or each number of cells. Beside it stands the statistical
-interval, from the noise between runs alone.
+with the degrees of freedom that it is known by (of both together where neither is beyond the other at p = 0.01). The
+shown interval is the union of the profile at that variance with the profiles at the same variance that leave out each
+size, or each number of cells. Of such a refit counts the part of the left out size's variance that is misfit: how far
+noise can move it, the interval of all runs holds already. Beside it stands the statistical interval, from the noise
+between runs alone.
 
 Refused: too few sizes; no effect beyond noise (p < 0.001); an exponent on the edge of its search; a shown interval that
-is open or spans a factor of 3; a law without a power that describes the settings as well (twice its log likelihood is
-less than 2 lower: :mod:`rivals`); declared choices that disagree by a factor of 3; runs that cannot be compared (mixed
-protocols, copies, leaks, a size that is no better than the mean of each gene). Approximate: lack of fit (p < 0.01); an
-exponent that moves by more than noise when a size is left out; flagged runs, or a robust estimate, that move the answer
-within its interval.
+is open or spans a factor of 3; a law without a power that describes the settings as well by AIC (:mod:`rivals`);
+declared choices that disagree by a factor of 3; runs that cannot be compared (mixed protocols, copies, leaks, a size
+that is no better than the mean of each gene). Approximate: lack of fit (p < 0.01); an exponent that moves by more than
+noise when a size is left out; flagged runs, or a robust estimate, that move the answer within its interval.
 
 Flags (undertrained runs, rates at an edge of those tried, settings that lost runs to divergence) are a sensitivity: the
 law is fitted without the flagged runs and with them. The table is refused where the answer with them leaves the shown
