@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 DEMO ?= out/demo
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test test-slow bench bench-data bench-train bench-laws bench-results check clean
+.PHONY: setup demo cells test test-slow bench bench-data bench-train bench-laws bench-learning bench-results check clean
 
 setup: $(READY)
 
@@ -48,6 +48,9 @@ bench-train: setup
 
 bench-laws: setup
 	@$(BIN)/python benchmarks/laws.py $(BENCH)
+
+bench-learning: setup
+	@$(BIN)/python benchmarks/learning.py $(BENCH)
 
 bench-results: setup
 	@$(BIN)/python benchmarks/results_table.py --out reports/benchmarks/results-table.json $(BENCH)

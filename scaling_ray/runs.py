@@ -16,7 +16,7 @@ from scaling_ray.recipe import OBJECTIVES
 from scaling_ray.sizes import Shape, parameters, parameters_without_embedding
 from scaling_ray.spec import Frozen, SweepSpec, TrainingRules, content_hash
 
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 """Raised by any change that moves a digit of a run; part of every run's identity."""
 
 MEMBERS_OWN = frozenset({"run_id", "cells", "donors", "seed", "lr", "lr_candidates"})

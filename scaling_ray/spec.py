@@ -159,11 +159,14 @@ class TrainingRules(Frozen):
     """What training is, whatever it is carried out with. An update takes ``cells_per_step`` cells.
 
     One cell presentation counts once in ``max_cells_seen``. ``umi_fraction`` below 1 thins what the network sees to
-    that share of a cell's molecules; targets keep full depth.
+    that share of a cell's molecules; targets keep full depth. ``start`` says whether the first weights know the run's
+    cells (:mod:`scaling_ray.model.start`) or are drawn at random; "auto" is cells for ``corrected``, and for
+    ``published`` drawn.
     """
 
     recipe: Recipe = "corrected"
     objective: str = "mse"
+    start: Literal["auto", "cells", "drawn"] = "auto"
     mask_fraction: Share = 0.15
     umi_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_cells_seen: PositiveInt | dict[str, PositiveInt] = 100_000
@@ -186,6 +189,11 @@ class TrainingRules(Frozen):
         if value not in OBJECTIVES:
             raise ValueError(f"is no known objective; use {', '.join(OBJECTIVES)}")
         return value
+
+    @property
+    def starts_from_cells(self) -> bool:
+        """Whether the first weights are taken from the run's training cells."""
+        return self.start == "cells" or (self.start == "auto" and self.recipe == "corrected")
 
     @property
     def total_steps(self) -> int:

@@ -50,6 +50,11 @@ class Poisson:
         nats = log_rate.exp() - counts * log_rate + torch.lgamma(counts + 1)
         return (nats + 1e-3 * outputs_BKO[..., 1].float().square()) * weights_BK
 
+    def constants(self, values_NV: Tensor, counts_NV: Tensor, raw_sum_N: Tensor, measured_NV: Tensor) -> Tensor:
+        library = torch.where(measured_NV, raw_sum_N[:, None] / 1e4, 0.0).sum(0)
+        rate = (torch.where(measured_NV, counts_NV, 0).sum(0) + 0.5) / (library + 0.5)
+        return torch.stack([rate.log(), torch.zeros_like(rate)], -1)
+
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:

@@ -246,6 +246,7 @@ def test_the_budget_of_another_size_leaves_a_run_alone() -> None:
 
 OTHER_TRAIN_VALUES = {
     "recipe": '"published"',
+    "start": '"drawn"',
     "mask_fraction": "0.2",
     "umi_fraction": "0.5",
     "max_cells_seen": "64000",

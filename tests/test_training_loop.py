@@ -118,6 +118,7 @@ def test_metric_rows_do_not_show_where_a_run_was_cut(make_run: MakeRun, data: Ru
         publish_winner(files_at(tmp_path / name))
     rows = rows_without_times(tmp_path / "cut")
     loop = new_loop(run, data)
+    loop.begin(fresh=True)
     sums = [loop.train_one_update()[0] for _ in range(8)]
     pairs = [first + second for first, second in zip(sums[::2], sums[1::2], strict=True)]
     assert [row["train_loss"] for row in rows if row["kind"] == "train"][:4] == [pair.mean for pair in pairs]
@@ -392,6 +393,7 @@ def test_the_result_is_that_of_the_chosen_weights(make_run: MakeRun, data: RunDa
         result.best_curve_loss, rel=1e-6
     )  # the curve cells are all validation cells
     loop = new_loop(run, data)
+    loop.begin(fresh=True)
     curve_of(loop, result.best_cells_seen // 32)
     assert evaluate(loop.engine, data.test, run).sums.loss == result.test_loss_sum
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from scaling_ray.errors import BadInput
+from scaling_ray.model.start import gene_means
 from scaling_ray.recipe import OBJECTIVES, ObjectiveFacts
 
 
@@ -34,6 +35,12 @@ class Objective(Protocol):
     def losses(self, outputs_BKO: Tensor, targets: Tensor, weights_BK: Tensor) -> Tensor:
         """(B, K) loss of each masked gene, in float32; 0 where ``weights_BK`` is 0 (padding)."""
 
+    def constants(self, values_NV: Tensor, counts_NV: Tensor, raw_sum_N: Tensor, measured_NV: Tensor) -> Tensor:
+        """(V, O): for each gene the outputs of least loss among those that are the same for all N cells.
+
+        Where training starts from, and what a run must beat to have learned anything.
+        """
+
 
 class SquaredError:
     """(prediction - normalised value)^2, as arXiv 2602.15253."""
@@ -47,6 +54,10 @@ class SquaredError:
     def losses(self, outputs_BKO: Tensor, targets: Tensor, weights_BK: Tensor) -> Tensor:
         """See Objective."""
         return (outputs_BKO[..., 0].float() - targets).square() * weights_BK
+
+    def constants(self, values_NV: Tensor, counts_NV: Tensor, raw_sum_N: Tensor, measured_NV: Tensor) -> Tensor:
+        """(V, 1): the mean of each gene."""
+        return gene_means(values_NV, measured_NV)[:, None]
 
 
 _KNOWN: dict[str, Objective] = {"mse": SquaredError()}

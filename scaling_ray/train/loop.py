@@ -24,6 +24,7 @@ from scaling_ray.train.checkpoint import Progress
 from scaling_ray.train.driver import Signals, finish, train
 from scaling_ray.train.engine import Engine, model_tensors
 from scaling_ray.train.evaluation import Evaluation, autocast, evaluate
+from scaling_ray.train.first_cells import constant_loss, first_cells, is_judged, worse_than_constants
 from scaling_ray.train.saving import restore, save_last
 from scaling_ray.train.schedule import learning_rate
 from scaling_ray.train.sharded import Shard, generator_name
@@ -85,6 +86,7 @@ class TrainingLoop:
         self.progress = Progress()
         self._unsettled: list[Update] = []
         self._curve: tuple[Cells, list[Batch]] | None = None
+        self._constants: Tensor | None = None
         torch.manual_seed(run.seed + RANK_SEED_STRIDE * engine.rank)
         engine.model.train()
 
@@ -180,6 +182,24 @@ class TrainingLoop:
         self.update()
         return self.settle_each()[-1]
 
+    def begin(self, fresh: bool) -> None:
+        """Look at the run's first cells: what the best constants are and, for a ``fresh`` run, where to start.
+
+        Every rank; rank 0 looks, and all ranks take what it found.
+        """
+        found: dict[str, Tensor] = {}
+        weights = self.engine.weights() if fresh and self.run.train.starts_from_cells else None
+        if self.engine.rank == 0:
+            look = first_cells(self.feed, self.run)
+            found["constants"] = look.constants
+            if weights is not None:
+                started = look.starting_weights(weights, self.run.seed)
+                found |= {f"model.{name}": tensor for name, tensor in started.items()}
+        _, found = self.engine.share(None, found)
+        self._constants = found.pop("constants").to(self.engine.device)
+        if found:
+            self.engine.load_state(found)
+
     def state(self) -> dict[str, Tensor]:
         """Everything besides ``progress`` that exact resuming needs, on rank 0; every rank calls it."""
         own = torch.get_rng_state()
@@ -220,7 +240,14 @@ class TrainingLoop:
         loss = self.curve_loss()
         if not math.isfinite(loss):
             raise Diverged(f"update {self.progress.optimizer_steps}: validation loss {loss}; lower the rate")
+        if (said := self._worse_than_nothing(loss)) is not None:
+            raise Diverged(said)
         return {0: (loss, *self.progress.add_evaluation(loss, self.run.train.smoothing_evaluations))}
+
+    def _worse_than_nothing(self, loss: float) -> str | None:
+        if self._constants is None or self._curve is None or not is_judged(self.steps, self.total_steps):
+            return None
+        return worse_than_constants(loss, constant_loss(self._curve[1], self._constants, self.objective), self.steps)
 
     def keep_best(self, members: list[int]) -> None:
         """See Trainee."""
@@ -253,6 +280,7 @@ def run_to_result(
     attempt = Attempt(files, run) if engine.rank == 0 else None
     loop = TrainingLoop(run, data, engine, attempt, signals.beat)
     start, tensors = restore(attempt, engine)
+    loop.begin(fresh=start is None)
     if start is not None:
         loop.load(start, tensors)
     train(loop, signals)

@@ -29,6 +29,7 @@ from scaling_ray.train.batches import Batch, DeviceCells, evaluation_batches, ma
 from scaling_ray.train.checkpoint import KEPT, Checkpoints, Progress, newest
 from scaling_ray.train.driver import Signals, finish, train
 from scaling_ray.train.evaluation import Evaluation, add_by_gene, autocast
+from scaling_ray.train.first_cells import constant_loss, first_cells, is_judged, worse_than_constants
 from scaling_ray.train.schedule import learning_rate
 from scaling_ray.train.stack import StackedAdamW, StackedTransformer
 
@@ -141,6 +142,7 @@ class StackedLoop:
         self._peaks = torch.tensor([run.lr for run in runs], device=device)
         self._unsettled: list[Tensor] = []
         self._curve: list[Batch] | None = None
+        self._constants: list[Tensor] | None = None
         torch.manual_seed(sum(seeds))
 
     def lr(self, member: int, step: int) -> float:
@@ -255,8 +257,30 @@ class StackedLoop:
             if not math.isfinite(values[r]):
                 self.fail(r, f"update {self.steps}: validation loss {values[r]}; lower the rate")
                 continue
+            if (said := self._worse_than_nothing(r, values[r])) is not None:
+                self.fail(r, said)
+                continue
             found[r] = values[r], *self.members[r].add_evaluation(values[r], self.run.train.smoothing_evaluations)
         return found
+
+    def begin(self, fresh: bool) -> None:
+        """What ``TrainingLoop.begin`` does, for each member."""
+        looks = [first_cells(feed, run) for feed, run in zip(self.feeds, self.runs, strict=True)]
+        self._constants = [look.constants.to(self.device) for look in looks]
+        if not (fresh and self.run.train.starts_from_cells):
+            return
+        for r, look in enumerate(looks):
+            started = look.starting_weights(self.model.named(self.model.flat, r), self.runs[r].seed)
+            with torch.no_grad():
+                for name, tensor in started.items():
+                    self.model.parts[name][r].copy_(tensor)
+        self.best.copy_(self.model.flat)
+
+    def _worse_than_nothing(self, member: int, loss: float) -> str | None:
+        if self._constants is None or self._curve is None or not is_judged(self.steps, self.total_steps):
+            return None
+        constants = constant_loss(self._curve, self._constants[member], self.objective)
+        return worse_than_constants(loss, constants, self.steps)
 
     def _batches(self, cells: Cells) -> list[Batch]:
         return evaluation_batches(cells, self.run.train, self.run.execution.micro_batch, self.device)
@@ -381,7 +405,8 @@ def stack_to_results(
     own = _checkpoints(place, AttemptName.next_of(place))
     attempts = [Attempt(one, run) for one, run in zip(files, runs, strict=True)]
     loop = StackedLoop(runs, feeds, val, test, device, attempts, own, signals.beat)
-    loop.resume(earlier)
+    loop.begin(fresh=True)
+    loop.resume(earlier)  # what an earlier attempt saved replaces the start
     train(loop, signals)
     for r, message in loop.failures.items():
         diverged(runs[r], str(Diverged(message)))

@@ -1,0 +1,73 @@
+"""What a run's first training cells say before it trains: the best constants, and weights to start from.
+
+A run that does no better than these constants after half its budget has learned nothing: it has diverged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scaling_ray.model.masking import log_normalise
+from scaling_ray.model.objectives import Objective, objective_named
+from scaling_ray.model.start import START_CELLS, starting_weights
+from scaling_ray.records import LossSums
+from scaling_ray.runs import RunSpec
+from scaling_ray.shards.read import Feed
+from scaling_ray.train.batches import Batch, DeviceCells
+
+WORSE = 1.05
+"""Loss over that of the best constants from which on a run has learned nothing; one that stays at them is at 1."""
+FEWEST_UPDATES = 100
+"""Updates before which no run is judged: a start is soon left, whatever the rate."""
+
+
+@dataclass(frozen=True)
+class FirstCells:
+    """values (N, V) of the cells at full depth, which of them were measured, and the objective's constants (V, O)."""
+
+    values: Tensor
+    measured: Tensor
+    constants: Tensor
+
+    def starting_weights(self, drawn: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """The weights that a run of this seed starts from."""
+        return starting_weights(drawn, self.values, self.measured, self.constants, seed)
+
+
+def first_cells(feed: Feed, run: RunSpec) -> FirstCells:
+    """Look at the first cells of a run's order, at most :data:`START_CELLS`, on the CPU."""
+    cells, _ = feed.batch(0, min(START_CELLS, len(feed.order.rows)))
+    held = DeviceCells.of(cells, torch.device("cpu"))
+    counts = held.counts.to(torch.int32) & 0xFFFF
+    values, measured = log_normalise(counts, held.raw_sum, run.train.recipe), held.measured[held.dataset]
+    constants = objective_named(run.train.objective).constants(values, counts, held.raw_sum, measured)
+    return FirstCells(values, measured, constants.float())
+
+
+def constant_loss(batches: Sequence[Batch], constants_VO: Tensor, objective: Objective) -> float:
+    """Mean loss of the constants on evaluation batches."""
+    total = LossSums(0.0, 0.0)
+    for batch in batches:
+        outputs = constants_VO.to(batch.values.device)[batch.masks.positions]
+        loss = objective.losses(outputs, batch.targets, batch.masks.weights).double().sum()
+        total = LossSums(total.loss + float(loss), total.masked_genes + float(batch.masks.weights.double().sum()))
+    return total.mean
+
+
+def is_judged(step: int, total_steps: int) -> bool:
+    """Whether a run at update ``step`` is to be better than the best constants."""
+    return step >= FEWEST_UPDATES and 2 * step >= total_steps
+
+
+def worse_than_constants(loss: float, constants: float, step: int) -> str | None:
+    """What to say of a run whose validation loss stands above that of the best constants; None where it does not."""
+    if loss <= WORSE * constants:
+        return None
+    return (
+        f"update {step}: validation loss {loss:.4g} after half the budget, where the best constants have "
+        f"{constants:.4g}; lower the rate"
+    )
