@@ -2,7 +2,8 @@
 # make cells  the same on your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
 # make bench  measures the data plane (half an hour), the training step and the laws into reports/benchmarks/;
-#             make bench-data, bench-train, bench-laws, bench-results for one, BENCH='--only stream' for a part of it
+#             make bench-data, bench-train, bench-laws, bench-results for one, BENCH='--only stream' for a part of it;
+#             make bench-learning BENCH='--shards NAME=DIR:GENES' compares starts and rates on shards of yours
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin

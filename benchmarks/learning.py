@@ -1,9 +1,9 @@
 """How far models learn in a budget: starts, rates and sizes, several seeds each, on shards that are at hand.
 
-``make bench-learning BENCH='--shards DIR [DIR ...]'`` writes reports/benchmarks/learning.json: for each data set, start,
-size and rate the test loss of each seed, its share of the way from the gene mean (0) to the shrunk Gaussian (1), and CPU
-seconds. A run is *stuck* where its validation loss is above 0.9 of the gene mean's at half its budget. Sizes have heads
-of width 4 and one layer, XS as on the ladder; losses are those of the last update. Nothing here judges them.
+``make bench-learning BENCH='--shards NAME=DIR:GENES'`` writes reports/benchmarks/learning.json: for each data set,
+start, size and rate the test loss of each seed, its share of the way from the gene mean (0) to the shrunk Gaussian (1),
+and CPU seconds. A run is *stuck* where its validation loss is above 0.9 of the gene mean's at half its budget. Sizes
+have heads of width 4 and one layer, XS as on the ladder; losses are those of the last update. Nothing here judges them.
 
 ``--only starts`` compares the start from cells with the drawn one, ``--only rates`` tries rates at every size.
 """

@@ -149,6 +149,19 @@ def test_diverged_and_unfinished_runs_are_no_points_and_a_hole_is_a_sensitivity(
     assert "diverged" in reasons(few | {"loss": loss[:12]})
 
 
+def test_a_rate_that_nobody_compared_is_said_as_such() -> None:
+    table = power_table(0.4, 1.0, 0.004, 1)
+    count = table["loss"].size
+    sweep = table | {"lr": np.full(count, 0.01)}
+    compared = fit_columns(sweep | {"lr_at_edge": [False] * count})
+    assert compared["headline"]["verdict"] == "supported"
+    fixed = fit_columns(sweep | {"lr_at_edge": [None] * count})["headline"]
+    assert fixed["verdict"] == "approximate" and "compared with no other" in fixed["reasons"][0]
+    assert "lr.rule = 'choose'" in fixed["settles"][0]
+    # A table that knows nothing of edges is nobody's sweep.
+    assert fit_columns(sweep)["headline"]["verdict"] == "supported"
+
+
 def test_flagged_runs_refuse_only_where_they_move_the_answer_out_of_its_interval() -> None:
     table = power_table(0.4, 1.0, 0.004, 1)
     flagged = np.zeros(table["loss"].size, dtype=bool)

@@ -39,8 +39,7 @@ def mean_over_train(run: RunSpec) -> np.ndarray:
 
 @pytest.mark.parametrize("width", [1, 8, 64])
 def test_embedding_and_head_say_the_mean_of_each_gene(width: int) -> None:
-    """Where a gene is hidden, over the run's own cells that measured it; so at every width, and at width 1 for the whole
-    network, whose blocks see nothing."""
+    """Where a gene is hidden, over the run's own cells; at width 1, whose blocks see nothing, the network does."""
     run = small_run("", lr=1e-3)
     run = run.model_copy(update={"width": width, "heads": 1})
     loop = begun(run)

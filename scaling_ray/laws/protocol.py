@@ -100,6 +100,19 @@ def flagged_runs(rows: Rows, diverged: Rows) -> list[Flagged]:
     return found
 
 
+def rate_doubts(rows: Rows) -> list[Refusal]:
+    """What is to be said of a sweep whose learning rates nobody compared: it knows of edges, and no run has one."""
+    if "lr_at_edge" not in rows or "lr" not in rows:
+        return []
+    if any(str(value).lower() in {"true", "false", "1", "0", "1.0", "0.0"} for value in rows["lr_at_edge"]):
+        return []
+    reason = (
+        "the learning rate was set beforehand and compared with no other, so a difference between sizes may be one of "
+        "rates"
+    )
+    return [Refusal(reason, "rates above and below it for each size (lr.rule = 'choose')")]
+
+
 def leak_test(rows: Rows) -> dict[str, Any] | None:
     """The lowest paired z of the runs that have one, and whether it passes; None where none has, without a bound."""
     scores = _leak_scores(rows)

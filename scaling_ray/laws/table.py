@@ -43,7 +43,7 @@ from scaling_ray.laws.points import (
     where,
 )
 from scaling_ray.laws.predictions import HeldOut, hold_out_largest, predict
-from scaling_ray.laws.protocol import flagged_runs, leak_test, protocol_gates
+from scaling_ray.laws.protocol import flagged_runs, leak_test, protocol_gates, rate_doubts
 from scaling_ray.laws.sensitivity import huber_parameters, without_flagged, without_outlying
 from scaling_ray.laws.sentences import sentences
 from scaling_ray.laws.verdict import Judged, judge
@@ -190,7 +190,7 @@ def _judged(form: Form, runs: Selected, cells: float | None, agreement: Agreemen
     rows, lost = at_cells(runs.points, cells), at_cells(runs.diverged, cells)
     compared = without_flagged(form, rows, flagged_runs(rows, lost))
     judged = judge(fit_law(form, compared.rows), [*protocol_gates(rows, agreement), *compared.refusals])
-    judged = replace(judged, doubts=[*compared.doubts, *judged.doubts])
+    judged = replace(judged, doubts=[*compared.doubts, *rate_doubts(rows), *judged.doubts])
     return Headline(judged, cells, compared.rows, compared.entries, [])
 
 
