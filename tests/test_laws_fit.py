@@ -138,3 +138,16 @@ def test_params_and_cells_are_recovered_together() -> None:
         found = head["parameters"][name]
         assert found["low"] <= found["profile_low"] <= found["value"] <= found["profile_high"] <= found["high"]
         assert found["low"] <= truth <= found["high"]
+
+
+def test_what_is_left_out_together_is_named_by_its_ends() -> None:
+    """Of many sizes neighbours are left out as one; no size that is in no row is ever named."""
+    sizes = np.geomspace(1e5, 1e8, 40)
+    params = np.repeat(sizes, 2)
+    loss = 1 + (params / 1e5) ** -0.3 + np.random.default_rng(3).normal(0, 0.004, params.size)
+    found = fit_columns({"params": params, "loss": loss})
+    blocks = [entry for entry in found["leave_one_out"] if entry["form"] == "power_floor"]
+    assert len(blocks) == 12 and sum(len(entry["left_out"]) for entry in blocks) == 40
+    assert {value for entry in blocks for value in entry["left_out"]} == set(sizes)
+    first = blocks[0]
+    assert first["without"] == f"{sizes[0]:,.0f} parameters to {sizes[len(first['left_out']) - 1]:,.0f} parameters"

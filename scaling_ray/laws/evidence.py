@@ -50,14 +50,19 @@ def curves(headline: Judged, rows: Rows) -> list[dict[str, Any]]:
 
 def left_out(cells: float | None, law: Fitted, refit: Refit, names: Mapping[float, str]) -> dict[str, Any]:
     """One refit as ``leave_one_out`` of fit.json has it; ``without`` names the size or the number of cells."""
-    without = refit.left_out
-    name = names.get(without, f"{without:,.0f} parameters") if refit.axis == "params" else f"D = {without:,.0f}"
+    first, last = refit.left_out[0], refit.left_out[-1]
+    if refit.axis != "params":
+        name = f"D = {refit.words}"
+    elif first == last:
+        name = names.get(first, f"{refit.words} parameters")
+    else:
+        name = " to ".join(names.get(value, f"{value:,.0f} parameters") for value in (first, last))
     return {
         "form": law.form.name,
         "cells": cells,
         "without": name,
         "axis": refit.axis,
-        "left_out": without,
+        "left_out": list(refit.left_out),
         "parameters": {
             name: {"value": refit.values[name], "low": refit.intervals[name].low, "high": refit.intervals[name].high}
             for name in refit.values

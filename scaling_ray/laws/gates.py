@@ -149,7 +149,7 @@ def fit_doubts(law: Fitted) -> list[Refusal]:
         if moved:
             doubts.append(
                 Refusal(
-                    f"{name} leans on single {plural}: without {listed([f'{m.left_out:,.0f}' for m in moved])} {unit} "
+                    f"{name} leans on single {plural}: without {listed([m.words for m in moved])} {unit} "
                     "it moves by more than the noise of the runs explains; the interval holds those fits",
                     f"{plural} next to those, {_between(points.distinct(axis), unit)}",
                     axis,

@@ -84,13 +84,19 @@ class Refit:
     """
 
     axis: str
-    left_out: float
+    left_out: tuple[float, ...]
     exponent: str
     values: Mapping[str, float]
     intervals: Mapping[str, Interval]
     share: float
     moved: bool
     basin: Basin
+
+    @property
+    def words(self) -> str:
+        """What is left out, as a part of a sentence: "8,192", or "8,192 to 65,536" of neighbours that went together."""
+        first, last = self.left_out[0], self.left_out[-1]
+        return f"{first:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}"
 
     def counted(self, whole: float, interval: Interval) -> Interval:
         """The part of an interval of this refit that counts, seen from the value ``whole`` of all runs.
@@ -141,7 +147,7 @@ def leave_one_out(
         refits.append(
             Refit(
                 axis,
-                float(np.exp(np.mean(np.log(group)))) if group.size > 1 else float(group[0]),
+                tuple(float(value) for value in group),
                 exponent,
                 {name: basin.value(name) for name in names},
                 {name: basin.interval(name) for name in names},
