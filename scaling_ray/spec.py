@@ -121,7 +121,8 @@ class LearningRateSpec(Frozen):
     """Learning rates: one, an axis of the grid, or a choice made per size on validation with seeds outside the fit.
 
     With ``rule = "choose"`` every size runs each of its rates on ``choose_seed`` and ``choose_cells`` for
-    ``choose_fraction`` of its budget (the schedule fitted to that shorter run); the lowest validation loss wins.
+    ``choose_fraction`` of its budget (the schedule fitted to that shorter run); the lowest point of a parabola through
+    the best and its neighbours wins, or the best itself where it has not two.
     Rates without a line in ``per_size`` are those of ``reference_width``: another width D takes them times
     (D / reference_width) ^ width_exponent, 0 for the same at every width.
     """
