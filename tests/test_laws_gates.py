@@ -69,7 +69,8 @@ def test_pure_noise_is_refused() -> None:
 def test_two_or_three_sizes_are_refused() -> None:
     for count in (1, 2, 3):
         text = reasons(power_table(0.4, 1.0, 0.004, 1, sizes=LADDER[:count]))
-        assert f"only {count} sizes (anchor sizes left out)" in text
+        noun = "size" if count == 1 else "sizes"
+        assert f"only {count} {noun} (anchor sizes left out)" in text
 
 
 def test_a_plateau_takes_the_exponent_away() -> None:
@@ -143,7 +144,18 @@ def test_diverged_and_unfinished_runs_are_no_points_and_a_hole_is_a_sensitivity(
     result = fit_columns(table | {"status": status, "failure": failure, "loss": loss})
     assert result["headline"]["verdict"] == "approximate"
     (said,) = result["sensitivity"]
-    assert said["inside"] and f"{said['with']:.3g} with them" in " ".join(result["headline"]["reasons"])
+    text = " ".join(result["headline"]["reasons"])
+    assert said["inside"] and f"without what is left of those settings, {said['with']:.3g} with" in text
+    # All seeds of a size diverged: there is nothing to compare with, and no value is made up.
+    gone = [
+        s if i < status.index("failed") - 1 or i > status.index("failed") + 1 else "failed"
+        for i, s in enumerate(status)
+    ]
+    lost = {"failure": ["diverged" if s == "failed" else None for s in gone]}
+    lost |= {"loss": [None if s == "failed" else value for s, value in zip(gone, loss, strict=True)]}
+    result = fit_columns(table | {"status": gone} | lost)
+    assert result["headline"]["verdict"] == "approximate" and result["sensitivity"] == []
+    assert "nothing is left of their settings" in result["headline"]["reasons"][0]
     # With four sizes there are too few without it.
     few = {name: values[:12] for name, values in table.items()} | {"status": status[:12], "failure": failure[:12]}
     assert "diverged" in reasons(few | {"loss": loss[:12]})
@@ -242,8 +254,33 @@ def test_predictions_have_a_verdict_where_no_exponent_has() -> None:
     assert head["verdict"] == "refused" and any("as well as a power" in reason for reason in head["reasons"])
     assert head["predictions"]["verdict"] == "approximate", head["predictions"]
     entry = head["predictions"]["entries"][0]
-    assert entry["low"] <= 2 - 0.1 * np.log(entry["params"] / 1e6) <= entry["high"]
     assert "The next size" in head["sentences"][1]
+    for entry in head["predictions"]["entries"]:
+        truth = 2 - 0.1 * np.log(entry["params"] / 1e6)
+        assert entry["low"] <= truth <= entry["high"], entry["what"]
+    assert {e["what"] for e in head["predictions"]["entries"] if e["verdict"] != "refused"} >= {"the next size"}
+
+
+def test_a_logarithm_goes_on_falling_where_it_is_as_good() -> None:
+    """Ten times beyond a logarithm's own runs: what is predicted there holds what a logarithm does."""
+    held, given = 0, 0
+    for seed in range(12):
+        x = np.repeat(np.geomspace(1, 30, 6), 3)
+        loss = 2 - 0.1 * np.log(x) + np.random.default_rng([8, seed]).normal(0, 0.006, x.size)
+        found = fit_columns({"params": 1e6 * x, "loss": loss})["headline"]["predictions"]
+        for entry in found["entries"]:
+            if "ten times" in entry["what"] and entry["verdict"] != "refused":
+                given += 1
+                held += entry["low"] <= 2 - 0.1 * np.log(entry["params"] / 1e6) <= entry["high"]
+    assert given >= 8 and held >= given - 1
+
+
+def test_a_rise_is_said_as_a_rise() -> None:
+    params = np.repeat(LADDER, 3)
+    truth = np.repeat([2.0, 1.6, 1.3, 1.15, 1.05, 1.0, 1.4], 3)
+    found = fit_columns({"params": params, "loss": truth + np.random.default_rng(4).normal(0, 0.004, params.size)})
+    sentence = found["contrasts"]["size"]["sentence"]
+    assert "raised" in sentence and "0.4" in sentence and "lowered the loss by -" not in sentence
 
 
 def test_runs_out_of_place_are_named_and_set_aside() -> None:

@@ -1,4 +1,4 @@
-"""Weights to start from: a network begins as the gene mean, knows gene programs, and is the same in every engine."""
+"""Weights to start from: a network begins as the gene mean and knows gene programs; in a stack it starts the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from conftest import small_run, synthetic_cells
 
 from scaling_ray.errors import Diverged
-from scaling_ray.model.masking import EVALUATION_MASK_SEED, log_normalise
+from scaling_ray.model.masking import EVALUATION_MASK_SEED
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.model.start import EMBEDDING_SCALE, starting_weights
 from scaling_ray.runs import RunSpec
@@ -125,12 +125,21 @@ def test_published_starts_as_drawn_and_so_does_who_asks_for_it() -> None:
 def test_a_run_above_the_gene_mean_after_half_its_budget_has_diverged() -> None:
     extra = "max_cells_seen = 6400\nevaluations = 4\ncurve_cells = 16\npatience_evaluations = 0"
     wild = begun(small_run(extra, lr=2.0))
-    with pytest.raises(Diverged, match="after half the budget"):
+    with pytest.raises(Diverged, match="best constants"):
         train(wild, Signals())
     assert wild.total_steps / 2 <= wild.steps < wild.total_steps
     calm = begun(small_run(extra, lr=1e-3))
     train(calm, Signals())
     assert calm.steps == calm.total_steps
+
+
+def test_a_run_that_patience_ends_above_the_gene_mean_has_diverged_too() -> None:
+    extra = "max_cells_seen = 6400\nevaluations = 20\ncurve_cells = 16\npatience_evaluations = 2"
+    wild = begun(small_run(extra, lr=0.5))
+    with pytest.raises(Diverged, match="best constants"):
+        train(wild, Signals())
+    published = begun(small_run(f'{extra}\nrecipe = "published"', lr=0.5))
+    train(published, Signals())  # the study's own runs are kept as they end
 
 
 def test_a_member_above_the_gene_mean_is_masked_out_and_the_others_go_on() -> None:
@@ -142,7 +151,7 @@ def test_a_member_above_the_gene_mean_is_masked_out_and_the_others_go_on() -> No
     stack = StackedLoop(runs, [DATA.feed(run) for run in runs], VAL, TEST, CPU)
     stack.begin(fresh=True)
     train(stack, Signals())
-    assert list(stack.failures) == [0] and "after half the budget" in stack.failures[0]
+    assert list(stack.failures) == [0] and "best constants" in stack.failures[0]
     assert stack.members[1].optimizer_steps == stack.total_steps
 
 
@@ -150,6 +159,3 @@ def test_values_of_the_start_are_at_full_depth() -> None:
     thinned, whole = (begun(small_run(extra, lr=1e-3)) for extra in ("umi_fraction = 0.3", ""))
     one, other = (loop.engine.weights()["gene_embedding"] for loop in (thinned, whole))
     assert torch.equal(one, other)
-    counts = torch.from_numpy(TRAIN.counts.astype(np.int32))
-    values = log_normalise(counts, torch.from_numpy(TRAIN.raw_sum), "corrected")
-    assert float(values.max()) > 0

@@ -99,17 +99,27 @@ def _sentence(
     axis: str, neighbours: list[dict[str, Any]], settled: dict[str, Any] | None, names: Mapping[float, str]
 ) -> str | None:
     does = _WORDS[axis][0]
+    rises = [step for step in neighbours if step["high"] is not None and step["high"] < 0]
+    raised = ""
+    if rises:
+        up = rises[-1]
+        steps = f"{_named(axis, up['from'], names)} to {_named(axis, up['to'], names)}"
+        raised = f" {steps} raised it by {-up['gain']:.3g} ({-up['high']:.3g} to {-up['low']:.3g}, 95%)."
     if settled is not None:
         name = _named(axis, settled["from"], names)
         top = _named(axis, settled["up_to"], names)
-        return f"From {name} up to {top} {does} the loss by at most {settled['at_most']:.2g} (95%)."
+        if settled["at_most"] <= 0:
+            return f"From {name} up to {top} nothing lowered the loss.{raised}"
+        return f"From {name} up to {top} {does} the loss by at most {settled['at_most']:.2g} (95%).{raised}"
     if not neighbours:
         return None
     last = neighbours[-1]
     step = f"The last step, {_named(axis, last['from'], names)} to {_named(axis, last['to'], names)}, "
     if last["low"] is None:
-        return f"{step}changed the loss by {-last['gain']:+.3g}; without repeated settings it has no interval."
-    return f"{step}lowered the loss by {last['gain']:.3g} ({last['low']:.3g} to {last['high']:.3g}, 95%)."
+        return f"{step}changed the loss by {-last['gain']:+.3g}; with too few repeated settings it has no interval."
+    if last in rises:
+        return raised.strip().replace(" raised it by", " raised the loss by")
+    return f"{step}lowered the loss by {last['gain']:.3g} ({last['low']:.3g} to {last['high']:.3g}, 95%).{raised}"
 
 
 def _named(axis: str, value: float, names: Mapping[float, str]) -> str:

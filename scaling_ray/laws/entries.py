@@ -122,8 +122,12 @@ def with_aicc(fitted: Sequence[tuple[float | None, Judged]]) -> list[dict[str, A
     """Entries with AICc and its distance to the best shape of the same settings."""
     entries = []
     for at, judged in fitted:
-        runs = judged.law.points.n_runs
-        rivals = [other.law.aicc for there, other in fitted if there == at and other.law.points.n_runs == runs]
+        size = (judged.law.points.n_runs, judged.law.points.n_settings)
+        rivals = [
+            other.law.aicc
+            for there, other in fitted
+            if there == at and (other.law.points.n_runs, other.law.points.n_settings) == size
+        ]
         lowest = min((value for value in rivals if value is not None), default=None)
         own = judged.law.aicc
         distance = None if own is None or lowest is None else own - lowest

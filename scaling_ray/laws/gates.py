@@ -26,6 +26,8 @@ SIZE_EFFECT_P = 0.001
 MAX_RATIO = 3.0
 
 _AXIS_WORDS = {"params": ("sizes", "parameters"), "cells": ("data sizes", "training cells")}
+AXIS_NOUNS = {"params": "size", "cells": "number of cells", "flops": "budget"}
+"""What one value of an axis is called."""
 _SYMBOLS = {"params": "P", "cells": "D", "flops": "C"}
 _AXIS_WORDS |= {"flops": ("budgets", "FLOP")}
 
@@ -50,8 +52,8 @@ def count_gates(form: Form, points: Points) -> list[Refusal]:
             plural, unit = _AXIS_WORDS[axis]
             refusals.append(
                 Refusal(
-                    f"only {values.size} {plural} (anchor sizes left out), and an exponent needs at least "
-                    f"{needs[axis]}",
+                    f"only {values.size} {AXIS_NOUNS[axis] if values.size == 1 else plural} (anchor sizes left out), "
+                    f"and an exponent needs at least {needs[axis]}",
                     f"{needs[axis] - values.size} or more further {plural}, {_between(values, unit)}",
                     axis,
                 )
@@ -62,7 +64,7 @@ def count_gates(form: Form, points: Points) -> list[Refusal]:
 def cannot_fix(form: Form, points: Points) -> Refusal:
     """Too few settings, or all on one line, for the parameters of the form."""
     return Refusal(
-        f"{points.n_settings} settings of distinct {' and '.join(form.axes) or 'axes'} cannot fix the "
+        f"{counted(points.n_settings, 'setting')} of distinct {' and '.join(form.axes) or 'axes'} cannot fix the "
         f"{len(form.parameters)} parameters of {form.formula}",
         "further sizes" + (" crossed with further numbers of cells" if len(form.axes) > 1 else ""),
     )
@@ -111,7 +113,9 @@ def fit_gates(law: Fitted) -> list[Refusal]:
             )
     for i, name in enumerate(form.exponents):
         axis = form.axis_of(name)
-        refusals += _exponent_gates(name, points.distinct(axis), axis, best, i, law.headline_interval(name))
+        # Seeds narrow an interval only where noise and not misfit makes it wide.
+        noisy = law.noise.variance is not None and law.width.variance == 1.0
+        refusals += _exponent_gates(name, points.distinct(axis), axis, best, i, law.headline_interval(name), noisy)
     return refusals
 
 
@@ -124,11 +128,12 @@ def fit_doubts(law: Fitted) -> list[Refusal]:
     if tests.lack_of_fit_p is not None and tests.lack_of_fit_p < LACK_OF_FIT_P:
         drop = drop_of(points)
         share = float(np.sqrt(np.mean(law.residuals**2))) / drop
+        wider = "the intervals are widened by it" if law.width.variance > 1 else "less than is allowed for anyway"
         doubts.append(
             Refusal(
                 f"the means of settings depart from the form by {100 * share:.1f}% of the loss drop (root mean "
-                f"square), more than the noise of the runs explains (lack of fit p = {tests.lack_of_fit_p:.2g}); the "
-                "intervals are widened by it",
+                f"square), more than the noise of the runs explains (lack of fit p = {tests.lack_of_fit_p:.2g}); "
+                f"{wider}",
                 "a look at the settings with the largest residuals: budget, learning rate, or a form that saturates",
             )
         )
@@ -184,7 +189,7 @@ def rival_gates(law: Fitted, rivals: Sequence[Rival]) -> list[Refusal]:
 
 
 def _exponent_gates(
-    name: str, values: Floats, axis: str, best: Solution, index: int, interval: Interval
+    name: str, values: Floats, axis: str, best: Solution, index: int, interval: Interval, noisy: bool
 ) -> list[Refusal]:
     plural, unit = _AXIS_WORDS[axis]
     edges = f"{EXPONENT_SEARCH[0]:g} to {EXPONENT_SEARCH[1]:g}"
@@ -207,16 +212,22 @@ def _exponent_gates(
         ]
     ratio = interval.high / interval.low
     if ratio >= MAX_RATIO:
-        seeds = (np.log(ratio) / np.log(MAX_RATIO)) ** 2
+        times = max((np.log(ratio) / np.log(MAX_RATIO)) ** 2, 1.1)
+        ends = f"{interval.low:.2g} to {interval.high:.2g}, whichever {AXIS_NOUNS[axis]} is left out"
         return [
             Refusal(
-                f"the interval of {name} ({interval.low:.2g} to {interval.high:.2g}, whichever size is left out) spans "
-                f"a factor {ratio:.1f}, and {MAX_RATIO:g} is the most that counts as an answer",
-                f"about {max(seeds, 1.1):.1f} times the seeds, or {plural} {_beyond(values, unit)}",
+                f"the interval of {name} ({ends}) spans a factor {ratio:.2f}, and {MAX_RATIO:g} is the most that "
+                "counts as an answer",
+                (f"about {times:.1f} times the seeds, or " if noisy else "") + f"{plural} {_beyond(values, unit)}",
                 axis,
             )
         ]
     return []
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: "1 run", "3 runs"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -110,7 +110,8 @@ def compute_optimal(headline: Judged, rows: Rows) -> dict[str, Any]:
         centre = _split(best[None, :], p, t)[0]
         drawn, others = _split(laws, p, t), _split(np.array(without).reshape(-1, 5), p, t)
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-        low, high = np.minimum(low, others.min(axis=0)), np.maximum(high, others.max(axis=0))
+        if len(others):
+            low, high = np.minimum(low, others.min(axis=0)), np.maximum(high, others.max(axis=0))
         entry: dict[str, Any] = {"flops": float(budget), "inside": bool(p[0] < centre[0] < p[-1])}
         for i, name in enumerate(("params", "cells_seen", "loss")):
             ends = (float(min(low[i], centre[i])), float(max(high[i], centre[i])))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from scaling_ray.laws.forms import Form
-from scaling_ray.laws.gates import SIZE_EFFECT_P
+from scaling_ray.laws.gates import AXIS_NOUNS, SIZE_EFFECT_P, counted
 from scaling_ray.laws.intervals import OPEN, Interval
 from scaling_ray.laws.law import fit_law
 from scaling_ray.laws.points import Rows, where
@@ -49,8 +49,9 @@ def predict_at(judged: Judged, place: Mapping[str, float], runs: float) -> tuple
     value, interval = law.loss_at(place)
     if interval.low is None or interval.high is None:
         return value, OPEN
-    others = [rival.loss_at(place) for rival in judged.rivals if rival.as_good]
-    low, high = min([interval.low, *others]), max([interval.high, *others])
+    others = [rival.loss_in(place) for rival in judged.rivals if rival.as_good]
+    low = min([interval.low, *(one.low for one in others if one.low is not None)])
+    high = max([interval.high, *(one.high for one in others if one.high is not None)])
     reach = law.reach_of_mean(place, runs)
     low = value - float(np.hypot(value - min(low, value), reach))
     return value, Interval(max(low, 0.0), value + float(np.hypot(max(high, value) - value, reach)))
@@ -126,14 +127,16 @@ def _against(judged: Judged, held: list[HeldOut]) -> list[tuple[bool, str]]:
         return [(True, "no effect beyond the noise of the runs, so there is nothing to extrapolate")]
     if not held:
         return [(False, "the largest size cannot be held out: the others do not suffice to predict it")]
+    if all(h.covered is None for h in held):
+        return [(False, "the others leave nothing over to judge a prediction of the largest by")]
     missed = [h for h in held if h.covered is not True]
     allowed = 0 if len(held) < 10 else int(0.1 * len(held))
     if len(missed) > allowed:
         return [
             (
                 False,
-                f"the largest size, held out, lay outside its predicted interval in {len(missed)} of {len(held)} "
-                "settings",
+                f"the largest {AXIS_NOUNS[law.form.axes[0]]}, held out, lay outside its predicted interval in "
+                f"{len(missed)} of {counted(len(held), 'setting')}",
             )
         ]
     return []
@@ -151,7 +154,7 @@ def _entries(judged: Judged, fixed: Mapping[str, float]) -> list[dict[str, Any]]
         sizes = points.distinct("params")
         ratio = float(np.exp(np.median(np.diff(np.log(sizes)))))
         places.append(("the next size", here | {"params": here["params"] * min(max(ratio, 1.5), MAX_STEP)}))
-        places.append(("ten times the largest size", here | {"params": here["params"] * 10.0}))
+        places.append(("ten times the largest size used", here | {"params": here["params"] * 10.0}))
     if "cells" in here:
         places.append(("twice the cells", here | {"cells": here["cells"] * 2.0}))
         if "params" not in here:
@@ -165,7 +168,10 @@ def _entries(judged: Judged, fixed: Mapping[str, float]) -> list[dict[str, Any]]
         text = None
         if interval.low is not None and interval.high is not None:
             axis = "cells" if "cells" in what else "params"
-            text = f"{what.capitalize()} ({place[axis]:,.0f} {_NOUNS[axis]}): loss {value:.4g}, "
+            other = "params" if axis == "cells" else "cells"
+            beside = where_to[other]
+            at = "" if beside is None else f" at {beside:,.0f} {_NOUNS[other]}"
+            text = f"{what.capitalize()} ({place[axis]:,.0f} {_NOUNS[axis]}{at}): loss {value:.4g}, "
             text += f"{interval.low:.4g} to {interval.high:.4g} (95%)."
         entries.append(
             {"what": what, **where_to, "value": value, **ends, "gain": now - value}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling_ray.laws.gates import Refusal, listed
+from scaling_ray.laws.gates import Refusal, counted, listed
 from scaling_ray.laws.points import Agreement, Rows
 
 LEAK_Z = -4.0
@@ -68,6 +68,7 @@ class Flagged:
     runs: NDArray[np.bool_]
     reason: str
     settles: str
+    them: str = "them"  # what is left out, in "without ..."
 
 
 def flagged_runs(rows: Rows, diverged: Rows) -> list[Flagged]:
@@ -83,8 +84,8 @@ def flagged_runs(rows: Rows, diverged: Rows) -> list[Flagged]:
     if "undertrained" in rows and np.any(marked := _flags(rows["undertrained"])):
         in_settings = len(np.unique(setting_of_run[marked]))
         reason = (
-            f"{int(marked.sum())} of {len(setting_of_run)} runs ({in_settings} settings) were still improving when "
-            f"their budget ended: they are undertrained"
+            f"{int(marked.sum())} of {counted(len(setting_of_run), 'run')} (in {counted(in_settings, 'setting')}) were "
+            "still improving when their budget ended, so they are undertrained"
         )
         found.append(
             Flagged(marked, reason, "a larger budget of cells seen for these runs, until validation stops them")
@@ -95,8 +96,9 @@ def flagged_runs(rows: Rows, diverged: Rows) -> list[Flagged]:
         found.append(Flagged(marked, reason, "further learning rates beyond the edge for these sizes"))
     if count := len(next(iter(diverged.values()), [])):
         marked = np.isin(setting_of_run, _settings(diverged))
-        reason = f"{count} runs diverged and are missing from the fit"
-        found.append(Flagged(marked, reason, "these settings repeated at a lower learning rate"))
+        reason = f"{counted(count, 'run')} diverged and {'is' if count == 1 else 'are'} missing from the fit"
+        settles = "these settings repeated at a lower learning rate"
+        found.append(Flagged(marked, reason, settles, "what is left of those settings"))
     return found
 
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from scaling_ray.laws.fit import Floats
 from scaling_ray.laws.forms import EXPONENT_SEARCH
+from scaling_ray.laws.intervals import Interval
 from scaling_ray.laws.law import Fitted
-from scaling_ray.laws.valley import EXPONENTIAL, STOPS, Valley
+from scaling_ray.laws.valley import EXPONENTIAL, LOGARITHM, STOPS, Valley
 
 _LOGARITHM, _STOPPING_LOGARITHM = "a logarithm of {x}", "a logarithm of {x} that stops falling ({x}0)"
 _APPROACH = "an exponential approach, exp(-{x} / {x}0)"
@@ -25,6 +26,7 @@ _STOPPING_POWER = "a power without a floor that stops (a min(P, P0)^-alpha)"
 _SYMBOLS = {"params": "P", "cells": "D", "flops": "C"}
 AS_GOOD = 2.0
 """AIC of a rival above that of the power law up to which its prediction counts as well."""
+Range = Callable[[Mapping[str, float]], Interval]
 _ALPHAS, _BREAKS, _ZOOMS = 61, 25, 6
 _EXACT = 1e-6  # both describe every setting to the last digits
 
@@ -37,7 +39,7 @@ class Rival:
     formula: str
     excess: float  # its AIC less that of the power law: misfit in units of the modelled variance, two for a parameter
     exponent: float | None  # its own, where it stops but falls as a power until then
-    loss_at: Callable[[Mapping[str, float]], float]
+    loss_in: Range  # a place (axis -> value) to the range of its loss, at the law's own widened variance
 
     @property
     def preferred(self) -> bool:
@@ -65,37 +67,40 @@ def rivals_of(law: Fitted) -> list[Rival]:
         if points.distinct(axis).size < 3:
             continue
         symbol = _SYMBOLS[axis]
-        misfit, loss_at = _fit_shape(law, axis, EXPONENTIAL)
-        found.append(Rival(axis, _APPROACH.format(x=symbol), excess(misfit), None, loss_at))
+        misfit, loss_in = _fit_shape(law, axis, EXPONENTIAL)
+        found.append(Rival(axis, _APPROACH.format(x=symbol), excess(misfit), None, loss_in))
         # A logarithm has no exponent to choose: one parameter fewer, unless it stops.
-        misfit, loss_at = _fit_shape(law, axis, STOPS, stops=False)
-        plain = Rival(axis, _LOGARITHM.format(x=symbol), excess(misfit, 1), None, loss_at)
-        misfit, loss_at = _fit_shape(law, axis, STOPS)
-        stopping = Rival(axis, _STOPPING_LOGARITHM.format(x=symbol), excess(misfit), None, loss_at)
+        misfit, loss_in = _fit_shape(law, axis, LOGARITHM)
+        plain = Rival(axis, _LOGARITHM.format(x=symbol), excess(misfit, 1), None, loss_in)
+        misfit, loss_in = _fit_shape(law, axis, STOPS)
+        stopping = Rival(axis, _STOPPING_LOGARITHM.format(x=symbol), excess(misfit), None, loss_in)
         found.append(min(plain, stopping, key=lambda rival: rival.excess))
     if form.axes == ("params",) and points.distinct("params").size >= 4:
-        misfit, loss_at, exponent = _power_that_stops(points.loss, points.weight, np.log(points.axes["params"]))
-        found.append(Rival("params", _STOPPING_POWER, excess(misfit), exponent, loss_at))
+        misfit, loss_in, exponent = _power_that_stops(points.loss, points.weight, np.log(points.axes["params"]))
+        found.append(Rival("params", _STOPPING_POWER, excess(misfit), exponent, loss_in))
     return found
 
 
-def _fit_shape(
-    law: Fitted, axis: str, shape: str, *, stops: bool = True
-) -> tuple[float, Callable[[Mapping[str, float]], float]]:
-    """Misfit and prediction of the form with another shape of one axis; ``stops=False`` has it turn at the end only."""
-    loss, weight = law.points.loss, law.points.weight
+def _fit_shape(law: Fitted, axis: str, shape: str) -> tuple[float, Range]:
+    """Misfit and prediction (never below zero) of the form with another shape of one axis."""
+    loss, weight, allowed = law.points.loss, law.points.weight, law.width.allowed or 0.0
     valley = Valley(law.form, law.points.axes, {axis: shape})
-    if not stops:
-        i = valley.axis_names.index(axis)
-        valley.ranges[i] = (valley.ranges[i][1], valley.ranges[i][1])
-    misfit, logs = valley.minimum(loss, weight, valley.whole(loss, weight))
-    there = valley.scan(loss, weight, [np.array([value]) for value in logs])
-    return misfit, lambda place: valley.value(there, valley.place_weights(there, place))
+    coarse = valley.whole(loss, weight)
+    misfit, logs = valley.minimum(loss, weight, coarse)
+    limit = misfit + allowed
+    if shape == LOGARITHM and valley.dimensions == 1:  # nothing to search
+        scan = valley.scan(loss, weight, [np.array([0.0])])
+    else:
+        scan = valley.below(loss, weight, coarse, logs, limit)
+
+    def loss_in(place: Mapping[str, float]) -> Interval:
+        found = valley.ends(scan, weight, valley.place_weights(scan, place), limit, open_at_edge=False)
+        return Interval(*(None if end is None else max(end, 0.0) for end in (found.low, found.high)))
+
+    return misfit, loss_in
 
 
-def _power_that_stops(
-    loss: Floats, weight: Floats, logs: Floats
-) -> tuple[float, Callable[[Mapping[str, float]], float], float]:
+def _power_that_stops(loss: Floats, weight: Floats, logs: Floats) -> tuple[float, Range, float]:
     """``a min(P, P0)^-alpha``, P0 no larger than the second largest size: beyond it nothing would have stopped."""
     sizes = np.unique(logs)
     start = float(sizes[0])
@@ -121,7 +126,8 @@ def _power_that_stops(
         breaks = np.linspace(max(centre[1] - steps[1], low), min(centre[1] + steps[1], high), 13)
     alpha, end = float(np.exp(centre[0])), centre[1]
 
-    def loss_at(place: Mapping[str, float]) -> float:
-        return coefficient * float(np.exp(-alpha * (min(np.log(place["params"]), end) - start)))
+    def loss_in(place: Mapping[str, float]) -> Interval:
+        there = coefficient * float(np.exp(-alpha * (min(np.log(place["params"]), end) - start)))
+        return Interval(there, there)
 
-    return max(best, 0.0), loss_at, alpha
+    return max(best, 0.0), loss_in, alpha

@@ -49,6 +49,10 @@ def without_flagged(form: Form, rows: Rows, flagged: list[Flagged]) -> Compared:
         marked |= flag.runs
     if not flagged:
         return Compared(rows, [], [], [])
+    if not marked.any():
+        # What they flag is in no row: there is nothing to compare with, and that is said.
+        left = [Refusal(f"{flag.reason}; nothing is left of their settings", flag.settles) for flag in flagged]
+        return Compared(rows, [] if enough(form, rows) else left, left, [])
     clean = where(rows, ~marked)
     if not enough(form, clean) or (np.any(marked) and not enough(form, rows)):
         return Compared(rows, [Refusal(f.reason, f.settles) for f in flagged], [], [])
@@ -56,24 +60,25 @@ def without_flagged(form: Form, rows: Rows, flagged: list[Flagged]) -> Compared:
     all_runs = fit_law(form, rows, thorough=False)
     reason = "; ".join(flag.reason for flag in flagged)
     settles = "; ".join(dict.fromkeys(flag.settles for flag in flagged))
-    return _compare(form, clean, kept, all_runs, reason, settles, "flagged")
+    them = " or ".join(dict.fromkeys(flag.them for flag in flagged))
+    return _compare(form, clean, kept, all_runs, reason, settles, them)
 
 
-def _compare(form: Form, rows: Rows, kept: Fitted, all_runs: Fitted, reason: str, settles: str, what: str) -> Compared:
+def _compare(form: Form, rows: Rows, kept: Fitted, all_runs: Fitted, reason: str, settles: str, them: str) -> Compared:
     if kept.best is None or all_runs.best is None:
         return Compared(rows, [Refusal(reason, settles)], [], [])
     entries, refusals, said = [], [], []
     for name in form.exponents:
         own, other, shown = kept.parameters[name], all_runs.parameters[name], kept.headline_interval(name)
         entries.append(
-            {"what": what, "reason": reason, "parameter": name, "without": own, "with": other}
+            {"what": "flagged", "reason": reason, "parameter": name, "without": own, "with": other}
             | {"low": shown.low, "high": shown.high, "inside": not shown.excludes(other)}
         )
-        said.append(f"{name} {own:.3g} without them, {other:.3g} with them")
+        said.append(f"{name} {own:.3g} without {them}, {other:.3g} with")
         if shown.excludes(other):
-            text = f"{reason}: {name} is {own:.3g} without them and {other:.3g} with them, outside its interval"
+            text = f"{reason} ({name} is {own:.3g} without {them} and {other:.3g} with, outside its interval)"
             refusals.append(Refusal(text, settles, form.axis_of(name)))
-    doubts = [] if refusals else [Refusal(f"{reason}: {', '.join(said)}; both lie inside the interval", settles)]
+    doubts = [] if refusals else [Refusal(f"{reason} ({', '.join(said)}; both lie inside the interval)", settles)]
     return Compared(rows, refusals, doubts, entries)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from scaling_ray.laws.gates import AXIS_NOUNS
 from scaling_ray.laws.verdict import APPROXIMATE, Judged
 
 
@@ -35,9 +36,10 @@ def _law(judged: Judged) -> str:
         shown = law.headline_interval(name)
         parts.append(f"{name} {law.parameters[name]:.3g} ({shown.low:.3g} to {shown.high:.3g})")
     text = f"{law.form.formula} with {' and '.join(parts)}"
+    left = " or ".join(AXIS_NOUNS[axis] for axis in law.form.axes)
     if judged.verdict == APPROXIMATE:
         return (
-            f"Approximate: the loss follows {text} closely enough to plan with, whichever size is left out, but not as "
-            f"a constant of nature: {judged.doubts[0].reason}."
+            f"Approximate: the loss follows {text} closely enough to plan with, whichever {left} is left out, but not "
+            f"as a constant of nature: {judged.doubts[0].reason}."
         )
-    return f"Supported: within the sizes trained, the loss falls as {text}, 95% and whichever size is left out."
+    return f"Supported: within what was trained, the loss falls as {text}, 95% and whichever {left} is left out."

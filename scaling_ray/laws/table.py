@@ -50,7 +50,7 @@ from scaling_ray.laws.verdict import Judged, judge
 
 FORMAT = 4
 MANY_CELL_COUNTS = 12
-RAY_TOLERANCE = 0.02  # how far log D may lie from a line in log P and still be one
+RAY_TOLERANCE = 0.02  # how far log D may lie from a line in log P and still be one, as a share of its span (or of 1)
 CONDITIONAL_ON = (
     "Intervals are 95% and conditional on this split: the held-out donors, genes and masks stay as they are. The shown "
     "interval is as wide as the larger of the noise between runs and the misfit of the law makes it, and is the union "
@@ -117,7 +117,9 @@ def fit_table(
     robust = without_outlying(head.judged.law.form, head.rows, head.judged.law, huber)
     if robust.entries:
         again = judge(fit_law(head.judged.law.form, robust.rows), _standing(head.judged))
-        doubts = [*robust.doubts, *again.doubts]
+        fit_only = {doubt.reason for doubt in gates.fit_doubts(head.judged.law)}
+        standing = [doubt for doubt in head.judged.doubts if doubt.reason not in fit_only]
+        doubts = [*robust.doubts, *standing, *again.doubts]
         judged = replace(again, doubts=doubts)
         head = Headline(judged, head.cells, robust.rows, [*head.sensitivity, *robust.entries], head.notes)
     judged = replace(head.judged, refusals=[*head.judged.refusals, *disagreement])
@@ -207,7 +209,11 @@ def _headline(
     counts = np.unique(rows["cells"]) if "cells" in rows else np.array([])
     largest = float(counts[-1]) if counts.size else None
     if counts.size < gates.MIN_CELL_COUNTS:
-        return _judged(POWER_FLOOR, runs, largest, agreement), None
+        ladders = [d for d in counts if np.unique(rows["params"][rows["cells"] == d]).size >= gates.MIN_SIZES]
+        if not ladders or largest is None or ladders[-1] == largest:
+            return _judged(POWER_FLOOR, runs, largest, agreement), None
+        note = f"The law is of {ladders[-1]:,.0f} cells, the most that {gates.MIN_SIZES} sizes or more were trained on."
+        return replace(_judged(POWER_FLOOR, runs, float(ladders[-1]), agreement), notes=[note]), None
     if sizes.size == 1:
         note = "Only the number of cells varies, so the law is one of data alone."
         return replace(_judged(CELLS_FLOOR, runs, None, agreement), notes=[note]), None
@@ -238,7 +244,7 @@ def _ray(rows: Rows) -> str | None:
     """What to say where D is a power of P in every run, so that no law can part the two; None elsewhere."""
     x, y = np.log(rows["params"]), np.log(rows["cells"])
     slope, level = np.polyfit(x, y, 1)
-    if np.max(np.abs(y - slope * x - level)) > RAY_TOLERANCE:
+    if np.max(np.abs(y - slope * x - level)) > RAY_TOLERANCE * max(1.0, float(np.ptp(y))):
         return None
     if abs(slope - 1.0) < RAY_TOLERANCE:
         ratio = float(np.exp(np.mean(y - x)))

@@ -24,10 +24,11 @@ _ZOOMS = {1: 3, 2: 4}
 _NARROWINGS = 3
 _SEARCH = (float(np.log(EXPONENT_SEARCH[0])), float(np.log(EXPONENT_SEARCH[1])))
 _TINY = 1e-300
-POWER_OF, STOPS, EXPONENTIAL = "power", "stops", "exponential"
+POWER_OF, LOGARITHM, STOPS, EXPONENTIAL = "power", "logarithm", "stops", "exponential"
 SHAPES = {
     POWER_OF: "x^-exponent",
-    STOPS: "log(x0 / x) up to x0 and nothing after it; a logarithm where x0 is the largest x",
+    LOGARITHM: "-log(x), falling for ever",
+    STOPS: "log(x0 / x) up to x0 and nothing after it",
     EXPONENTIAL: "exp(-x / x0)",
 }
 """How a term may depend on its axis."""
@@ -102,6 +103,8 @@ class Valley:
         """Ends of the logarithm that is searched: of the exponent, or of the place where a rival turns."""
         if self.shapes[i] == POWER_OF:
             return _SEARCH
+        if self.shapes[i] == LOGARITHM:
+            return 0.0, 0.0
         sorted_logs = np.unique(self.logs[i])
         if self.shapes[i] == STOPS:
             return float(sorted_logs[min(1, sorted_logs.size - 1)]), float(sorted_logs[-1])
@@ -111,6 +114,8 @@ class Valley:
         """One axis' column (A, N) at log axes (N,), for each value (A,) of what is searched."""
         if self.shapes[i] == POWER_OF:
             return np.asarray(np.exp(-np.exp(grid)[:, None] * logs[None, :]))
+        if self.shapes[i] == LOGARITHM:
+            return np.broadcast_to(-logs[None, :], (grid.size, logs.size))
         if self.shapes[i] == STOPS:
             return np.maximum(grid[:, None] - logs[None, :], 0.0)
         return np.asarray(np.exp(-np.exp(np.clip(logs[None, :] - grid[:, None], -50.0, 50.0))))

@@ -69,8 +69,12 @@ def _turned_components(values_NG: Tensor, measured_NG: Tensor, width: int, seed:
     """
     values, measured = values_NG.double().cpu(), measured_NG.cpu()
     centred = torch.where(measured, values - gene_means(values, measured), 0.0)
-    strength, loadings_GC = torch.linalg.eigh(centred.T @ centred)
-    strength, loadings_CG = strength.flip(0), loadings_GC.T.flip(0)
+    if len(centred) < centred.shape[1]:
+        _, root, loadings_CG = torch.linalg.svd(centred, full_matrices=False)
+        strength = root.square()
+    else:
+        strength, loadings_GC = torch.linalg.eigh(centred.T @ centred)
+        strength, loadings_CG = strength.flip(0), loadings_GC.T.flip(0)
     kept = min(width, int((strength > 1e-12 * strength.max().clamp(min=1e-30)).sum()))
     loadings_CG = loadings_CG[:kept]
     largest = loadings_CG.abs().argmax(dim=1, keepdim=True)

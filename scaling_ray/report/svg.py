@@ -9,19 +9,28 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-SHADES = 6
+SHADES = 12
 """Shades of each family of colours, from the smallest value to the largest."""
 CELLS, SIZES, BUDGETS, INK, GREY = "d", "s", "b", "e", "g"
 """What a colour means, on the whole page: numbers of training cells, sizes, budgets of FLOPs, a law, what is beside."""
+
+
+def _ramp(first: tuple[int, int, int], last: tuple[int, int, int]) -> tuple[str, ...]:
+    """SHADES colours from one to another, as hexadecimal text."""
+    mixed = [[round(a + (b - a) * i / (SHADES - 1)) for a, b in zip(first, last, strict=True)] for i in range(SHADES)]
+    return tuple(f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in mixed)
+
+
+# Ends are chosen so that every shade can be read as text on its paper (contrast of 4.5 and more).
 _RAMPS = {
-    CELLS: ("#6fa6d8", "#4a88c6", "#2c6cb0", "#1c5293", "#123a73", "#0a2450"),
-    SIZES: ("#d58abd", "#c063a3", "#a64489", "#872e6e", "#681e54", "#4a123a"),
-    BUDGETS: ("#4fb0ab", "#33958f", "#1f7b76", "#12625e", "#0a4a47", "#053331"),
+    CELLS: _ramp((48, 120, 190), (8, 28, 66)),
+    SIZES: _ramp((180, 80, 148), (60, 14, 48)),
+    BUDGETS: _ramp((30, 128, 122), (4, 44, 42)),
 }
 _DARK_RAMPS = {
-    CELLS: ("#35608f", "#4479b0", "#5b94cf", "#7db0e6", "#a3caf4", "#cbe2fb"),
-    SIZES: ("#7d3a69", "#9b4d83", "#b9659d", "#d384b8", "#e6a8d0", "#f4cde5"),
-    BUDGETS: ("#1d6e6a", "#2b8a85", "#43a6a0", "#67c1bb", "#93d8d3", "#c1ece9"),
+    CELLS: _ramp((92, 146, 206), (214, 233, 252)),
+    SIZES: _ramp((198, 112, 172), (248, 216, 236)),
+    BUDGETS: _ramp((58, 158, 150), (205, 240, 236)),
 }
 
 
@@ -67,7 +76,7 @@ def shades(family: str, values: Sequence[float]) -> dict[float, str]:
     """A colour for each value, lightest for the lowest: the same on every chart that is given the same values."""
     known = sorted(set(values))
     last = max(len(known) - 1, 1)
-    # Few values are spread over the ramp; of many the highest share its darkest shade.
+    # Few values are spread over the ramp; more than there are shades share some.
     return {value: f"{family}{round(i * (SHADES - 1) / last)}" for i, value in enumerate(known)}
 
 

@@ -67,7 +67,9 @@ def _said_once(found: Mapping[str, Any]) -> Iterator[str]:
         for name, parameter in head["parameters"].items():
             yield f"  {name} = {_with_interval(parameter)}"
     for part in ("size", "data", "predictions"):
-        yield f"  {part}: {head[part]['verdict']}{_because(head, part)}"
+        yield f"  {part}: {head[part]['verdict']}{_because(head, part, found['notes'])}"
+        if "parameters" not in head and head[part].get("parameter"):
+            yield f"    {head[part]['exponent']} = {_with_interval(head[part]['parameter'])}"
     for entry in head["predictions"]["entries"]:
         if entry["sentence"] and entry["verdict"] != "refused" and entry["sentence"] not in second:
             yield f"    {entry['sentence']}"
@@ -80,9 +82,10 @@ def _said_once(found: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"  {line}" for line in _sizes(found["points"]["sizes"]))
 
 
-def _because(head: Mapping[str, Any], part: str) -> str:
+def _because(head: Mapping[str, Any], part: str, notes: Sequence[str]) -> str:
     """The first reason of a part's verdict, where the headline's own reasons do not say it."""
-    reasons = [reason for reason in head[part]["reasons"] if reason not in head["reasons"]]
+    said = {*head["reasons"], *notes}
+    reasons = [reason for reason in head[part]["reasons"] if reason not in said]
     return f" ({reasons[0]})" if reasons and head[part]["verdict"] == "refused" else ""
 
 

@@ -1,6 +1,7 @@
 """What a run's first training cells say before it trains: the best constants, and weights to start from.
 
-A run that does no better than these constants after half its budget has learned nothing: it has diverged.
+A run whose smoothed validation loss is more than 5% above that of these constants after half its budget, or where it is
+stopped early, has learned nothing: it has diverged.
 """
 
 from __future__ import annotations
@@ -58,9 +59,14 @@ def constant_loss(batches: Sequence[Batch], constants_VO: Tensor, objective: Obj
     return total.mean
 
 
-def is_judged(step: int, total_steps: int) -> bool:
-    """Whether a run at update ``step`` is to be better than the best constants."""
-    return step >= FEWEST_UPDATES and 2 * step >= total_steps
+def is_judged(run: RunSpec, step: int, stalled: bool) -> bool:
+    """Whether a run at update ``step`` is to be better than the best constants: at half its budget, or where it ends.
+
+    ``published`` is not judged: the study's own smallest size ends above them.
+    """
+    if run.train.recipe == "published":
+        return False
+    return stalled or (step >= FEWEST_UPDATES and 2 * step >= run.train.total_steps)
 
 
 def worse_than_constants(loss: float, constants: float, step: int) -> str | None:
@@ -68,6 +74,6 @@ def worse_than_constants(loss: float, constants: float, step: int) -> str | None
     if loss <= WORSE * constants:
         return None
     return (
-        f"update {step}: validation loss {loss:.4g} after half the budget, where the best constants have "
-        f"{constants:.4g}; lower the rate"
+        f"update {step}: validation loss {loss:.4g}, where the best constants of each gene have {constants:.4g}; lower "
+        "the rate"
     )

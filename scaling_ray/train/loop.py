@@ -240,12 +240,14 @@ class TrainingLoop:
         loss = self.curve_loss()
         if not math.isfinite(loss):
             raise Diverged(f"update {self.progress.optimizer_steps}: validation loss {loss}; lower the rate")
-        if (said := self._worse_than_nothing(loss)) is not None:
+        smoothed, best = self.progress.add_evaluation(loss, self.run.train.smoothing_evaluations)
+        if (said := self._worse_than_nothing(smoothed)) is not None:
             raise Diverged(said)
-        return {0: (loss, *self.progress.add_evaluation(loss, self.run.train.smoothing_evaluations))}
+        return {0: (loss, smoothed, best)}
 
     def _worse_than_nothing(self, loss: float) -> str | None:
-        if self._constants is None or self._curve is None or not is_judged(self.steps, self.total_steps):
+        stalled = self.progress.has_stalled(self.run.train.patience_evaluations)
+        if self._constants is None or self._curve is None or not is_judged(self.run, self.steps, stalled):
             return None
         return worse_than_constants(loss, constant_loss(self._curve[1], self._constants, self.objective), self.steps)
 

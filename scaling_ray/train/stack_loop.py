@@ -257,10 +257,11 @@ class StackedLoop:
             if not math.isfinite(values[r]):
                 self.fail(r, f"update {self.steps}: validation loss {values[r]}; lower the rate")
                 continue
-            if (said := self._worse_than_nothing(r, values[r])) is not None:
+            smoothed, best = self.members[r].add_evaluation(values[r], self.run.train.smoothing_evaluations)
+            if (said := self._worse_than_nothing(r, smoothed)) is not None:
                 self.fail(r, said)
                 continue
-            found[r] = values[r], *self.members[r].add_evaluation(values[r], self.run.train.smoothing_evaluations)
+            found[r] = values[r], smoothed, best
         return found
 
     def begin(self, fresh: bool) -> None:
@@ -277,7 +278,8 @@ class StackedLoop:
         self.best.copy_(self.model.flat)
 
     def _worse_than_nothing(self, member: int, loss: float) -> str | None:
-        if self._constants is None or self._curve is None or not is_judged(self.steps, self.total_steps):
+        stalled = self.members[member].has_stalled(self.run.train.patience_evaluations)
+        if self._constants is None or self._curve is None or not is_judged(self.run, self.steps, stalled):
             return None
         constants = constant_loss(self._curve, self._constants[member], self.objective)
         return worse_than_constants(loss, constants, self.steps)
@@ -405,8 +407,8 @@ def stack_to_results(
     own = _checkpoints(place, AttemptName.next_of(place))
     attempts = [Attempt(one, run) for one, run in zip(files, runs, strict=True)]
     loop = StackedLoop(runs, feeds, val, test, device, attempts, own, signals.beat)
-    loop.begin(fresh=True)
-    loop.resume(earlier)  # what an earlier attempt saved replaces the start
+    loop.resume(earlier)
+    loop.begin(fresh=loop.steps == 0)
     train(loop, signals)
     for r, message in loop.failures.items():
         diverged(runs[r], str(Diverged(message)))
