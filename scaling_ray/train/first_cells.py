@@ -1,6 +1,6 @@
 """What a run's first training cells say before it trains: the best constants, and weights to start from.
 
-A run whose smoothed validation loss is more than 5% above that of these constants after half its budget, or where it is
+A run whose smoothed validation loss is more than 20% above that of these constants after half its budget, or where it is
 stopped early, has learned nothing: it has diverged.
 """
 
@@ -20,8 +20,8 @@ from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Feed
 from scaling_ray.train.batches import Batch, DeviceCells
 
-WORSE = 1.05
-"""Loss over that of the best constants from which on a run has learned nothing; one that stays at them is at 1."""
+WORSE = 1.2
+"""Loss over that of the best constants from which on a run has diverged; at a high rate one that stays at them is at 1.06."""
 FEWEST_UPDATES = 100
 """Updates before which no run is judged: a start is soon left, whatever the rate."""
 
