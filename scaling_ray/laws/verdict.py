@@ -21,7 +21,8 @@ Refused: too few sizes; no effect beyond noise (p < 0.001); an exponent on the e
 is open or spans a factor of 3; a law without a power that describes the settings as well by AIC (:mod:`rivals`);
 declared choices that disagree by a factor of 3; runs that cannot be compared (mixed protocols, copies, leaks, a size
 that is no better than the mean of each gene). Approximate: lack of fit (p < 0.01); an exponent that moves by more than
-noise when a size is left out; flagged runs, or a robust estimate, that move the answer within its interval.
+noise when a size is left out; flagged runs, or a robust estimate, that move the answer within its interval; rates that
+nobody compared.
 
 Flags (undertrained runs, rates at an edge of those tried, settings that lost runs to divergence) are a sensitivity: the
 law is fitted without the flagged runs and with them. The table is refused where the answer with them leaves the shown

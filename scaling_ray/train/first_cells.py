@@ -1,7 +1,7 @@
 """What a run's first training cells say before it trains: the best constants, and weights to start from.
 
-A run whose smoothed validation loss is more than 20% above that of these constants after half its budget, or where it is
-stopped early, has learned nothing: it has diverged.
+A run whose smoothed validation loss is more than a fifth above that of these constants after half its budget, or where
+it is stopped early, has diverged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from scaling_ray.shards.read import Feed
 from scaling_ray.train.batches import Batch, DeviceCells
 
 WORSE = 1.2
-"""Loss over that of the best constants from which on a run has diverged; at a high rate one that stays at them is at 1.06."""
+"""Loss over that of the best constants from which on a run has diverged; one that stays at them reaches 1.06 at a high
+rate."""
 FEWEST_UPDATES = 100
 """Updates before which no run is judged: a start is soon left, whatever the rate."""
 
