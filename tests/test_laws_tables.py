@@ -97,7 +97,7 @@ def test_bad_values_are_one_line_and_exit_two(
         (lambda t: t | {"seed": np.zeros(18, dtype=int)}, "copies and not repeats"),
         (lambda t: t | {"seed": ["", *map(str, t["seed"][1:])]}, "have no seed"),
         (lambda t: {name: values[::3] for name, values in t.items()}, "two seeds"),
-        (lambda t: {name: values[:3] for name, values in t.items()}, "only 1 sizes (anchor sizes left out)"),
+        (lambda t: {name: values[:3] for name, values in t.items()}, "only 1 size (anchor sizes left out)"),
     ],
 )
 def test_what_runs_lack_is_a_gates_sentence(

@@ -399,10 +399,13 @@ def test_a_colour_means_one_thing() -> None:
     style = (Path(figures.__file__).parent / "style.html").read_text()
     for scheme, line in zip(("light", "dark"), style.splitlines()[:2], strict=True):
         verdicts = {found for name in ("good", "bad", "near") for found in re.findall(rf"--{name}:(#\w+)", line)}
-        names = re.findall(r"--([dsb]\d):(#\w+)", svg.STYLE.split("@media")[0 if scheme == "light" else 1])
+        names = re.findall(r"--([dsb]\d+):(#\w+)", svg.STYLE.split("@media")[0 if scheme == "light" else 1])
         colours = [colour for _, colour in names]
-        assert len(colours) >= 18 and len(set(colours)) == 18
+        assert len(names) == len(set(colours)) == 3 * svg.SHADES
         assert len(verdicts) == 3 and not verdicts & set(colours)
+    # Up to as many values as there are shades each has its own, and the same on every chart.
+    many = svg.shades(svg.SIZES, [float(i) for i in range(svg.SHADES)])
+    assert len(set(many.values())) == svg.SHADES and svg.shades(svg.SIZES, [1.0, 9.0])[9.0] == many[svg.SHADES - 1.0]
 
 
 def test_every_run_is_on_the_page_and_every_setting_leads_to_its_runs(built: tuple[Path, Path]) -> None:

@@ -438,7 +438,7 @@ def test_early_stopping_waits_for_its_patience(make_run: MakeRun, data: RunData,
     run = make_run(
         'max_cells_seen = 64000\nschedule = "constant"\nwarmup_fraction = 0.0\nevaluations = 500\n'
         "patience_evaluations = 4\nsmoothing_evaluations = 1\n",
-        lr=0.3,
+        lr=0.03,
     )
     result = train(run, data, tmp_path)
     assert result is not None

@@ -24,6 +24,7 @@ _ZOOMS = {1: 3, 2: 4}
 _NARROWINGS = 3
 _SEARCH = (float(np.log(EXPONENT_SEARCH[0])), float(np.log(EXPONENT_SEARCH[1])))
 _TINY = 1e-300
+_NO_LEVERAGE = 1e-250  # a combination that no change of the coefficients moves
 POWER_OF, LOGARITHM, STOPS, EXPONENTIAL = "power", "logarithm", "stops", "exponential"
 SHAPES = {
     POWER_OF: "x^-exponent",
@@ -279,8 +280,9 @@ class Valley:
                 )
                 at_mean = floor / total if face.centred else 0.0
                 leverage = at_mean * floor + z[0] * towards[0] + z[1] * towards[1]
-                inside = (face.rss <= limit) & (leverage > 0)
-                step = sign * np.sqrt(np.maximum(limit - face.rss, 0.0) / np.where(leverage > 0, leverage, 1.0))
+                movable = leverage > _NO_LEVERAGE
+                inside = (face.rss <= limit) & movable
+                step = sign * np.sqrt(np.maximum(limit - face.rss, 0.0) / np.where(movable, leverage, 1.0))
                 a, b = face.slopes[0] + step * towards[0], face.slopes[1] + step * towards[1]
                 moved = at_mean - towards[0] * face.means[0] - towards[1] * face.means[1]
                 level = face.level + (step * moved if face.centred else 0.0)
