@@ -142,11 +142,11 @@ def _seed_gates(rows: Rows, setting_of_run: NDArray) -> list[Refusal]:
     seeds = rows["seed"].astype(str)
     if missing := int(np.sum(seeds == "")):
         reason = f"{missing} of {seeds.size} runs have no seed, so it is not known which runs of a setting are repeats"
-        return [Refusal(reason, "the seed of every run")]
+        return [Refusal(reason, "the seed of every run", spoils_losses=True)]
     keys = np.array([f"{setting}/{seed}" for setting, seed in zip(setting_of_run, seeds, strict=True)])
     if repeated := seeds.size - np.unique(keys).size:
         reason = f"{repeated} runs have the size, cells and seed of another run: they are copies and not repeats"
-        return [Refusal(reason, "one run of each size, cells and seed")]
+        return [Refusal(reason, "one run of each size, cells and seed", spoils_losses=True)]
     return []
 
 
