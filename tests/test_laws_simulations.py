@@ -102,7 +102,7 @@ def test_what_no_power_law_made_is_not_answered(noise: float, kind: str) -> None
     }[kind]
     for i, law in enumerate(laws):
         judged = judged_of(law, noise, [13, i, len(kind)], tables=40)
-        assert judged.answered.mean() <= 0.05 + four_errors(0.05, 40)
+        assert judged.answered.mean() <= 0.05
 
 
 def test_a_law_that_stops_late_is_refused_or_covered() -> None:
@@ -126,9 +126,9 @@ def test_noise_that_falls_with_size_hides_neither_an_elbow_nor_a_logarithm() -> 
         "largest raised": right + 0.05 * (np.arange(7) == 6),
     }
     for i, law in enumerate(wrong.values()):
-        assert judged_of(law, sds, [15, i], sizes=sizes, seeds=4).answered.mean() <= 0.15
+        assert judged_of(law, sds, [15, i], sizes=sizes, seeds=4).answered.mean() <= 0.1
     judged = judged_of(right, sds, [15, 9], sizes=sizes, seeds=4)
-    assert judged.covers("alpha", 0.52).mean() >= 0.85
+    assert judged.covers("alpha", 0.52).mean() >= 0.9
 
 
 def test_runs_flagged_at_random_do_not_take_the_answer_away() -> None:
@@ -162,8 +162,8 @@ def test_size_and_data_are_recovered_and_covered() -> None:
     assert all(count / draws >= 0.91 - four_errors(0.95, draws) for count in hits.values())
     losses = law[None, :, None] + rng.normal(0, 0.01, (8, 25, 1)) + rng.normal(0, 0.004, (8, 25, 3))
     judged = judge_tables({"params": sizes, "cells": cells}, losses, form=PARAMS_CELLS)
-    assert judged.answered.mean() >= 0.75
-    assert all(judged.covers(name, value).mean() >= 0.75 for name, value in truth.items())
+    assert judged.answered.mean() >= 0.9
+    assert all(judged.covers(name, value).mean() >= 0.9 for name, value in truth.items())
 
 
 def test_two_thousand_refits_of_size_and_data_give_the_law_back() -> None:
