@@ -113,12 +113,28 @@ class ShardManifest(Record):
     made_with: dict[str, str]
 
 
+class Branch(BaseModel):
+    """What a run of a smaller budget reaches: a decay from the trunk, evaluated on all held-out cells.
+
+    ``share`` is that budget over the run's own; losses are means per masked gene, ``test_loss`` of law runs only.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: float
+    optimizer_steps: int
+    cells_seen: int
+    val_loss: float
+    test_loss: float | None
+
+
 class RunResult(Record):
     """What one finished run commits, once.
 
     ``val_loss`` and ``test_loss`` are those of the chosen checkpoint, in ``loss_unit`` per masked gene; a run that
     chooses a rate has no test loss. ``stacked`` models trained as one; ``micro_batch`` is what the run
-    ended with (memory may have halved it); ``ended_ms`` is the time of the commit, in milliseconds since 1970.
+    ended with (memory may have halved it); ``branches`` are the smaller budgets that its trunk was decayed for;
+    ``ended_ms`` is the time of the commit, in milliseconds since 1970.
     """
 
     version: Literal[3] = 3
@@ -150,6 +166,7 @@ class RunResult(Record):
     stacked: int
     host: str
     ended_ms: int
+    branches: list[Branch] = []
 
 
 class ModelRecord(Record):

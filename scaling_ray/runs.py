@@ -19,7 +19,7 @@ from scaling_ray.spec import Frozen, SweepSpec, TrainingRules, content_hash
 NUMERICS_VERSION = 3
 """Raised by any change that moves a digit of a run; part of every run's identity."""
 
-MEMBERS_OWN = frozenset({"run_id", "cells", "donors", "seed", "lr", "lr_candidates"})
+MEMBERS_OWN = frozenset({"run_id", "cells", "donors", "seed", "lr", "lr_candidates", "lr_factor"})
 """Fields of the identity in which the runs of one stack may differ."""
 
 
@@ -27,7 +27,8 @@ class RunSpec(Frozen):
     """One run of a setting of the grid, whole: everything a training process needs besides the shards.
 
     Every field but ``execution`` is part of what the run is. ``role`` is "law" for a point of the grid and "rate" for a
-    learning-rate trial. ``lr`` is None until the choice among ``lr_candidates`` (run ids) has been made.
+    learning-rate trial. ``lr`` is None until the choice among ``lr_candidates`` (run ids) has been made, which is
+    taken times ``lr_factor``.
     """
 
     run_id: str
@@ -43,6 +44,7 @@ class RunSpec(Frozen):
     seed: int
     lr: float | None
     lr_candidates: list[str]
+    lr_factor: float = 1.0
     train: TrainingRules
     execution: SerializeAsAny[Execution]
 
@@ -75,7 +77,12 @@ class RunSpec(Frozen):
     @property
     def identity(self) -> dict[str, Any]:
         """What the run is, as JSON, with the numerics version: all that two attempts at it must agree in."""
-        return {"numerics": NUMERICS_VERSION} | self.model_dump(mode="json", exclude={"execution"})
+        found = {"numerics": NUMERICS_VERSION} | self.model_dump(mode="json", exclude={"execution"})
+        if self.train.wsd is None:
+            del found["train"]["trunk"]
+        if self.lr_factor == 1.0:
+            del found["lr_factor"]
+        return found
 
     def carried_out(self, **changes: Any) -> RunSpec:
         """The same run with some fields of its execution changed."""
@@ -113,17 +120,31 @@ def runs_of(spec: SweepSpec, device: Device | None = None) -> list[RunSpec]:
         device = "cpu" if spec.resources.device == "auto" else spec.resources.device
     rate_runs: dict[tuple[str, int], list[RunSpec]] = {}
     lr, grid = spec.lr, spec.grid
-    if lr.rule == "choose":
-        for size, genes in product(grid.sizes, grid.genes):
+    if lr.compares:
+        for size, genes in product(filter(lr.tunes, grid.sizes), grid.genes):
             rate_runs[size, genes] = [
                 _run(spec, device, "rate", size, genes, lr.choose_cells, "all", lr.choose_seed, rate, [])
                 for rate in lr.of(size, spec.shape(size).width)
             ]
     law_runs = []
     for size, genes, cells, donors, seed in product(grid.sizes, grid.genes, grid.cells, grid.donors, grid.seeds):
-        if lr.rule == "choose":
-            candidates = [run.run_id for run in rate_runs[size, genes]]
-            law_runs.append(_run(spec, device, "law", size, genes, cells, donors, seed, None, candidates))
+        if lr.compares:
+            tuned = lr.tune_size or size
+            candidates = [run.run_id for run in rate_runs[tuned, genes]]
+            law_run = _run(
+                spec,
+                device,
+                "law",
+                size,
+                genes,
+                cells,
+                donors,
+                seed,
+                None,
+                candidates,
+                lr.transferred(spec.shape(size).width, spec.shape(tuned).width),
+            )
+            law_runs.append(law_run)
         else:
             law_runs += [
                 _run(spec, device, "law", size, genes, cells, donors, seed, rate, [])
@@ -167,6 +188,7 @@ def _run(
     seed: int,
     lr: float | None,
     candidates: list[str],
+    factor: float = 1.0,
 ) -> RunSpec:
     shape = spec.shape(size)
     unnamed = RunSpec(
@@ -183,7 +205,8 @@ def _run(
         seed=seed,
         lr=lr,
         lr_candidates=candidates,
-        train=spec.train.rules(size, spec.lr.choose_fraction if role == "rate" else 1.0),
+        lr_factor=factor,
+        train=spec.train.rules(size, spec.lr.choose_fraction if role == "rate" else 1.0, branches=role == "law"),
         execution=execution_of(spec, size, genes, device),
     )
     # The name of a size is its user's; the shape behind it is what the run is.

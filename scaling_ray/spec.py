@@ -125,9 +125,11 @@ class LearningRateSpec(Frozen):
     the best and its neighbours wins, or the best itself where it has not two.
     Rates without a line in ``per_size`` are those of ``reference_width``: another width D takes them times
     (D / reference_width) ^ width_exponent, 0 for the same at every width.
+    With ``rule = "transfer"`` only ``tune_size`` chooses like this, and every other size takes its rate over by that
+    power of the widths. ``check_size`` tries its own rates too, to say how far its best is from the one taken over.
     """
 
-    rule: Literal["fixed", "grid", "choose"] = "fixed"
+    rule: Literal["fixed", "grid", "choose", "transfer"] = "fixed"
     rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     per_size: dict[str, Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]] = {}
     choose_seed: int = 101
@@ -135,6 +137,8 @@ class LearningRateSpec(Frozen):
     choose_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     width_exponent: Annotated[float, Field(ge=-2, le=2)] = 0.0
     reference_width: PositiveInt = 16
+    tune_size: str | None = None
+    check_size: str | None = None
 
     @model_validator(mode="after")
     def _enough_rates(self) -> LearningRateSpec:
@@ -144,9 +148,30 @@ class LearningRateSpec(Frozen):
                 raise BadInput(field, rates, "holds a rate twice; remove it")
             if self.rule == "fixed" and len(rates) != 1:
                 raise BadInput(field, rates, "holds several rates; with rule = 'fixed' give one, or name another rule")
-            if self.rule == "choose" and len(rates) < 2:
-                raise BadInput(field, rates, "holds one rate; with rule = 'choose' give at least 2")
+            if self.compares and len(rates) < 2:
+                raise BadInput(field, rates, f"holds one rate; with rule = {self.rule!r} give at least 2")
+        if self.rule == "transfer":
+            if self.per_size:
+                raise BadInput("lr.per_size", sorted(self.per_size), "does not go with rule = 'transfer'; remove it")
+            for name in ("tune_size", "check_size"):
+                if getattr(self, name) is None:
+                    raise BadInput(f"lr.{name}", None, "goes with rule = 'transfer'; name a size of the grid")
+            if self.tune_size == self.check_size:
+                raise BadInput("lr.check_size", self.check_size, "is lr.tune_size as well; name another, far larger")
         return self
+
+    @property
+    def compares(self) -> bool:
+        """Whether some runs try rates before the others train."""
+        return self.rule in ("choose", "transfer")
+
+    def tunes(self, size: str) -> bool:
+        """Whether runs of a size try rates."""
+        return self.rule == "choose" or (self.rule == "transfer" and size in (self.tune_size, self.check_size))
+
+    def transferred(self, width: int, tuned_width: int) -> float:
+        """What the rate chosen at one width is multiplied by at another."""
+        return float((width / tuned_width) ** self.width_exponent) if self.rule == "transfer" else 1.0
 
     def of(self, size: str, width: int) -> list[float]:
         """The rates to try for ``size``, rising, to three digits where the rule makes them."""
@@ -156,13 +181,35 @@ class LearningRateSpec(Frozen):
         return sorted(float(f"{rate * factor:.3g}") for rate in self.rates)
 
 
+class TrunkRules(Frozen):
+    """The schedule "wsd": warm-up, a constant rate for as long as validation improves, then a short decay.
+
+    What the trunk is at an update does not depend on its budget, so everything here but ``branches`` is counted in
+    cells seen. A trunk that stops improving (``patience_evaluations``) decays from there; the decay is ``decay_share``
+    of all the cells that a run then has seen. ``branches`` are shares of the budget: at each of them a branch decays as
+    a run of that smaller budget would, is evaluated, and the trunk goes on from before it as though nothing had been.
+    """
+
+    warmup_cells: PositiveInt = 2_000
+    evaluation_cells: PositiveInt = 2_000
+    decay_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    branches: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5]
+
+    @model_validator(mode="after")
+    def _no_branch_twice(self) -> TrunkRules:
+        if len(set(self.branches)) != len(self.branches):
+            raise BadInput("train.trunk.branches", self.branches, "holds a share twice; remove it")
+        return self
+
+
 class TrainingRules(Frozen):
     """What training is, whatever it is carried out with. An update takes ``cells_per_step`` cells.
 
     One cell presentation counts once in ``max_cells_seen``. ``umi_fraction`` below 1 thins what the network sees to
-    that share of a cell's molecules; targets keep full depth. ``start`` says whether the first weights know the run's
-    cells (:mod:`scaling_ray.model.start`) or are drawn at random; "auto" is cells for ``corrected``, and for
-    ``published`` drawn.
+    that share of a cell's molecules; targets keep full depth. With ``schedule = "wsd"`` the table ``trunk`` takes the
+    place of ``warmup_fraction`` and ``evaluations``; other schedules leave it alone. ``start`` says whether the first
+    weights know the run's cells (:mod:`scaling_ray.model.start`) or are drawn at random; "auto" is cells for
+    ``corrected``, and for ``published`` drawn.
     """
 
     recipe: Recipe = "corrected"
@@ -172,7 +219,8 @@ class TrainingRules(Frozen):
     umi_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_cells_seen: PositiveInt | dict[str, PositiveInt] = 100_000
     cells_per_step: PositiveInt = 32
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    trunk: TrunkRules = TrunkRules()
     warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -192,6 +240,11 @@ class TrainingRules(Frozen):
         return value
 
     @property
+    def wsd(self) -> TrunkRules | None:
+        """The rules of the trunk, for runs that have one."""
+        return self.trunk if self.schedule == "wsd" else None
+
+    @property
     def starts_from_cells(self) -> bool:
         """Whether the first weights are taken from the run's training cells."""
         return self.start == "cells" or (self.start == "auto" and self.recipe == "corrected")
@@ -204,6 +257,11 @@ class TrainingRules(Frozen):
                 "train.max_cells_seen", self.max_cells_seen, "is a table by size; resolve it for one size first"
             )
         return self.max_cells_seen // self.cells_per_step
+
+    @property
+    def branched_share(self) -> float:
+        """Cells that branches of a trunk see, over those of the whole budget."""
+        return sum(self.wsd.branches) * self.wsd.decay_share if self.wsd is not None else 0.0
 
     @property
     def loss_unit(self) -> str:
@@ -231,8 +289,11 @@ class TrainSpec(TrainingRules):
             raise ValueError(f"is larger than cells_per_step = {whole}; make it at most that")
         return value
 
-    def rules(self, size: str, fraction: float = 1.0) -> TrainingRules:
-        """The rules of one size: ``max_cells_seen`` as one number, times ``fraction``, in whole updates."""
+    def rules(self, size: str, fraction: float = 1.0, *, branches: bool = True) -> TrainingRules:
+        """The rules of one size: ``max_cells_seen`` as one number, times ``fraction``, in whole updates.
+
+        Without ``branches`` a trunk has none.
+        """
         budget = self.max_cells_seen
         if isinstance(budget, dict):
             if size not in budget and "default" not in budget:
@@ -240,6 +301,8 @@ class TrainSpec(TrainingRules):
             budget = budget[size] if size in budget else budget["default"]
         steps = max(1, round(budget * fraction / self.cells_per_step))
         given = {name: getattr(self, name) for name in TrainingRules.model_fields}
+        if not branches:
+            given["trunk"] = self.trunk.model_copy(update={"branches": []})
         return TrainingRules(**given | {"max_cells_seen": steps * self.cells_per_step})
 
 
@@ -316,7 +379,11 @@ class SweepSpec(Frozen):
                 max(self.grid.genes),
                 f"is more than data.genes = {self.data.genes}; raise that, or lower this",
             )
-        if self.lr.rule == "choose" and self.lr.choose_seed in self.grid.seeds:
+        for name in ("tune_size", "check_size"):
+            size = getattr(self.lr, name)
+            if self.lr.rule == "transfer" and size not in self.grid.sizes:
+                raise BadInput(f"lr.{name}", size, f"is no size of the grid; use {', '.join(self.grid.sizes)}")
+        if self.lr.compares and self.lr.choose_seed in self.grid.seeds:
             raise BadInput(
                 "lr.choose_seed", self.lr.choose_seed, "is also in grid.seeds; a choice needs a seed of its own"
             )

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from scaling_ray.sweep.rates import best_rate
+from scaling_ray.results.rates import best_rate
 
 
 @pytest.mark.parametrize("optimum", [0.012, 0.02, 0.031])

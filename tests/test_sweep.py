@@ -299,11 +299,11 @@ def test_a_sweep_killed_at_any_moment_goes_on(tiny_shards: Path, tmp_path: Path)
     assert [[row[k] for k in exact] for row in rows] == [[row[k] for k in exact] for row in again]
 
 
-def test_undertrained_means_that_the_second_half_still_brought_much() -> None:
-    from scaling_ray.results.write import is_undertrained
+def test_without_a_trunk_a_curve_says_whether_a_run_may_be_undertrained() -> None:
+    from scaling_ray.results.write import may_be_undertrained
 
-    assert is_undertrained([3.0, 2.5, 2.0, 1.8], gene_mean_loss=2.6)
-    assert not is_undertrained([3.0, 1.01, 1.0, 1.0], gene_mean_loss=2.6)
-    assert not is_undertrained([3.0, 2.0, 1.95, 1.9], gene_mean_loss=4.0)
-    assert is_undertrained([3.0, 2.9, 2.8, 2.7], gene_mean_loss=2.6), "worse than the gene mean and falling"
-    assert is_undertrained([2.0], gene_mean_loss=2.6), "one evaluation says nothing"
+    assert may_be_undertrained([3.0, 2.5, 2.0, 1.8], gene_mean_loss=2.6)
+    assert not may_be_undertrained([3.0, 1.01, 1.0, 1.0], gene_mean_loss=2.6)
+    assert not may_be_undertrained([3.0, 2.0, 1.95, 1.9], gene_mean_loss=4.0)
+    assert may_be_undertrained([3.0, 2.9, 2.8, 2.7], gene_mean_loss=2.6), "worse than the gene mean and falling"
+    assert may_be_undertrained([2.0], gene_mean_loss=2.6), "one evaluation says nothing"

@@ -277,7 +277,7 @@ def test_a_checkpoint_without_its_chosen_weights_is_passed_over(
     first = Attempt(files_at(tmp_path))
     first.save_last(loop.progress, loop.state())
     curve_of(loop, 1)
-    loop.evaluate_curve()
+    loop.evaluate_curve([0])
     second = Attempt(files_at(tmp_path))
     second.save_best(loop.progress, loop.state())
     second.save_last(loop.progress, loop.state())

@@ -39,7 +39,18 @@ NUMBERS = (
     "beta_binomial_bits",
 )
 """Columns that a law reads as numbers."""
-WORDS = ("run_id", "role", "status", "failure", "size", "seed", "loss_unit", "undertrained", "lr_at_edge")
+WORDS = (
+    "run_id",
+    "role",
+    "status",
+    "failure",
+    "size",
+    "seed",
+    "loss_unit",
+    "undertrained",
+    "lr_at_edge",
+    "lr_check_ratio",
+)
 """Columns that a law reads as they stand."""
 _PROTOCOL = ("max_cells_seen", "lr")
 _GONE_WITHOUT_VALUES = frozenset(

@@ -61,6 +61,10 @@ def protocol_gates(rows: Rows, agreement: Agreement) -> list[Refusal]:
     return refusals
 
 
+TRANSFER_HOLDS = 2.0
+"""Factor by which the best rate of a checking size may differ from the one it took over."""
+
+
 @dataclass(frozen=True)
 class Flagged:
     """Runs (R,) that a table itself flags: a law is fitted with them and without."""
@@ -107,12 +111,28 @@ def rate_doubts(rows: Rows) -> list[Refusal]:
     if "lr_at_edge" not in rows or "lr" not in rows:
         return []
     if any(str(value).lower() in {"true", "false", "1", "0", "1.0", "0.0"} for value in rows["lr_at_edge"]):
-        return []
+        return _transfer_doubts(rows)
     reason = (
         "the learning rate was set beforehand and compared with no other, so a difference between sizes may be one of "
         "rates"
     )
     return [Refusal(reason, "rates above and below it for each size (lr.rule = 'choose')")]
+
+
+def _transfer_doubts(rows: Rows) -> list[Refusal]:
+    """What is to be said where the size that checked a transfer of rates has its best far from the one taken over."""
+    if "lr_check_ratio" not in rows:
+        return []
+    ratios = np.array([float(value) if str(value) not in ("", "None") else np.nan for value in rows["lr_check_ratio"]])
+    ratios = ratios[np.isfinite(ratios)]
+    if not ratios.size or np.all((ratios >= 1 / TRANSFER_HOLDS) & (ratios <= TRANSFER_HOLDS)):
+        return []
+    worst = float(ratios[np.argmax(np.abs(np.log(ratios)))])
+    reason = (
+        "the learning rate was taken over from one size, and at the size that checked it the best rate is "
+        f"{worst:.2g} times the one taken over, so a difference between sizes may be one of rates"
+    )
+    return [Refusal(reason, "a choice of rates at each size (lr.rule = 'choose'), or another lr.width_exponent")]
 
 
 def leak_test(rows: Rows) -> dict[str, Any] | None:

@@ -109,6 +109,7 @@ class Row:
         required=True,
     )
     lr_at_edge: bool | None = _column("note")
+    lr_check_ratio: float | None = _column("note", "best rate of the checking size over the one taken over")
     recipe: str | None = _column("protocol", agrees="within_law", required=True)
     umi_fraction: float | None = _column("protocol", "share of molecules", agrees="within_law")
     objective: str | None = _column("protocol", agrees="within_law", required=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from scaling_ray.records import RunResult
 from scaling_ray.results.columns import SCHEMA, Row
+from scaling_ray.results.rates import at_edge, check_ratios
 from scaling_ray.results.references import UNIT, per_gene_bits, read_closed_form, read_floor, reference_name
 from scaling_ray.results.sweep_files import (
     ATTEMPTS,
@@ -80,7 +81,7 @@ class ResultsTable:
             for run_id in run_ids:
                 run = self._runs[run_id]
                 self._put(self._order[run_id], self._row(run, set(self._sweep.run(run_id).place.names())))
-        self._mark_rates_at_edge()
+        self._mark_rates()
 
     def _put(self, number: int, row: Row) -> None:
         self.rows[number] = row
@@ -155,18 +156,18 @@ class ResultsTable:
             raise ValueError(f"{files.place}/{TEST_CELLS}: its cells are not those of the planted floor")
         return replace(row, bound_z=paired_z(table["loss"].to_numpy() - floor["bound_loss"]))
 
-    def _mark_rates_at_edge(self) -> None:
-        """Set ``lr_at_edge`` of law rows: whether the chosen rate is the lowest or highest that its size tried."""
-        tried: dict[tuple[str, int], set[float]] = {}
-        for row in self.rows:
-            if row.role == "rate" and row.lr is not None:
-                tried.setdefault((row.size, row.genes), set()).add(row.lr)
-        for number, row in enumerate(self.rows):
-            rates = tried.get((row.size, row.genes))
-            if row.role == "law" and rates and row.lr is not None:
-                at_edge = row.lr in (min(rates), max(rates))
-                if row.lr_at_edge != at_edge:
-                    self._put(number, replace(row, lr_at_edge=at_edge))
+    def _mark_rates(self) -> None:
+        """Say of law rows whether their rate is at an edge of those tried, and how well a transfer held."""
+        by_name = {row.run_id: row for row in self.rows}
+        ratios = check_ratios(self._runs.values(), by_name)
+        for number, (row, run) in enumerate(zip(self.rows, self._runs.values(), strict=True)):
+            if row.role != "law":
+                continue
+            tried = [rate for name in run.lr_candidates if (rate := by_name[name].lr) is not None]
+            edge = at_edge(run, row.lr, tried) if tried and row.lr is not None else None
+            ratio = ratios.get(run.genes)
+            if (row.lr_at_edge, row.lr_check_ratio) != (edge, ratio):
+                self._put(number, replace(row, lr_at_edge=edge, lr_check_ratio=ratio))
 
 
 def _planned_row(run: RunSpec, train_cells: int) -> Row:
@@ -193,11 +194,26 @@ def _of_result(result: RunResult) -> dict[str, Any]:
     return {name: getattr(result, name) for name in _OF_RESULT}
 
 
-def is_undertrained(curve_loss: list[float], gene_mean_loss: float) -> bool:
-    """Whether a run that ended with its budget was still learning.
+HALF = 0.5
+"""The branch that says whether a run was still learning: a decay from its trunk at half its budget."""
+STILL_LEARNING = 0.02
+"""Share of all that a run gained over the gene mean from which on the second half of its budget says that a third half
+would bring something; calibrated on runs whose budget was doubled (reports/LOG.md)."""
 
-    It was where the second half of its validation curve brought more than a tenth of all it gained over the gene mean.
-    (The end of a decaying rate is flat in any case, so the last few evaluations say nothing.)
+
+def is_undertrained(half_loss: float, loss: float, gene_mean_loss: float) -> bool:
+    """Whether a run is still learning at the end of its budget.
+
+    It is where twice the budget brought more than a part of all it gained over the gene mean, both ends decayed.
+    """
+    return half_loss - loss > STILL_LEARNING * (gene_mean_loss - loss)
+
+
+def may_be_undertrained(curve_loss: list[float], gene_mean_loss: float) -> bool:
+    """The same from the validation curve alone, for schedules that have no trunk; a guess, since the rate falls.
+
+    The second half of the curve brought more than a tenth of all it gained over the gene mean. (The end of a decaying
+    rate is flat in any case, so the last few evaluations say nothing.)
     """
     half = len(curve_loss) // 2
     if half < 1:
@@ -210,8 +226,13 @@ def _undertrained(files: RunFiles, result: RunResult | None, gene_mean_loss: flo
         return None
     if result.stop_reason == "early_stop":
         return False
+    if gene_mean_loss is None:
+        return None
+    half = next((branch.val_loss for branch in result.branches if branch.share == HALF), None)
+    if half is not None:
+        return is_undertrained(half, result.val_loss, gene_mean_loss)
     curve = [row["val_loss"] for row in files.rows() if row["kind"] == "eval"]
-    return is_undertrained(curve, gene_mean_loss) if curve and gene_mean_loss is not None else None
+    return may_be_undertrained(curve, gene_mean_loss) if curve else None
 
 
 def paired_z(differences: NDArray[np.float64]) -> float | None:

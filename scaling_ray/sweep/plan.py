@@ -24,10 +24,11 @@ def run_cost(
     """
     masked = run.masked_genes_per_cell
     cells = run.train.total_steps * run.train.cells_per_step
-    flops = training_flops_per_cell(run.shape, run.genes, masked) * cells
+    trained = cells * (1.0 + run.train.branched_share)
+    flops = training_flops_per_cell(run.shape, run.genes, masked) * trained
     measured = (rates or {}).get(rate_name(run, members))
     cpus = run.execution.cpus * run.execution.workers
-    seconds = cells / measured / run.execution.workers if measured else flops / (gflops_per_cpu * 1e9 * cpus)
+    seconds = trained / measured / run.execution.workers if measured else flops / (gflops_per_cpu * 1e9 * cpus)
     return {
         "run_id": run.run_id,
         "role": run.role,

@@ -1,11 +1,11 @@
-"""The choice among learning rates: the lowest point of a parabola through the best candidate and its neighbours."""
+"""The choice among learning rates, once their trials have ended."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from scaling_ray.results.columns import Row
+from scaling_ray.results.rates import best_rate
 from scaling_ray.runs import RunSpec
 
 
@@ -23,29 +23,9 @@ def choose_rates(runs: list[RunSpec], rows: Mapping[str, Row], earlier: Mapping[
             continue
         losses = [(row.val_loss, row.lr) for row in candidates if row.val_loss is not None and row.lr is not None]
         if losses:
-            chosen[run.run_id] = best_rate(losses)
+            best = best_rate(losses)
+            chosen[run.run_id] = best if run.lr_factor == 1.0 else float(f"{best * run.lr_factor:.3g}")
     return chosen
-
-
-def best_rate(tried: Sequence[tuple[float, float]]) -> float:
-    """The rate to train with, from (validation loss, rate) of the candidates that ended.
-
-    Between its two neighbours the best candidate's loss is near a parabola in the logarithm of the rate: the rate is
-    its lowest point, to three digits. A candidate without two neighbours (of an edge, or beside one that diverged) is
-    taken itself.
-    """
-    rising = sorted((rate, loss) for loss, rate in tried)
-    best = min(range(len(rising)), key=lambda i: (rising[i][1], rising[i][0]))
-    if not 0 < best < len(rising) - 1:
-        return rising[best][0]
-    (low, a), (mid, b), (high, c) = rising[best - 1 : best + 2]
-    left, right = math.log(mid / low), math.log(high / mid)
-    # Slopes of both chords; the parabola's own is zero where they cancel.
-    down, up = (b - a) / left, (c - b) / right
-    if up - down <= 0:
-        return mid
-    middle = math.log(mid) - (down * right + up * left) / (2 * (up - down))
-    return float(f"{min(max(math.exp(middle), low), high):.3g}")
 
 
 def with_rates(runs: list[RunSpec], chosen: Mapping[str, float]) -> list[RunSpec]:

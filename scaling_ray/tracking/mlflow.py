@@ -93,7 +93,9 @@ class Tracker:
             self._client.set_terminated(run_id, "FAILED")
 
     def _describe(self, run: RunSpec, run_id: str) -> None:
-        shown = run.train.model_dump() | run.model_dump(exclude={"train", "execution", "lr", "lr_candidates", "run_id"})
+        shown = run.train.model_dump() | run.model_dump(
+            exclude={"train", "execution", "lr", "lr_candidates", "lr_factor", "run_id"}
+        )
         shown |= run.execution.model_dump()
         shown |= {"params": run.params, "cells": "all" if run.cells is None else run.cells}
         shown |= {"loss_unit": run.train.loss_unit}

@@ -15,7 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from scaling_ray.errors import BadInput
+from scaling_ray.spec import TrainingRules
 from scaling_ray.storage import Place, sealed_json, unseal
+from scaling_ray.train.schedule import decay_start, end_of
 from scaling_ray.train.sharded import UNREADABLE, WHOLE, check_files, listed_files, read_state, write_tensors
 
 MARKER = "progress.json"
@@ -29,7 +31,9 @@ _FOLDER = re.compile(r"(?P<name>[a-z]+)-(?P<steps>\d{12})/" + re.escape(MARKER))
 class Progress:
     """How far a run has come; with weights, optimizer and generator state it is all that resuming needs.
 
-    ``row_loss`` and ``row_masked_genes`` are the sums since the last row of kind "train".
+    ``row_loss`` and ``row_masked_genes`` are the sums since the last row of kind "train". Of a trunk: ``decay_from`` is
+    the update after which validation made it decay, ``ended`` says that its decay has come to its end, and ``branches``
+    holds what each decayed branch reached (fields of ``records.Branch``).
     """
 
     optimizer_steps: int = 0
@@ -42,6 +46,9 @@ class Progress:
     evaluations_without_gain: int = 0
     row_loss: float = 0.0
     row_masked_genes: float = 0.0
+    decay_from: int | None = None
+    ended: bool = False
+    branches: list[dict[str, Any]] = field(default_factory=list)
 
     def add_evaluation(self, val_loss: float, smoothing_evaluations: int) -> tuple[float, bool]:
         """Add a value to the validation curve; returns (the smoothed loss, whether it is the lowest so far)."""
@@ -55,9 +62,31 @@ class Progress:
             self.evaluations_without_gain += 1
         return smoothed, best
 
+    def is_running(self, train: TrainingRules) -> bool:
+        """Whether validation lets the run go on; its budget is another matter."""
+        return not self.ended if train.wsd is not None else not self.has_stalled(train.patience_evaluations)
+
+    def is_trunk(self, train: TrainingRules) -> bool:
+        """Whether the run stands on its trunk: at a rate that has not begun to fall."""
+        return train.wsd is not None and self.decay_from is None and self.optimizer_steps <= decay_start(train)
+
+    def follow(self, train: TrainingRules) -> None:
+        """After an evaluation: a trunk that has stalled decays from here, and one that has decayed has ended."""
+        if train.wsd is None:
+            return
+        if self.optimizer_steps >= end_of(train, self.decay_from):
+            self.ended = True
+        elif self.is_trunk(train) and self.has_stalled(train.patience_evaluations):
+            self.decay_from = self.optimizer_steps
+
     def has_stalled(self, patience_evaluations: int) -> bool:
         """Whether the smoothed loss has not fallen for ``patience_evaluations`` evaluations; never where that is 0."""
         return 0 < patience_evaluations <= self.evaluations_without_gain
+
+
+def copied(progress: Progress) -> Progress:
+    """The same progress, which goes its own way from here."""
+    return Progress(**asdict(progress))
 
 
 @dataclass(frozen=True)

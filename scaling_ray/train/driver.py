@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from scaling_ray.errors import Preempted
-from scaling_ray.records import LossSums, RunResult, StopReason
+from scaling_ray.records import Branch, LossSums, RunResult, StopReason
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells
 from scaling_ray.sizes import training_flops_per_cell
 from scaling_ray.train.attempt import Attempt
 from scaling_ray.train.checkpoint import Progress
 from scaling_ray.train.evaluation import Evaluation, write_test_losses
-from scaling_ray.train.schedule import ends_part, row_interval
+from scaling_ray.train.schedule import branch_starts, end_of, is_evaluated, row_interval
 
 UNSETTLED_UPDATES = 64
 """Most updates that a device is given before the driver waits for their sums."""
@@ -76,7 +76,7 @@ class Trainee(Protocol):
         """Where each member's rows, weights and result go; None on ranks that write nothing."""
 
     def running(self) -> list[int]:
-        """Members that still train: not failed, not stopped early."""
+        """Members that still train: not failed, not stopped early, their decay not ended."""
 
     def agreed(self, *flags: bool) -> list[bool]:
         """For each flag, whether any rank has set it."""
@@ -90,8 +90,8 @@ class Trainee(Protocol):
     def lr(self, member: int, step: int) -> float:
         """A member's rate at an update (from 0)."""
 
-    def evaluate_curve(self) -> dict[int, tuple[float, float, bool]]:
-        """Validate on the fixed curve cells: by running member (loss, smoothed, whether it is the best so far)."""
+    def evaluate_curve(self, members: list[int]) -> dict[int, tuple[float, float, bool]]:
+        """Validate some members on the fixed curve cells: by member (loss, smoothed, whether it is the best so far)."""
 
     def keep_best(self, members: list[int]) -> None:
         """Keep the present weights of members as the chosen ones."""
@@ -101,6 +101,15 @@ class Trainee(Protocol):
 
     def evaluate_chosen(self) -> dict[int, tuple[Evaluation, Evaluation | None]]:
         """Evaluate the chosen weights of members that did not fail: on validation cells and, for a law, test cells."""
+
+    def evaluate_present(self) -> dict[int, tuple[Evaluation, Evaluation | None]]:
+        """The same for the weights as they are."""
+
+    def keep(self) -> Any:
+        """All that ``go_back`` needs, in memory."""
+
+    def go_back(self, kept: Any) -> None:
+        """Be again what the trainee was at ``keep``, whatever it did since."""
 
 
 def agreed_flags(trainee: Trainee, now: float, saved: float, asked: float, signals: Signals) -> tuple[bool, bool, bool]:
@@ -127,11 +136,19 @@ def train(trainee: Trainee, signals: Signals) -> None:
     every = row_interval(trainee.total_steps)
     clock = since = saved = asked = time.monotonic()
     counted, unsettled = trainee.steps, 0
+    branches = branch_starts(rules)
     while trainee.steps < trainee.total_steps and trainee.running():
+        if trainee.steps in branches and _on_trunk(trainee, branches[trainee.steps]):
+            if unsettled:
+                trainee.settle()
+                unsettled = 0
+            measure_branch(trainee, branches[trainee.steps], signals)
+            since, counted = time.monotonic(), trainee.steps
         trainee.update()
         unsettled += 1
         is_row = trainee.steps % every == 0
-        is_evaluation = ends_part(trainee.steps, trainee.total_steps, rules.evaluations)
+        judged = _evaluated(trainee)
+        is_evaluation = bool(judged)
         now = time.monotonic()
         due, ask, stop = agreed_flags(trainee, now, saved, asked, signals)
         asked = now if ask else asked
@@ -145,7 +162,7 @@ def train(trainee: Trainee, signals: Signals) -> None:
                 rate = trainee.lr(r, trainee.steps - 1)
                 attempts[r].metrics.write(train_row(trainee.members[r], rate, norms[r], speed))
             since, counted = now, trainee.steps
-        found = trainee.evaluate_curve() if is_evaluation else {}
+        found = trainee.evaluate_curve([r for r in judged if r in running]) if is_evaluation else {}
         now = time.monotonic()
         for r in running:  # members share the time equally
             trainee.members[r].train_seconds += (now - clock) / len(running)
@@ -163,6 +180,63 @@ def train(trainee: Trainee, signals: Signals) -> None:
             raise Preempted(f"{run.run_id}: saved at update {trainee.steps}; call again to go on")
         for r in found:
             signals.report(trainee.members[r])
+
+
+def _evaluated(trainee: Trainee) -> list[int]:
+    """Running members whose last update is followed by an evaluation."""
+    train, steps = trainee.runs[0].train, trainee.steps
+    return [r for r in trainee.running() if is_evaluated(train, steps, trainee.members[r].decay_from)]
+
+
+def _on_trunk(trainee: Trainee, share: float) -> list[int]:
+    """Running members on their trunk that have not branched at this share of their budget."""
+    train, members = trainee.runs[0].train, trainee.members
+    waiting = [r for r in trainee.running() if all(one["share"] != share for one in members[r].branches)]
+    return [r for r in waiting if members[r].is_trunk(train)]
+
+
+def measure_branch(trainee: Trainee, share: float, signals: Signals) -> None:
+    """Decay from here as a run of ``share`` of the budget would, write down what it reaches, and be back at the trunk.
+
+    Nothing of the branch is saved: a stop goes back first, and an attempt that resumes measures it again.
+    """
+    members, trunk, asked = _on_trunk(trainee, share), trainee.keep(), time.monotonic()
+    start = trainee.steps
+    for r in members:
+        trainee.members[r].decay_from = start
+    end = end_of(trainee.runs[0].train, start)
+    unsettled = 0
+    while trainee.steps < end:
+        trainee.update()
+        unsettled += 1
+        now = time.monotonic()
+        _, ask, stop = agreed_flags(trainee, now, now, asked, signals)
+        asked = now if ask else asked
+        if unsettled >= UNSETTLED_UPDATES or stop or trainee.steps == end:
+            trainee.settle()
+            unsettled = 0
+        if stop:
+            trainee.go_back(trunk)
+            trainee.save()
+            raise Preempted(f"{trainee.runs[0].run_id}: saved at update {trainee.steps}; call again to go on")
+    found = trainee.evaluate_present()
+    reached = {r: trainee.members[r].cells_seen for r in members}
+    trainee.go_back(trunk)
+    for r in members:
+        if r not in found:
+            continue
+        val, test = found[r]
+        branch = Branch(
+            share=share,
+            optimizer_steps=end,
+            cells_seen=reached[r],
+            val_loss=val.sums.mean,
+            test_loss=test.sums.mean if test is not None else None,
+        )
+        trainee.members[r].branches.append(branch.model_dump())
+        if trainee.attempts is not None:
+            row = {"kind": "branch", "optimizer_steps": start, "branch": branch.model_dump()}
+            trainee.attempts[r].metrics.write(row)
 
 
 def finish(trainee: Trainee, data_hash: str, test_cells: Cells, cells_resolved: list[int], began: float) -> list[bool]:
@@ -244,6 +318,7 @@ def run_result(
         stacked=stacked,
         host=socket.gethostname(),
         ended_ms=time.time_ns() // 1_000_000,
+        branches=[Branch(**one) for one in progress.branches],
     )
 
 

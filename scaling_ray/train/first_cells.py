@@ -60,14 +60,14 @@ def constant_loss(batches: Sequence[Batch], constants_VO: Tensor, objective: Obj
     return total.mean
 
 
-def is_judged(run: RunSpec, step: int, stalled: bool) -> bool:
+def is_judged(run: RunSpec, step: int, over: bool) -> bool:
     """Whether a run at update ``step`` is to be better than the best constants: at half its budget, or where it ends.
 
     ``published`` is not judged: the study's own smallest size ends above them.
     """
     if run.train.recipe == "published":
         return False
-    return stalled or (step >= FEWEST_UPDATES and 2 * step >= run.train.total_steps)
+    return over or (step >= FEWEST_UPDATES and 2 * step >= run.train.total_steps)
 
 
 def worse_than_constants(loss: float, constants: float, step: int) -> str | None:

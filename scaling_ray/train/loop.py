@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed, run_order
 from scaling_ray.train.attempt import Attempt
 from scaling_ray.train.batches import Batch, BatchSource, evaluation_batches
-from scaling_ray.train.checkpoint import Progress
+from scaling_ray.train.checkpoint import Progress, copied
 from scaling_ray.train.driver import Signals, finish, train
 from scaling_ray.train.engine import Engine, model_tensors
 from scaling_ray.train.evaluation import Evaluation, autocast, evaluate
@@ -107,7 +107,7 @@ class TrainingLoop:
 
     def running(self) -> list[int]:
         """See Trainee."""
-        return [] if self.progress.has_stalled(self.run.train.patience_evaluations) else [0]
+        return [0] if self.progress.is_running(self.run.train) else []
 
     def agreed(self, *flags: bool) -> list[bool]:
         """See Trainee."""
@@ -123,7 +123,7 @@ class TrainingLoop:
 
     def lr(self, member: int, step: int) -> float:
         """See Trainee."""
-        return learning_rate(self.run.train, self._peak, step)
+        return learning_rate(self.run.train, self._peak, step, self.progress.decay_from)
 
     def update(self) -> None:
         """See Trainee. The sums of the step stay on the device until ``settle``."""
@@ -213,7 +213,7 @@ class TrainingLoop:
 
         A rank that did not exist then keeps the generator of its own seed.
         """
-        self.progress = replace(progress, curve_loss=list(progress.curve_loss))
+        self.progress = copied(progress)
         if isinstance(tensors, Shard):
             self.engine.load_shard(tensors)
             tensors = tensors.tensors
@@ -222,6 +222,22 @@ class TrainingLoop:
         own = generator_name(self.engine.rank)
         if own in tensors:
             torch.set_rng_state(tensors[own])
+
+    def keep(self) -> tuple[Progress, dict[str, Tensor] | Shard]:
+        """See Trainee."""
+        shard = self.engine.shard()
+        if shard is None:
+            return copied(self.progress), {name: tensor.clone() for name, tensor in self.state().items()}
+        generator = {generator_name(self.engine.rank): torch.get_rng_state()}
+        return copied(self.progress), Shard(
+            shard.layout, {name: tensor.clone() for name, tensor in shard.tensors.items()} | generator
+        )
+
+    def go_back(self, kept: tuple[Progress, dict[str, Tensor] | Shard]) -> None:
+        """See Trainee."""
+        progress, tensors = kept
+        self._unsettled = []
+        self.load(progress, tensors if isinstance(tensors, Shard) else self.engine.share(None, tensors)[1])
 
     def save(self) -> None:
         """See Trainee."""
@@ -235,19 +251,22 @@ class TrainingLoop:
             self._curve = cells, evaluation_batches(cells, self.run.train, width, device)
         return evaluate(self.engine, self._curve[0], self.run, self._curve[1], self.beat).sums.mean
 
-    def evaluate_curve(self) -> dict[int, tuple[float, float, bool]]:
+    def evaluate_curve(self, members: list[int]) -> dict[int, tuple[float, float, bool]]:
         """See Trainee."""
+        if not members:
+            return {}
         loss = self.curve_loss()
         if not math.isfinite(loss):
             raise Diverged(f"update {self.progress.optimizer_steps}: validation loss {loss}; lower the rate")
         smoothed, best = self.progress.add_evaluation(loss, self.run.train.smoothing_evaluations)
+        self.progress.follow(self.run.train)
         if (said := self._worse_than_nothing(smoothed)) is not None:
             raise Diverged(said)
         return {0: (loss, smoothed, best)}
 
     def _worse_than_nothing(self, loss: float) -> str | None:
-        stalled = self.progress.has_stalled(self.run.train.patience_evaluations)
-        if self._constants is None or self._curve is None or not is_judged(self.run, self.steps, stalled):
+        over = not self.running() and self.steps < self.total_steps
+        if self._constants is None or self._curve is None or not is_judged(self.run, self.steps, over):
             return None
         return worse_than_constants(loss, constant_loss(self._curve[1], self._constants, self.objective), self.steps)
 
@@ -263,6 +282,10 @@ class TrainingLoop:
         best = self.attempt.load_best(self.progress) if self.attempt is not None else {}
         _, chosen = self.engine.share(None, best)
         self.engine.load_weights(model_tensors(chosen))
+        return self.evaluate_present()
+
+    def evaluate_present(self) -> dict[int, tuple[Evaluation, Evaluation | None]]:
+        """See Trainee."""
         val = evaluate(self.engine, self.data.val, self.run, beat=self.beat)
         if self.run.role != "law":
             return {0: (val, None)}

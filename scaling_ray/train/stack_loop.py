@@ -26,7 +26,7 @@ from scaling_ray.shards.read import Cells, Feed, ResidentFeed, joined
 from scaling_ray.storage import Place
 from scaling_ray.train.attempt import LAST, Attempt
 from scaling_ray.train.batches import Batch, DeviceCells, evaluation_batches, make_batch
-from scaling_ray.train.checkpoint import KEPT, Checkpoints, Progress, newest
+from scaling_ray.train.checkpoint import KEPT, Checkpoints, Progress, copied, newest
 from scaling_ray.train.driver import Signals, finish, train
 from scaling_ray.train.evaluation import Evaluation, add_by_gene, autocast
 from scaling_ray.train.first_cells import constant_loss, first_cells, is_judged, worse_than_constants
@@ -147,12 +147,12 @@ class StackedLoop:
 
     def lr(self, member: int, step: int) -> float:
         """See Trainee."""
-        return learning_rate(self.run.train, float(self.runs[member].lr or 0.0), step)
+        return learning_rate(self.run.train, float(self.runs[member].lr or 0.0), step, self.members[member].decay_from)
 
     def running(self) -> list[int]:
         """See Trainee."""
-        patience, members = self.run.train.patience_evaluations, range(len(self.runs))
-        return [r for r in members if r not in self.failures and not self.members[r].has_stalled(patience)]
+        train, members = self.run.train, enumerate(self.members)
+        return [r for r, member in members if r not in self.failures and member.is_running(train)]
 
     def agreed(self, *flags: bool) -> list[bool]:
         """See Trainee."""
@@ -182,13 +182,18 @@ class StackedLoop:
             (loss / share).sum().backward()
             summed += loss.detach().double()
             self.beat()
-        scale = self.lr(0, step) / float(self.runs[0].lr or 1.0)
-        norms = self.optimizer.step(self.model.flat, self.model.gradients(), self._peaks * scale, self.alive)
+        norms = self.optimizer.step(self.model.flat, self.model.gradients(), self._rates(step), self.alive)
         self._unsettled.append(torch.stack([summed, masked, norms.double()]))
         self.steps += 1
         for r in self.running():
             member = self.members[r]
             member.optimizer_steps, member.cells_seen = step + 1, member.cells_seen + cells
+
+    def _rates(self, step: int) -> Tensor:
+        """(R,) rates of the members at an update; trunks may have begun to decay at different ones."""
+        if all(member.decay_from is None for member in self.members):
+            return self._peaks * (self.lr(0, step) / float(self.runs[0].lr or 1.0))
+        return torch.tensor([self.lr(r, step) for r in range(len(self.runs))], device=self.device)
 
     def settle(self) -> list[float]:
         """See Trainee. A member whose loss or gradient is not finite is masked out; its failure names the update."""
@@ -246,18 +251,21 @@ class StackedLoop:
         by_member, count = torch.cat(losses, dim=1).cpu(), torch.cat(counts).cpu()
         return [Evaluation(by_member[r], count, *of_genes[r].cpu()) for r in range(models)]
 
-    def evaluate_curve(self) -> dict[int, tuple[float, float, bool]]:
+    def evaluate_curve(self, members: list[int]) -> dict[int, tuple[float, float, bool]]:
         """See Trainee."""
+        if not members:
+            return {}
         if self._curve is None:
             cells = self.val.rows(slice(0, self.run.train.curve_cells))
             self._curve = self._batches(cells)
         values = [found.sums.mean for found in self.evaluate(self._curve)]
         found = {}
-        for r in self.running():
+        for r in members:
             if not math.isfinite(values[r]):
                 self.fail(r, f"update {self.steps}: validation loss {values[r]}; lower the rate")
                 continue
             smoothed, best = self.members[r].add_evaluation(values[r], self.run.train.smoothing_evaluations)
+            self.members[r].follow(self.run.train)
             if (said := self._worse_than_nothing(r, smoothed)) is not None:
                 self.fail(r, said)
                 continue
@@ -278,8 +286,8 @@ class StackedLoop:
         self.best.copy_(self.model.flat)
 
     def _worse_than_nothing(self, member: int, loss: float) -> str | None:
-        stalled = self.members[member].has_stalled(self.run.train.patience_evaluations)
-        if self._constants is None or self._curve is None or not is_judged(self.run, self.steps, stalled):
+        over = self.steps < self.total_steps and not self.members[member].is_running(self.run.train)
+        if self._constants is None or self._curve is None or not is_judged(self.run, self.steps, over):
             return None
         constants = constant_loss(self._curve, self._constants[member], self.objective)
         return worse_than_constants(loss, constants, self.steps)
@@ -297,15 +305,37 @@ class StackedLoop:
         alive = [r for r in range(len(self.runs)) if r not in self.failures]
         if not alive:
             return {}
-        val, test = self.evaluate(self._batches(self.val), self.best), None
-        if self.run.role == "law":
-            test = self.evaluate(self._batches(self.test), self.best)
+        found = self._evaluate_held_out(alive, self.best)
         if self.attempts is not None:
             for r in alive:
                 weights = self.model.named(self.best, r)
                 tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
                 self.attempts[r].save_best(self.members[r], tensors)
-        return {r: (val[r], test[r] if test is not None else None) for r in alive}
+        return found
+
+    def evaluate_present(self) -> dict[int, tuple[Evaluation, Evaluation | None]]:
+        """See Trainee."""
+        return self._evaluate_held_out([r for r in range(len(self.runs)) if r not in self.failures], None)
+
+    def _evaluate_held_out(
+        self, members: list[int], weights: Tensor | None
+    ) -> dict[int, tuple[Evaluation, Evaluation | None]]:
+        val, test = self.evaluate(self._batches(self.val), weights), None
+        if self.run.role == "law":
+            test = self.evaluate(self._batches(self.test), weights)
+        return {r: (val[r], test[r] if test is not None else None) for r in members}
+
+    def keep(self) -> tuple[int, list[Progress], dict[int, str], dict[str, Tensor]]:
+        """See Trainee."""
+        tensors = {name: tensor.clone() for name, tensor in self.state().items()}
+        return self.steps, [copied(member) for member in self.members], dict(self.failures), tensors
+
+    def go_back(self, kept: tuple[int, list[Progress], dict[int, str], dict[str, Tensor]]) -> None:
+        """See Trainee."""
+        steps, members, failures, tensors = kept
+        self.alive.fill_(True)
+        self._unsettled = []
+        self.load(steps, [copied(member) for member in members], dict(failures), tensors)
 
     def state(self) -> dict[str, Tensor]:
         """All that exact resuming needs besides the members' progress."""
