@@ -84,7 +84,7 @@ ABOUT_KEYS: dict[str, dict[str, str]] = {
         "threads": "CPU threads of a run",
     },
     "lr": {
-        "rule": "fixed (one rate), grid (an axis), choose (at every size), transfer (chosen at one)",
+        "rule": "fixed (one rate), grid (an axis), choose (at every size), transfer (at one)",
         "rates": "peak learning rates",
         "per_size": "size -> rates of its own",
         "choose_seed": "seed of the runs that choose a rate; none of grid.seeds",
