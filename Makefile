@@ -3,15 +3,19 @@
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
 # make bench  measures the data plane (half an hour), the training step and the laws into reports/benchmarks/;
 #             make bench-data, bench-train, bench-laws, bench-results for one, BENCH='--only stream' for a part of it;
+#             make gpu-wheels, then make bench-gpu: what only a GPU can show (BENCH='--cpu': small, on the CPU);
 #             make bench-learning BENCH='--shards NAME=DIR:GENES' compares starts and rates on shards of yours
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO ?= out/demo
+GPU_PYTHONS ?= 3.11 3.12 3.13
+GPU_PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test test-slow bench bench-data bench-train bench-laws bench-learning bench-results check clean
+.PHONY: setup demo cells test test-slow bench bench-data bench-train bench-laws bench-learning bench-results bench-gpu gpu-wheels \
+        check clean
 
 setup: $(READY)
 
@@ -55,6 +59,18 @@ bench-learning: setup
 
 bench-results: setup
 	@$(BIN)/python benchmarks/results_table.py --out reports/benchmarks/results-table.json $(BENCH)
+
+bench-gpu: setup
+	@PYTHON='$(BIN)/python' benchmarks/gpu.sh '$(abspath out/gpu)' $(BENCH)
+
+# For the running interpreter of any machine that Python 3.11 to 3.13 runs on; DeepSpeed comes as source and is built.
+gpu-wheels: setup
+	@mkdir -p wheels
+	@for version in $(GPU_PYTHONS); do grep -v -e '^#' -e deepspeed benchmarks/gpu-wheels.txt | $(BIN)/python -m pip download \
+		--quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version $$version --implementation cp \
+		$(addprefix --platform ,$(GPU_PLATFORMS)) --constraint constraints.txt --dest wheels --requirement /dev/stdin || exit; done
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--constraint constraints.txt --wheel-dir wheels deepspeed || echo "DeepSpeed does not build here: it will be absent" >&2
 
 check: setup
 	@$(BIN)/ruff check .

@@ -20,7 +20,7 @@ import torch
 from machine import machine, say
 from reference_loop import reference_updates
 
-from scaling_ray.execution import choose_stack
+from scaling_ray.execution import choose_stack, cpu_here
 from scaling_ray.runs import RunSpec, runs_of
 from scaling_ray.sizes import LADDER, training_flops_per_cell
 from scaling_ray.spec import parse_spec
@@ -56,13 +56,14 @@ class Plain(NamedTuple):
     batch: int
 
 
-def run_of(size: str, train: str = "", cells_per_step: int = CELLS_PER_STEP) -> RunSpec:
-    """A run of a size at the benchmark's panel; without lines of its own by the default recipe."""
+def run_of(size: str, train: str = "", cells_per_step: int = CELLS_PER_STEP, genes: int = GENES) -> RunSpec:
+    """A run of a size as this machine carries it out; without lines of its own by the default recipe."""
     return runs_of(
         parse_spec(
-            f'name = "bench"\n[data]\ngenes = {GENES}\n[grid]\nsizes = ["{size}"]\ngenes = [{GENES}]\ncells = ["all"]\n'
+            f'name = "bench"\n[data]\ngenes = {genes}\n[grid]\nsizes = ["{size}"]\ngenes = [{genes}]\ncells = ["all"]\n'
             f"seeds = [1]\n[lr]\nrates = [1e-4]\n[train]\ncells_per_step = {cells_per_step}\n{train}\n"
-        )
+        ),
+        "cuda" if torch.cuda.is_available() else cpu_here(),
     )[0]
 
 
