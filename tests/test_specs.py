@@ -10,12 +10,13 @@ import pytest
 
 from scaling_ray.cli import main
 from scaling_ray.errors import BadInput
+from scaling_ray.runs import runs_of
 from scaling_ray.spec import load_spec, parse_spec
 from scaling_ray.specs import about_example, example_names, example_path, spec_path
 from scaling_ray.specs.annotated import ABOUT_KEYS, EXAMPLES, TABLES, annotated_spec
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-EXAMPLE_NAMES = ["cells", "demo", "planted", "real-bone-marrow"]
+EXAMPLE_NAMES = ["cells", "corrected", "demo", "grid", "planted", "published", "real-bone-marrow"]
 COMMENTED_KEY = re.compile(r"^# (\w+) = ", re.MULTILINE)
 
 
@@ -37,6 +38,35 @@ def test_every_example_loads_plans_and_says_what_it_is(name: str, capsys: pytest
     assert about_example(name).endswith(".") and not about_example(name).startswith("#")
     assert main(["plan", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["totals"]["runs"] > 1
+
+
+def test_the_published_spec_is_the_study_and_the_corrected_one_its_sizes() -> None:
+    """Parameters and protocol as arXiv 2602.15253 and its released code give them."""
+    runs = runs_of(load_spec(example_path("published")))
+    reported = {
+        512: [533, 9_953, 132_993, 859_137, 19_178_497, 100_510_801, 340_770_817],
+        1024: [1_045, 18_145, 165_761, 924_673, 19_440_641, 101_033_041, 341_557_249],
+    }
+    for genes, params in reported.items():
+        assert sorted({run.params for run in runs if run.genes == genes}) == params
+    assert {(512, 200_000), (1024, 10_000)} <= {(run.genes, run.cells) for run in runs}
+    for run in runs:
+        train = run.train
+        assert (run.lr, train.schedule, train.warmup_fraction, train.dropout) == (3.125e-5, "constant", 0.0, 0.1)
+        assert (train.cells_per_step, train.total_steps, train.weight_decay) == (32, 7_500, 0.01)
+        assert train.recipe == "published" and not train.starts_from_cells
+    corrected = runs_of(load_spec(example_path("corrected")))
+    assert {run.params for run in corrected} == {run.params for run in runs}
+    assert {run.train.recipe for run in corrected} == {"corrected"}
+
+
+def test_the_grid_has_a_thousand_settings_whose_rates_come_from_one_size() -> None:
+    runs = runs_of(load_spec(example_path("grid")))
+    settings = {(run.size, run.genes, run.cells, run.donors) for run in runs if run.role == "law"}
+    assert len(settings) >= 1_000
+    assert {run.size for run in runs if run.role == "rate"} == {"W16", "W128"}
+    tuned = {run.run_id for run in runs if run.role == "rate" and run.size == "W16"}
+    assert all(set(run.lr_candidates) <= tuned for run in runs)
 
 
 def test_every_key_of_the_language_is_explained() -> None:
@@ -73,7 +103,7 @@ def test_a_spec_is_a_file_or_else_an_example(tmp_path: Path, monkeypatch: pytest
     assert spec_path("demo") == example_path("demo")
     (tmp_path / "demo").write_text("mine")
     assert spec_path("demo") == Path("demo")
-    with pytest.raises(BadInput, match="spec: 'dmeo': is no file and no example.*cells, demo"):
+    with pytest.raises(BadInput, match="spec: 'dmeo': is no file and no example.*cells, corrected, demo"):
         spec_path("dmeo")
 
 

@@ -13,8 +13,8 @@ from scaling_ray.specs import example_names, example_path
 STARTER = "cells"
 """The example that a new sweep begins as."""
 
-MARGIN, LONGEST_PAIR = 40, 60
-"""Column of the comments, and the characters from which on one stands above its key."""
+MARGIN, LONGEST_PAIR, LONGEST_DEFAULT = 40, 60, 60
+"""Column of the comments, the characters from which on one stands above its key, and most of a default told in it."""
 
 TABLES: dict[str, type[Frozen]] = {
     "data": DataSpec,
@@ -59,7 +59,7 @@ ABOUT_KEYS: dict[str, dict[str, str]] = {
         "donors": 'donors that the training cells come from, or "all"',
     },
     "train": {
-        "recipe": "corrected (normalised by the full library), or published (by the panel's sum)",
+        "recipe": "corrected (normalised by the library), or published (by the panel's sum)",
         "start": "first weights: cells (from the run's own training cells), drawn, or auto by recipe",
         "objective": "what is minimised",
         "mask_fraction": "share of a cell's measured genes that are hidden and predicted",
@@ -166,7 +166,7 @@ def _table(table: str, model: type[Frozen], given: dict[str, Any]) -> list[str]:
         if key not in given:
             pairs.append((f"# {key} = {_value(shown)}", about))
             continue
-        told = field.is_required() or default is None or default == {} or default == given[key]
+        told = field.is_required() or default in (None, {}, given[key]) or len(_value(default)) > LONGEST_DEFAULT
         pairs.append((f"{key} = {_value(given[key])}", about if told else f"{about}; default {_value(default)}"))
     lines = []
     for pair, about in pairs:
