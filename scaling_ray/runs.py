@@ -101,6 +101,18 @@ def differing(there: dict[str, Any], here: dict[str, Any], above: str = "") -> l
     return found
 
 
+def trunk_name(run: RunSpec) -> str:
+    """Hash of all that a trunk depends on: runs that differ in their budget, or in how they decay, share one."""
+    identity = run.identity
+    for name in ("run_id", "role", "size", "lr_candidates", "lr_factor"):
+        identity.pop(name, None)
+    for name in ("max_cells_seen", "final_lr_fraction"):
+        del identity["train"][name]
+    for name in ("decay_share", "branches"):
+        del identity["train"]["trunk"][name]
+    return content_hash(identity)[:16]
+
+
 def stack_mates(run: RunSpec) -> str:
     """Hash of what runs must have in common to train as one."""
     shared = run.model_dump(mode="json", exclude=set(MEMBERS_OWN))

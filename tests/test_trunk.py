@@ -11,9 +11,9 @@ from conftest import files_at, rows_at, small_run, synthetic_cells
 
 from scaling_ray.errors import BadInput, Preempted
 from scaling_ray.records import RunResult
-from scaling_ray.results.sweep_files import read_rows
+from scaling_ray.results.sweep_files import RunFiles, SweepFiles, read_rows
 from scaling_ray.results.write import is_undertrained
-from scaling_ray.runs import RunSpec, runs_of
+from scaling_ray.runs import RunSpec, runs_of, trunk_name
 from scaling_ray.shards.read import Feed
 from scaling_ray.spec import parse_spec
 from scaling_ray.storage import open_place
@@ -211,6 +211,86 @@ def test_members_whose_trunks_end_apart_decay_apart(tmp_path: Path) -> None:
         place = files_at(tmp_path / run.run_id).place.below(f"attempts/{result.attempt}")
         last = [row for row in read_rows(place) if row["kind"] == "eval"][-1]
         assert last["optimizer_steps"] == result.optimizer_steps, "the end of each decay is evaluated"
+
+
+def in_sweep(sweep: Path, run: RunSpec) -> RunFiles:
+    return SweepFiles.at(sweep).run(run.run_id)
+
+
+def notes(files: RunFiles) -> list[str]:
+    return [row["note"] for row in files.rows() if row["kind"] == "note"]
+
+
+def test_a_larger_budget_goes_on_from_the_trunk_of_a_smaller_one(tmp_path: Path) -> None:
+    small, large = run_of(40, "[]"), run_of(80, "[0.25, 0.5, 0.75]")
+    assert trunk_name(small) == trunk_name(large) and small.run_id != large.run_id
+    run_to_result(small, DATA, PlainEngine(small, CPU), in_sweep(tmp_path, small))
+    files = in_sweep(tmp_path, large)
+    found = run_to_result(large, DATA, PlainEngine(large, CPU), files)
+    publish_winner(files)
+    fresh = result_of(large, tmp_path / "fresh")
+    publish_winner(files_at(tmp_path / "fresh"))
+    assert found is not None and losses(found) == losses(fresh)
+    assert found.branches == fresh.branches[1:], "the first one left the trunk before the smaller run ended its own"
+    assert notes(files) == ["goes on from the trunk of a smaller budget"]
+    rows = {
+        name: [row for row in place.rows() if row["kind"] == "eval"]
+        for name, place in (("found", files), ("fresh", files_at(tmp_path / "fresh")))
+    }
+    assert [row["val_loss"] for row in rows["found"]] == [row["val_loss"] for row in rows["fresh"]]
+
+
+def test_what_belongs_to_a_trunk_decides_who_goes_on_from_it(tmp_path: Path) -> None:
+    small = run_of(40, "[]")
+    others = {
+        "seed": small.model_copy(update={"seed": 2}),
+        "rate": small.model_copy(update={"lr": 0.02}),
+        "cells": small.model_copy(update={"cells": 90}),
+        "patience": run_of(40, "[]", patience=2),
+        "weight decay": run_of(40, "[]", "weight_decay = 0.1"),
+    }
+    assert trunk_name(small) not in {trunk_name(run) for run in others.values()}
+    assert trunk_name(small) == trunk_name(run_of(80, "[0.5]", "final_lr_fraction = 0.1"))
+    # a smaller budget than the trunk's starts anew
+    run_to_result(small, DATA, PlainEngine(small, CPU), in_sweep(tmp_path, small))
+    tiny = run_of(20, "[]")
+    run_to_result(tiny, DATA, PlainEngine(tiny, CPU), in_sweep(tmp_path, tiny))
+    assert notes(in_sweep(tmp_path, tiny)) == []
+
+
+def test_a_damaged_trunk_is_not_gone_on_from(tmp_path: Path) -> None:
+    small, large = run_of(40, "[]"), run_of(80, "[]")
+    run_to_result(small, DATA, PlainEngine(small, CPU), in_sweep(tmp_path, small))
+    (file,) = (tmp_path / "trunks").rglob("trunk-*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
+    found = run_to_result(large, DATA, PlainEngine(large, CPU), in_sweep(tmp_path, large))
+    assert found is not None and losses(found) == losses(result_of(large, tmp_path / "fresh"))
+    assert notes(in_sweep(tmp_path, large)) == []
+
+
+def test_a_stack_leaves_trunks_that_members_go_on_from_alone_and_together(tmp_path: Path) -> None:
+    small, large = (members(run_of(updates, "[]"), (1e-3, 3e-3)) for updates in (40, 80))
+    small = [run.model_copy(update={"run_id": f"small-{run.run_id}"}) for run in small]
+
+    def stack(runs: list[RunSpec], directory: Path, name: str) -> list[RunResult]:
+        files = [in_sweep(directory, run) for run in runs]
+        place = open_place(directory / "stacks" / name)
+        stack_to_results(
+            runs, feeds(runs), VAL, TEST, "synthetic", CPU, place, files, lambda _, line: pytest.fail(line)
+        )
+        return [one for one in (each.result() for each in files) if one is not None]
+
+    stack(small, tmp_path / "sweep", "small")
+    together = stack(large, tmp_path / "sweep", "large")
+    fresh = stack(large, tmp_path / "fresh", "large")
+    for run, one, other in zip(large, together, fresh, strict=True):
+        assert losses(one) == losses(other)
+        assert notes(in_sweep(tmp_path / "sweep", run)) == ["goes on from the trunk of a smaller budget"]
+    alone = large[0].model_copy(update={"run_id": "alone"})
+    files = in_sweep(tmp_path / "sweep", alone)
+    found = run_to_result(alone, DATA, PlainEngine(alone, CPU), files)
+    assert found is not None and losses(found) == pytest.approx(losses(fresh[0]), rel=1e-4)
+    assert notes(files) == ["goes on from the trunk of a smaller budget"]
 
 
 SPEC = """

@@ -112,8 +112,9 @@ class RunFiles:
     ``checkpoints/``. Once a result is committed, its attempt's files move up beside it and all attempts are removed.
     """
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, place: Place, trunks: Place | None = None) -> None:
+        """``trunks`` is where the runs of a sweep leave states that longer budgets go on from."""
+        self.place, self.trunks = place, trunks
 
     def prepare(self, run: RunSpec) -> None:
         """Write the run's own spec; raises BadInput if that of another run is there under the same id."""
@@ -184,7 +185,7 @@ class SweepFiles:
 
     def run(self, run_id: str) -> RunFiles:
         """The files of one run."""
-        return RunFiles(self.place.below(f"runs/{run_id}"))
+        return RunFiles(self.place.below(f"runs/{run_id}"), self.place.below("trunks"))
 
     def stack(self, name: str) -> Place:
         """The place of the common state of runs that train as one."""

@@ -72,8 +72,12 @@ def read_rates(path: Path) -> dict[str, float]:
 
 
 def disk_bytes(run: RunSpec) -> tuple[int, int]:
-    """(bytes that a run leaves: its chosen weights; most that it takes while it trains: three training states more)."""
-    return 4 * run.params, 4 * run.params * 2 + 3 * 12 * run.params
+    """(bytes that a run leaves, most that it takes while it trains: chosen weights again and three states more).
+
+    It leaves its chosen weights, and a trunk with those chosen until then.
+    """
+    left = 4 * run.params + (16 * run.params if run.train.wsd is not None and run.role == "law" else 0)
+    return left, left + 4 * run.params + 3 * 12 * run.params
 
 
 def check_disk(spec: SweepSpec, runs: list[RunSpec]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,8 @@ from scaling_ray.results.sweep_files import (
     RunFiles,
     read_rows,
 )
-from scaling_ray.runs import RunSpec, differing
+from scaling_ray.runs import RunSpec, differing, trunk_name
+from scaling_ray.spec import TrainingRules
 from scaling_ray.storage import Place
 from scaling_ray.train.checkpoint import (
     KEPT,
@@ -35,9 +37,10 @@ from scaling_ray.train.checkpoint import (
     newest,
     progress_facts,
 )
+from scaling_ray.train.schedule import decay_start
 from scaling_ray.train.sharded import UNREADABLE
 
-LAST, BEST = "last", "best"
+LAST, BEST, TRUNK = "last", "best", "trunk"
 
 
 class MetricsLog:
@@ -66,6 +69,10 @@ class Attempt:
         name = AttemptName.next_of(files.place)
         self.number, self.token = name.number, name.token
         self._identity = run.identity if run is not None else None
+        self._run = run
+        self._trunks: Checkpoints | None = None
+        if run is not None and run.train.wsd is not None and run.role == "law" and files.trunks is not None:
+            self._trunks = Checkpoints(files.trunks.below(trunk_name(run)))
         self._orphans: list[AttemptName] = []
         self.place = files.place.below(f"{ATTEMPTS}/{self.token}")
         self._claim = files.place.claim(RESULT, self.token)
@@ -100,6 +107,39 @@ class Attempt:
         for orphan in self._orphans:
             self.files.place.remove(f"{ATTEMPTS}/{orphan.token}/")
         self._orphans = []
+
+    def save_trunk(self, progress: Progress, tensors: dict[str, Tensor], best: dict[str, Tensor]) -> None:
+        """Leave the state that a larger budget goes on from, the chosen weights so far, and this attempt's rows."""
+        if self._trunks is None or progress.optimizer_steps <= max(self._trunks.steps_of(TRUNK), default=0):
+            return
+        self.metrics.flush()
+        if progress.best_step:
+            self._trunks.save(BEST, progress.best_step, self._facts(progress), best)
+        rows = read_rows(self.place)
+        self._trunks.save(TRUNK, progress.optimizer_steps, self._facts(progress) | {"rows": rows}, tensors)
+        self._trunks.drop(TRUNK, {progress.optimizer_steps})
+        self._trunks.drop(BEST, {progress.best_step})
+
+    def find_trunk(self) -> tuple[Progress, Checkpoint] | None:
+        """Find the longest trunk that a run of a smaller budget left, if it ends before this one decays."""
+        if self._trunks is None or self._run is None:
+            return None
+        train = self._run.train
+        for steps in self._trunks.steps_of(TRUNK):
+            if steps > decay_start(train):
+                continue
+            try:
+                found = self._trunks.read(TRUNK, steps)
+                progress = Progress(**found.facts["progress"])
+            except UNREADABLE:
+                continue
+            if progress.best_step and not self._take_over_best(self._trunks, progress.best_step):
+                continue
+            rows = [row for row in found.facts["rows"] if row["kind"] != "note"]
+            self.metrics = MetricsLog(self.place, rows)
+            self.note(["goes on from the trunk of a smaller budget"], steps)
+            return replace(progress, branches=[_of_budget(branch, train) for branch in progress.branches]), found
+        return None
 
     def load_best(self, progress: Progress) -> dict[str, Tensor]:
         """Tensors of the chosen checkpoint."""
@@ -162,6 +202,14 @@ class Attempt:
         """Commit the run's result once; False where another attempt came first."""
         self.metrics.flush()
         return self.files.place.commit(RESULT, self._claim, result.to_json().encode())
+
+
+def _of_budget(branch: dict[str, Any], train: TrainingRules) -> dict[str, Any]:
+    """A branch of a smaller budget's trunk, as a share of this one's."""
+    wsd, steps = train.wsd, branch["optimizer_steps"]
+    shares = wsd.branches if wsd is not None else []
+    share = next((one for one in shares if round(one * train.total_steps) == steps), steps / train.total_steps)
+    return branch | {"share": share}
 
 
 def publish_winner(files: RunFiles) -> None:

@@ -21,7 +21,7 @@ from scaling_ray.sizes import training_flops_per_cell
 from scaling_ray.train.attempt import Attempt
 from scaling_ray.train.checkpoint import Progress
 from scaling_ray.train.evaluation import Evaluation, write_test_losses
-from scaling_ray.train.schedule import branch_starts, end_of, is_evaluated, row_interval
+from scaling_ray.train.schedule import branch_starts, decay_start, end_of, is_evaluated, row_interval
 
 UNSETTLED_UPDATES = 64
 """Most updates that a device is given before the driver waits for their sums."""
@@ -105,6 +105,9 @@ class Trainee(Protocol):
     def evaluate_present(self) -> dict[int, tuple[Evaluation, Evaluation | None]]:
         """The same for the weights as they are."""
 
+    def save_trunk(self, members: list[int]) -> None:
+        """Leave what larger budgets of these members go on from."""
+
     def keep(self) -> Any:
         """All that ``go_back`` needs, in memory."""
 
@@ -137,13 +140,19 @@ def train(trainee: Trainee, signals: Signals) -> None:
     clock = since = saved = asked = time.monotonic()
     counted, unsettled = trainee.steps, 0
     branches = branch_starts(rules)
+    end_of_trunk = decay_start(rules) if rules.wsd is not None else -1
     while trainee.steps < trainee.total_steps and trainee.running():
-        if trainee.steps in branches and _on_trunk(trainee, branches[trainee.steps]):
+        if trainee.steps in branches and (members := _without_branch(trainee, branches[trainee.steps])):
             if unsettled:
                 trainee.settle()
                 unsettled = 0
-            measure_branch(trainee, branches[trainee.steps], signals)
+            measure_branch(trainee, members, branches[trainee.steps], signals)
             since, counted = time.monotonic(), trainee.steps
+        if trainee.steps == end_of_trunk and run.role == "law" and (members := _on_trunk(trainee)):
+            if unsettled:
+                trainee.settle()
+                unsettled = 0
+            trainee.save_trunk(members)
         trainee.update()
         unsettled += 1
         is_row = trainee.steps % every == 0
@@ -188,19 +197,23 @@ def _evaluated(trainee: Trainee) -> list[int]:
     return [r for r in trainee.running() if is_evaluated(train, steps, trainee.members[r].decay_from)]
 
 
-def _on_trunk(trainee: Trainee, share: float) -> list[int]:
-    """Running members on their trunk that have not branched at this share of their budget."""
-    train, members = trainee.runs[0].train, trainee.members
-    waiting = [r for r in trainee.running() if all(one["share"] != share for one in members[r].branches)]
-    return [r for r in waiting if members[r].is_trunk(train)]
+def _on_trunk(trainee: Trainee) -> list[int]:
+    """Running members that stand on their trunk."""
+    train = trainee.runs[0].train
+    return [r for r in trainee.running() if trainee.members[r].is_trunk(train)]
 
 
-def measure_branch(trainee: Trainee, share: float, signals: Signals) -> None:
+def _without_branch(trainee: Trainee, share: float) -> list[int]:
+    """Members on their trunk that have not branched at this share of their budget."""
+    return [r for r in _on_trunk(trainee) if all(one["share"] != share for one in trainee.members[r].branches)]
+
+
+def measure_branch(trainee: Trainee, members: list[int], share: float, signals: Signals) -> None:
     """Decay from here as a run of ``share`` of the budget would, write down what it reaches, and be back at the trunk.
 
     Nothing of the branch is saved: a stop goes back first, and an attempt that resumes measures it again.
     """
-    members, trunk, asked = _on_trunk(trainee, share), trainee.keep(), time.monotonic()
+    trunk, asked = trainee.keep(), time.monotonic()
     start = trainee.steps
     for r in members:
         trainee.members[r].decay_from = start

@@ -223,6 +223,13 @@ class TrainingLoop:
         if own in tensors:
             torch.set_rng_state(tensors[own])
 
+    def save_trunk(self, members: list[int]) -> None:
+        """See Trainee."""
+        tensors = self.state()
+        if self.attempt is not None:
+            best = self.attempt.load_best(self.progress) if self.progress.best_step else {}
+            self.attempt.save_trunk(self.progress, tensors, best)
+
     def keep(self) -> tuple[Progress, dict[str, Tensor] | Shard]:
         """See Trainee."""
         shard = self.engine.shard()

@@ -52,7 +52,7 @@ def restore(attempt: Attempt | None, engine: Engine) -> tuple[Progress | None, d
     refusal: BadInput | None = None
     if attempt is not None:
         try:
-            earlier = attempt.find()
+            earlier = attempt.find() or attempt.find_trunk()
             found = (earlier[0], earlier[1].folder) if earlier is not None else None
         except BadInput as error:
             refusal = error

@@ -10,6 +10,7 @@ H heads, P parameters of a model.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,10 @@ class StackedTransformer:
     def named(self, flat: Tensor, member: int) -> dict[str, Tensor]:
         """Copies of one model's tensors by name, out of a tensor (R, P)."""
         return {name: self._view(flat, name)[member].clone() for name in self.shapes}
+
+    def flattened(self, tensors: Mapping[str, Tensor], kind: str) -> Tensor:
+        """(P,) of one model's tensors, named ``kind.name``: the inverse of ``named`` for one row of (R, P)."""
+        return torch.cat([tensors[f"{kind}.{name}"].flatten() for name in self.shapes])
 
     def gradients(self) -> Tensor:
         """(R, P), gathered from the parts and cleared there."""

@@ -31,6 +31,7 @@ from scaling_ray.train.driver import Signals, finish, train
 from scaling_ray.train.evaluation import Evaluation, add_by_gene, autocast
 from scaling_ray.train.first_cells import constant_loss, first_cells, is_judged, worse_than_constants
 from scaling_ray.train.schedule import learning_rate
+from scaling_ray.train.sharded import generator_name
 from scaling_ray.train.stack import StackedAdamW, StackedTransformer
 
 BLOCK_UPDATES = 64
@@ -325,6 +326,39 @@ class StackedLoop:
             test = self.evaluate(self._batches(self.test), weights)
         return {r: (val[r], test[r] if test is not None else None) for r in members}
 
+    def save_trunk(self, members: list[int]) -> None:
+        """See Trainee. A member leaves what it would alone, and goes on alone or in another stack."""
+        if self.attempts is None:
+            return
+        kinds = {"model": self.model.flat, "optimizer.exp_avg": self.optimizer.first}
+        kinds["optimizer.exp_avg_sq"] = self.optimizer.second
+        for r in members:
+            state = {
+                f"{kind}.{name}": tensor
+                for kind, flat in kinds.items()
+                for name, tensor in self.model.named(flat, r).items()
+            }
+            state |= {f"optimizer.step.{name}": torch.tensor(float(self.steps)) for name in self.model.shapes}
+            state[generator_name(0)] = torch.get_rng_state()
+            best = {f"model.{name}": tensor for name, tensor in self.model.named(self.best, r).items()}
+            self.attempts[r].save_trunk(self.members[r], state, best)
+
+    def start_from_trunks(self) -> None:
+        """Go on from trunks of smaller budgets, where every member has one and they all end at the same update."""
+        found = [attempt.find_trunk() for attempt in self.attempts or []]
+        there = [one for one in found if one is not None]
+        if not there or len(there) < len(found) or len({progress.optimizer_steps for progress, _ in there}) > 1:
+            return
+        tensors = self.state() | {"generator": torch.get_rng_state()}
+        kinds = {"weights": "model", "exp_avg": "optimizer.exp_avg", "exp_avg_sq": "optimizer.exp_avg_sq"}
+        for r, (progress, checkpoint) in enumerate(there):
+            saved = checkpoint.tensors()
+            for name, kind in kinds.items():
+                tensors[name][r] = self.model.flattened(saved, kind)
+            best = self.attempts[r].load_best(progress) if self.attempts and progress.best_step else saved
+            tensors["best"][r] = self.model.flattened(best, "model")
+        self.load(there[0][0].optimizer_steps, [progress for progress, _ in there], {}, tensors)
+
     def keep(self) -> tuple[int, list[Progress], dict[int, str], dict[str, Tensor]]:
         """See Trainee."""
         tensors = {name: tensor.clone() for name, tensor in self.state().items()}
@@ -438,6 +472,8 @@ def stack_to_results(
     attempts = [Attempt(one, run) for one, run in zip(files, runs, strict=True)]
     loop = StackedLoop(runs, feeds, val, test, device, attempts, own, signals.beat)
     loop.resume(earlier)
+    if loop.steps == 0:
+        loop.start_from_trunks()
     loop.begin(fresh=loop.steps == 0)
     train(loop, signals)
     for r, message in loop.failures.items():
