@@ -86,8 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
         needs=("census",),
     )
     plant.add_argument("--out", type=Path, required=True, help="directory of the Census")
-    plant.add_argument("--cells", type=int, default=8_000, help="number of cells")
-    plant.add_argument("--genes", type=int, default=2_000, help="number of genes")
+    plant.add_argument(
+        "--law", action="store_true", help="a truth whose loss falls as a power of model size and of training cells"
+    )
+    plant.add_argument("--cells", type=int, default=None, help="number of cells (8,000; with --law 40,000)")
+    plant.add_argument("--genes", type=int, default=None, help="number of genes (2,000; with --law its markers and 8)")
     plant.add_argument("--seed", type=int, default=0, help="seed of model and cells")
     importing = verb(
         census, "import", verbs.census_import, "raw counts from .h5ad files into the Census layout", needs=("census",)

@@ -65,9 +65,12 @@ def run(options: argparse.Namespace) -> int:
 
 def census_plant(options: argparse.Namespace) -> int:
     """Plant a Census."""
-    from scaling_ray.planted.plant import plant
+    from scaling_ray.planted.plant import plant, plant_law
 
-    print(plant(options.out, n_cells=options.cells, n_genes=options.genes, seed=options.seed, progress=say))
+    draw = plant_law if options.law else plant
+    sizes = {"n_cells": options.cells, "n_genes": options.genes}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    print(draw(options.out, seed=options.seed, progress=say, **given))
     return 0
 
 

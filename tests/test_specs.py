@@ -16,7 +16,16 @@ from scaling_ray.specs import about_example, example_names, example_path, spec_p
 from scaling_ray.specs.annotated import ABOUT_KEYS, EXAMPLES, TABLES, annotated_spec
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-EXAMPLE_NAMES = ["cells", "corrected", "demo", "grid", "planted", "published", "real-bone-marrow"]
+EXAMPLE_NAMES = [
+    "cells",
+    "corrected",
+    "demo",
+    "grid",
+    "planted",
+    "planted-law",
+    "published",
+    "real-bone-marrow",
+]
 COMMENTED_KEY = re.compile(r"^# (\w+) = ", re.MULTILINE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import files_at, rows_at, small_run, synthetic_cells
 from scaling_ray.errors import BadInput, Preempted
 from scaling_ray.records import RunResult
 from scaling_ray.results.sweep_files import RunFiles, SweepFiles, read_rows
-from scaling_ray.results.write import is_undertrained
+from scaling_ray.results.write import ResultsTable, is_undertrained
 from scaling_ray.runs import RunSpec, runs_of, trunk_name
 from scaling_ray.shards.read import Feed
 from scaling_ray.spec import parse_spec
@@ -291,6 +292,20 @@ def test_a_stack_leaves_trunks_that_members_go_on_from_alone_and_together(tmp_pa
     found = run_to_result(alone, DATA, PlainEngine(alone, CPU), files)
     assert found is not None and losses(found) == pytest.approx(losses(fresh[0]), rel=1e-4)
     assert notes(files) == ["goes on from the trunk of a smaller budget"]
+
+
+def test_the_table_of_budgets_has_a_row_for_each_branch_and_for_the_end(tmp_path: Path) -> None:
+    run = run_of(40, "[0.5]")
+    files = in_sweep(tmp_path, run)
+    found = run_to_result(run, DATA, PlainEngine(run, CPU), files)
+    assert found is not None
+    publish_winner(files)
+    ResultsTable(SweepFiles.at(tmp_path), [run], len(TRAIN)).write()
+    with (tmp_path / "budgets.csv").open() as text:
+        rows = list(csv.DictReader(text))
+    assert [int(row["cells_seen"]) for row in rows] == [32 * 20, 32 * 40]
+    assert [float(row["test_loss"]) for row in rows] == [found.branches[0].test_loss, found.test_loss]
+    assert {row["run_id"] for row in rows} == {run.run_id}
 
 
 SPEC = """

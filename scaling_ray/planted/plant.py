@@ -11,10 +11,11 @@ import pandas as pd
 from scaling_ray.census.layout import OBS_STRING_COLUMNS, CensusWriter, Dataset, existing
 from scaling_ray.errors import BadInput
 from scaling_ray.planted.draw import CellRange, draw_range
-from scaling_ray.planted.truth import TRUTH_NAME, PlantedTruth, PlantSpec
+from scaling_ray.planted.truth import TRUTH_NAME, LawSpec, PlantedTruth, PlantSpec, Spec
 
 DEFAULT_CELLS = 8000
 DEFAULT_GENES = 2000
+DEFAULT_LAW_CELLS = 40_000
 
 # Labels are real ontology terms, so that a reader of a planted Census meets the forms of the live one.
 _CELL_CLASSES = (
@@ -55,7 +56,7 @@ def plant(
     n_cells: int = DEFAULT_CELLS,
     n_genes: int = DEFAULT_GENES,
     seed: int = 0,
-    spec: PlantSpec | None = None,
+    spec: Spec | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes a planted Census at ``out``, with its truth beside it in ``plant.json``.
@@ -106,6 +107,26 @@ def plant(
             writer.append(_obs(truth, cells, index).iloc[:here], cells.counts[:here])
             say(f"planted {index * size + here:,} of {n_cells:,} cells")
         return writer.publish(about=about, documents={TRUTH_NAME: truth.to_json()})
+
+
+def plant_law(
+    out: Path,
+    *,
+    n_cells: int = DEFAULT_LAW_CELLS,
+    n_genes: int = LawSpec.n_genes,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """``plant`` with the truth of ``LawSpec``, whose loss falls as a power of model size and of training cells.
+
+    Raises:
+        BadInput: as ``plant``; or ``n_genes`` leaves no gene beside the markers.
+    """
+    if n_genes <= LawSpec().n_markers:
+        raise BadInput("genes", n_genes, f"choose more than the {LawSpec().n_markers} markers of the law's states")
+    if seed < 0:
+        raise BadInput("seed", seed, "choose 0 or more")
+    return plant(out, n_cells=n_cells, n_genes=n_genes, seed=seed, spec=LawSpec(n_genes, seed), progress=progress)
 
 
 def _genes(truth: PlantedTruth) -> pd.DataFrame:

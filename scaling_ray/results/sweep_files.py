@@ -32,6 +32,7 @@ from scaling_ray.storage import Place, open_place, sealed_json, unseal
 SPEC, PLAN, MANIFEST, GENES = "spec.toml", "plan.json", "shards_manifest.json", "genes.parquet"
 TEST_SPLIT = "test_split.parquet"
 CHOSEN_RATES, RESULTS, RESULTS_CSV = "chosen_rates.json", "results.parquet", "results.csv"
+BUDGETS_CSV = "budgets.csv"
 MLFLOW, TRACKED, STOP, LEASE = "mlflow.json", "tracked.json", ".stop", ".lease"
 RUN_SPEC, RESULT, FAILURE, MEMORY, METRICS = "spec.json", "result.json", "failure.json", "memory.json", "metrics.jsonl"
 TEST_CELLS, TEST_GENES, CHECKPOINTS, ATTEMPTS = "test_cells.parquet", "test_genes.parquet", "checkpoints", "attempts"

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.csv as pcsv
 from numpy.typing import NDArray
 
-from scaling_ray.records import RunResult
+from scaling_ray.records import Branch, RunResult
 from scaling_ray.results.columns import SCHEMA, Row
 from scaling_ray.results.rates import at_edge, check_ratios
 from scaling_ray.results.references import UNIT, per_gene_bits, read_closed_form, read_floor, reference_name
 from scaling_ray.results.sweep_files import (
     ATTEMPTS,
+    BUDGETS_CSV,
     FAILURE,
     MLFLOW,
     RESULT,
@@ -51,6 +52,7 @@ class ResultsTable:
         self._references: dict[str, dict[str, Any] | None] = {}
         self._floors: dict[str, dict[str, NDArray[np.float64]] | None] = {}
         self._columns: dict[str, list[Any]] = {}
+        self._branches: dict[str, list[Branch]] = {}
         self.refresh()
 
     def row(self, run_id: str) -> Row:
@@ -96,7 +98,26 @@ class ResultsTable:
         text = pa.BufferOutputStream()
         pcsv.write_csv(table, text)
         self._sweep.place.write(RESULTS_CSV, text.getvalue().to_pybytes())
+        budgets = self._budgets()
+        if budgets.num_rows:
+            text = pa.BufferOutputStream()
+            pcsv.write_csv(budgets, text)
+            self._sweep.place.write(BUDGETS_CSV, text.getvalue().to_pybytes())
         return self.rows
+
+    def _budgets(self) -> pa.Table:
+        """The loss of each run of the law at each budget that its trunk was decayed for, and at its end."""
+        told = [name for name in ("run_id", "size", "params", "genes", "cells", "seed", "lr") if name in SCHEMA.names]
+        rows = []
+        for row in self.rows:
+            if not self._branches.get(row.run_id):
+                continue
+            same = {name: getattr(row, name) for name in told}
+            for branch in self._branches[row.run_id]:
+                rows.append(same | branch.model_dump(include={"cells_seen", "val_loss", "test_loss"}))
+            rows.append(same | {name: getattr(row, name) for name in ("cells_seen", "val_loss", "test_loss")})
+        names = [*told, "cells_seen", "val_loss", "test_loss"]
+        return pa.table({name: [row[name] for row in rows] for name in names})
 
     def _row(self, run: RunSpec, there: set[str]) -> Row:
         """One run as a row of the table; ``there`` are the names of its files."""
@@ -105,6 +126,7 @@ class ResultsTable:
         result = files.result() if RESULT in there else None
         if result is not None:
             row = replace(row, status="done", cells=result.cells_resolved, **_of_result(result))
+            self._branches[run.run_id] = result.branches
         elif FAILURE in there and (failure := files.failure()) is not None:
             row = replace(row, status="failed", failure=failure.failure)
         elif any(name.startswith(f"{ATTEMPTS}/") for name in there):
