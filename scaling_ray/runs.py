@@ -80,6 +80,8 @@ class RunSpec(Frozen):
         found = {"numerics": NUMERICS_VERSION} | self.model_dump(mode="json", exclude={"execution"})
         if self.train.wsd is None:
             del found["train"]["trunk"]
+        if not self.train.held_out_in_training:
+            del found["train"]["held_out_in_training"]
         if self.lr_factor == 1.0:
             del found["lr_factor"]
         return found

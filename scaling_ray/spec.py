@@ -207,7 +207,9 @@ class TrainingRules(Frozen):
 
     One cell presentation counts once in ``max_cells_seen``. ``umi_fraction`` below 1 thins what the network sees to
     that share of a cell's molecules; targets keep full depth. With ``schedule = "wsd"`` the table ``trunk`` takes the
-    place of ``warmup_fraction`` and ``evaluations``; other schedules leave it alone. ``start`` says whether the first
+    place of ``warmup_fraction`` and ``evaluations``; other schedules leave it alone. ``held_out_in_training`` adds the
+    validation and test cells to a run's training cells, as the study's released launchers do: results, verdict and
+    report say so, and such losses are of no held-out cell. ``start`` says whether the first
     weights know the run's cells (:mod:`scaling_ray.model.start`) or are drawn at random; "auto" is cells for
     ``corrected``, and for ``published`` drawn.
     """
@@ -217,6 +219,7 @@ class TrainingRules(Frozen):
     start: Literal["auto", "cells", "drawn"] = "auto"
     mask_fraction: Share = 0.15
     umi_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    held_out_in_training: bool = False
     max_cells_seen: PositiveInt | dict[str, PositiveInt] = 100_000
     cells_per_step: PositiveInt = 32
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"

@@ -249,6 +249,7 @@ OTHER_TRAIN_VALUES = {
     "start": '"drawn"',
     "mask_fraction": "0.2",
     "umi_fraction": "0.5",
+    "held_out_in_training": "true",
     "max_cells_seen": "64000",
     "cells_per_step": "64",
     "schedule": '"linear"',

@@ -63,7 +63,7 @@ def test_the_published_spec_is_the_study_and_the_corrected_one_its_sizes() -> No
         train = run.train
         assert (run.lr, train.schedule, train.warmup_fraction, train.dropout) == (3.125e-5, "constant", 0.0, 0.1)
         assert (train.cells_per_step, train.total_steps, train.weight_decay) == (32, 7_500, 0.01)
-        assert train.recipe == "published" and not train.starts_from_cells
+        assert train.recipe == "published" and not train.starts_from_cells and train.held_out_in_training
     corrected = runs_of(load_spec(example_path("corrected")))
     assert {run.params for run in corrected} == {run.params for run in runs}
     assert {run.train.recipe for run in corrected} == {"corrected"}

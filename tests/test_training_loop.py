@@ -434,6 +434,20 @@ def test_training_masks_change_with_epoch_and_seed(make_run: MakeRun, data: RunD
     assert torch.equal(first, hidden_by_cell(new_loop(run, data), 0))
 
 
+def test_held_out_cells_are_trained_on_where_a_spec_asks_for_the_leak(make_run: MakeRun, data: RunData) -> None:
+    for cells, own in (('"all"', 100), ("30", 30)):
+        honest, leaking = (
+            data.feed(make_run(f"max_cells_seen = 640\nheld_out_in_training = {asked}", cells=cells))
+            for asked in ("false", "true")
+        )
+        assert len(honest.order.rows) == own and len(leaking.order.rows) == own + 50 + 40
+        seen = {int(i) for step in range(19) for i in leaking.batch(step, 10)[0].cell}
+        held_out = {int(i) for i in (*data.val.cell, *data.test.cell)}
+        trained = {int(i) for step in range(own // 10) for i in honest.batch(step, 10)[0].cell}
+        assert held_out < seen and seen == held_out | trained if own == 100 else held_out < seen
+        assert not trained & held_out
+
+
 def test_early_stopping_waits_for_its_patience(make_run: MakeRun, data: RunData, tmp_path: Path) -> None:
     run = make_run(
         'max_cells_seen = 64000\nschedule = "constant"\nwarmup_fraction = 0.0\nevaluations = 500\n'

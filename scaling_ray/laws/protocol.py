@@ -49,6 +49,15 @@ def protocol_gates(rows: Rows, agreement: Agreement) -> list[Refusal]:
     refusals += _seed_gates(rows, setting_of_run)
     if "baseline_loss" in rows:
         refusals += _gene_mean_gate(rows)
+    if "held_out_in_training" in rows and (told := int(np.sum(_flags(rows["held_out_in_training"])))):
+        refusals.append(
+            Refusal(
+                f"{told} runs trained on the validation and test cells too (train.held_out_in_training), so their losses "
+                "are of no held-out cell",
+                "the same runs without those cells",
+                spoils_losses=True,
+            )
+        )
     if leaking := int(np.sum(_leak_scores(rows) < LEAK_Z)):
         refusals.append(
             Refusal(

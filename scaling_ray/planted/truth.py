@@ -382,7 +382,9 @@ def parse_truth(plant_json: str, source: str) -> PlantedTruth:
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
         design = text.get("design", "tree")
         if design not in _SPECS:
-            raise BadInput("design", design, f"choose {' or '.join(_SPECS)}; this version of the program plants no other")
+            raise BadInput(
+                "design", design, f"choose {' or '.join(_SPECS)}; this version of the program plants no other"
+            )
         spec = _SPECS[design](**fields)
         n_cells, expected = int(text["n_cells"]), text["table_sha256"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:

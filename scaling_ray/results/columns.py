@@ -112,6 +112,7 @@ class Row:
     lr_check_ratio: float | None = _column("note", "best rate of the checking size over the one taken over")
     recipe: str | None = _column("protocol", agrees="within_law", required=True)
     umi_fraction: float | None = _column("protocol", "share of molecules", agrees="within_law")
+    held_out_in_training: bool | None = _column("protocol", agrees="within_law")
     objective: str | None = _column("protocol", agrees="within_law", required=True)
     schedule: str | None = _column("protocol", agrees="within_law", required=True)
     max_cells_seen: int | None = _column("protocol", "cell presentations", agrees="by_size", required=True)

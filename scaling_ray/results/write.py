@@ -203,6 +203,7 @@ def _planned_row(run: RunSpec, train_cells: int) -> Row:
         cells_requested="all" if run.cells is None else str(run.cells),
         recipe=run.train.recipe,
         umi_fraction=run.train.umi_fraction,
+        held_out_in_training=run.train.held_out_in_training,
         objective=run.train.objective,
         loss_unit=run.train.loss_unit,
         schedule=run.train.schedule,

@@ -288,6 +288,10 @@ class ResidentFeed:
     def __init__(self, cells: Cells, order: RunOrder, own: bool = False) -> None:
         self.cells, self.order, self._own = cells, order, own
 
+    def own_cells(self) -> Cells:
+        """The run's training cells, each once."""
+        return self.cells if self._own else self.cells.rows(self.order.rows.at(np.arange(len(self.order.rows))))
+
     def indices(self, step: int, cells_per_step: int, share: slice = slice(None)) -> tuple[Ints, Ints]:
         """Global batch number ``step``, or a share of it: (numbers of its cells in ``cells``, the epoch of each)."""
         index, epochs = self.order.batch(step, cells_per_step)
@@ -298,3 +302,17 @@ class ResidentFeed:
         """Global batch number ``step``, or a share of it: (its cells, the epoch of each)."""
         index, epochs = self.indices(step, cells_per_step, share)
         return self.cells.rows(index), epochs
+
+
+def with_held_out(feed: Feed, held_out: list[Cells], seed: int) -> ResidentFeed:
+    """Batches of a run's own training cells and of all held-out cells: the leak of arXiv 2602.15253, on purpose.
+
+    Raises:
+        BadInput: the training cells are streamed; only cells in memory can be joined.
+    """
+    if not isinstance(feed, ResidentFeed):
+        raise BadInput(
+            "train.held_out_in_training", True, "needs training cells in memory; raise resources.resident_gib"
+        )
+    cells = joined([feed.own_cells(), *held_out])
+    return ResidentFeed(cells, RunOrder(RunRows(len(cells), len(cells)), np.array([0, len(cells)]), seed))

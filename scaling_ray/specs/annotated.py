@@ -64,6 +64,7 @@ ABOUT_KEYS: dict[str, dict[str, str]] = {
         "objective": "what is minimised",
         "mask_fraction": "share of a cell's measured genes that are hidden and predicted",
         "umi_fraction": "share of a cell's molecules that the network sees; targets keep all",
+        "held_out_in_training": "train on validation and test cells too, as the study did: no honest loss",
         "max_cells_seen": "budget of a run in cell presentations, or a table size -> budget",
         "cells_per_step": "cells in an optimizer update",
         "micro_batch": 'cells in one forward and backward pass; "auto" by size and device, "probe" measures',

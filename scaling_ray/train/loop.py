@@ -17,7 +17,7 @@ from scaling_ray.model.objectives import objective_named
 from scaling_ray.records import LossSums, RunResult
 from scaling_ray.results.sweep_files import RunFiles
 from scaling_ray.runs import RunSpec
-from scaling_ray.shards.read import Cells, Feed, ResidentFeed, run_order
+from scaling_ray.shards.read import Cells, Feed, ResidentFeed, run_order, with_held_out
 from scaling_ray.train.attempt import Attempt
 from scaling_ray.train.batches import Batch, BatchSource, evaluation_batches
 from scaling_ray.train.checkpoint import Progress, copied
@@ -48,9 +48,10 @@ class RunData:
 
     def feed(self, run: RunSpec) -> Feed:
         """The batches of ``run``."""
-        if not isinstance(self.train, Cells):
-            return self.train
-        return ResidentFeed(self.train, run_order(run, len(self.train), self.edges, self.train.donor))
+        feed = self.train
+        if isinstance(feed, Cells):
+            feed = ResidentFeed(feed, run_order(run, len(feed), self.edges, feed.donor))
+        return with_held_out(feed, [self.val, self.test], run.seed) if run.train.held_out_in_training else feed
 
 
 @dataclass(frozen=True)
