@@ -362,3 +362,11 @@ def test_bits_follow_their_formulas() -> None:
     assert units.gain_bits(0.5, 2.0) == pytest.approx(1.0)
     assert units.share_of_gap(1.5, 2.0, 1.0) == pytest.approx(0.5)
     assert units.share_of_gap(1.5, 1.0, 1.0) is None
+
+
+def test_runs_that_trained_on_held_out_cells_have_no_law() -> None:
+    table: dict[str, Any] = power_table(0.4, 1.0, 0.004, 1)
+    count = len(table["loss"])
+    assert headline(table | {"held_out_in_training": [False] * count})["verdict"] == "supported"
+    text = reasons(table | {"held_out_in_training": [True] * count})
+    assert "trained on the validation and test cells too" in text
