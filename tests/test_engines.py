@@ -27,7 +27,7 @@ from scaling_ray.storage import Place, open_place
 from scaling_ray.train import saving
 from scaling_ray.train.attempt import LAST, Attempt, publish_winner
 from scaling_ray.train.choice import build_engine
-from scaling_ray.train.driver import Signals
+from scaling_ray.train.driver import Signals, train
 from scaling_ray.train.engine import Engine, PlainEngine, load_weights, model_tensors
 from scaling_ray.train.evaluation import evaluate
 from scaling_ray.train.loop import RunData, TrainingLoop
@@ -137,6 +137,7 @@ def exercise(rank: int, variants: list[Variant], directory: Path) -> None:
             seen |= exercise_shards(variant, rank, directory / f"shards-{variant.name}")
         if not variant.whole and not variant.offload:
             seen |= exercise_rewind(variant, rank)
+            seen |= exercise_branch(variant.of, lambda run: variant.build(run, rank), rank == 0)  # noqa: B023
             exercise_resumes(variant, rank, directory / variant.name)
         if rank == 0:
             (directory / f"{variant.name}.json").write_text(json.dumps(seen))
@@ -240,6 +241,25 @@ def exercise_rewind(variant: Variant, rank: int) -> dict[str, Any]:
     return seen
 
 
+def exercise_branch(
+    of: Callable[[RunSpec], RunSpec], build: Callable[[RunSpec], Engine], first: bool
+) -> dict[str, Any]:
+    """A trunk with a branch at half its budget, and one without: what the branch reached, whether it left a trace."""
+    ended: list[TrainingLoop] = []
+    for branches in ("[0.5]", "[]"):
+        trunk = f"[train.trunk]\nwarmup_cells = 64\nevaluation_cells = 160\nbranches = {branches}"
+        run = of(spec(f'schedule = "wsd"\npatience_evaluations = 0\ndropout = 0.1\n{trunk}'))
+        torch.manual_seed(3)
+        loop = TrainingLoop(run, data(), build(run))
+        loop.begin(fresh=True)
+        train(loop, Signals())
+        ended.append(loop)
+    (branch,) = ended[0].progress.branches
+    one, other = (loop.state() for loop in ended)
+    same = not first or all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return {"branch": branch, "trunk_is_unmoved": same and ended[1].progress.branches == []}
+
+
 def run_two_processes(variants: list[Variant], directory: Path) -> dict[str, dict[str, Any]]:
     torch.multiprocessing.spawn(exercise, (variants, directory), nprocs=RANKS)
     return {variant.name: json.loads((directory / f"{variant.name}.json").read_text()) for variant in variants}
@@ -273,6 +293,14 @@ def check_curve(seen: dict[str, Any], plain: dict[str, list[float]]) -> None:
 def check_rewind(seen: dict[str, Any]) -> None:
     assert seen["again"] == seen["first"]
     assert seen["generators_differ"]
+    assert seen["trunk_is_unmoved"]
+    branch = exercise_branch(lambda run: run, lambda run: PlainEngine(run, CPU), True)["branch"]
+    assert {name: seen["branch"][name] for name in ("share", "optimizer_steps", "cells_seen")} == {
+        name: branch[name] for name in ("share", "optimizer_steps", "cells_seen")
+    }
+    # each rank drops other units, so that ranks together are near one process and not the same
+    for name in ("val_loss", "test_loss"):
+        assert seen["branch"][name] == pytest.approx(branch[name], rel=0.02)
     loop = TrainingLoop(spec(), data(), PlainEngine(spec(), CPU))
     loop.train_one_update()
     assert seen["state_names"] == sorted([*loop.state(), "generator.1"])
