@@ -23,7 +23,7 @@ from scipy.special import gammaln, logsumexp
 from scaling_ray.errors import BadInput
 from scaling_ray.planted.truth import PlantedTruth, load_truth
 
-__all__ = ["PRUNE", "TAIL", "OracleResult", "load_truth", "oracle"]
+__all__ = ["PRUNE", "TAIL", "OracleResult", "expected_values", "load_truth", "oracle", "posteriors"]
 
 PRUNE = 1e-12
 TAIL = 1e-11
@@ -141,6 +141,45 @@ def oracle(
         prediction=prediction,
         tail_mass=tail_mass,
     )
+
+
+def posteriors(
+    truth: PlantedTruth,
+    *,
+    counts: np.ndarray,
+    panel: np.ndarray,
+    raw_sum: np.ndarray,
+    masked: np.ndarray,
+    measured: np.ndarray,
+    dataset: np.ndarray,
+    recipe: Recipe = "corrected",
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each cell the components that its visible part leaves, and their weights, which sum to 1.
+
+    Arguments and errors are those of ``oracle``; effects are not known.
+    """
+    counts, panel, masked = np.asarray(counts, np.int64), np.asarray(panel, np.int64), np.asarray(masked, bool)
+    measured, dataset = np.asarray(measured, bool), np.asarray(dataset, np.int64)
+    raw_sum = np.asarray(raw_sum, np.int64)
+    _check(truth, counts, panel, raw_sum, masked, measured, dataset, recipe)
+    evidence = {int(t): _Evidence(truth, int(t), panel, recipe) for t in np.unique(dataset)}
+    log_prior = np.log(truth.component_prior)
+    found = []
+    for i, t in enumerate(dataset):
+        total = int(raw_sum[i] if recipe == "corrected" else counts[i].sum())
+        visible = measured[i] & ~masked[i]
+        weight, kept, _ = evidence[int(t)].posterior(log_prior, counts[i], visible, masked[i], total)
+        found.append((kept, weight))
+    return found
+
+
+def expected_values(weights: np.ndarray, concentration: float, total: int) -> np.ndarray:
+    """(K,) mean of log1p(count * 1e4 / total) for genes of given Dirichlet weights, in a library of that total."""
+    if total == 0:
+        return np.zeros(len(weights))
+    a = np.asarray(weights, float)[:, None]
+    nothing_seen = np.zeros(len(a), np.int64)
+    return _mixture_moments(np.ones(1), a, np.array([[concentration]]), total, total, nothing_seen, False).mean
 
 
 class _Evidence:

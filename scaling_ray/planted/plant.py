@@ -11,7 +11,8 @@ import pandas as pd
 from scaling_ray.census.layout import OBS_STRING_COLUMNS, CensusWriter, Dataset, existing
 from scaling_ray.errors import BadInput
 from scaling_ray.planted.draw import CellRange, draw_range
-from scaling_ray.planted.truth import TRUTH_NAME, LawSpec, PlantedTruth, PlantSpec, Spec
+from scaling_ray.planted.law import LawSpec
+from scaling_ray.planted.truth import TRUTH_NAME, PlantedTruth, PlantSpec, Spec
 
 DEFAULT_CELLS = 8000
 DEFAULT_GENES = 2000

@@ -1,0 +1,232 @@
+"""The plant of a law: it comes back from its file, older plants stay, and limited predictors lose what they must."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import betaln, gammaln
+
+from scaling_ray.census.source import Census
+from scaling_ray.cli import main
+from scaling_ray.errors import BadInput
+from scaling_ray.planted.draw import draw_range
+from scaling_ray.planted.law import LawSpec
+from scaling_ray.planted.limits import (
+    class_of_component,
+    excess_by_cells,
+    exponent,
+    limited_excess,
+    state_means,
+)
+from scaling_ray.planted.oracle import oracle, posteriors
+from scaling_ray.planted.plant import plant, plant_law
+from scaling_ray.planted.truth import PlantedTruth, PlantSpec, load_truth, parse_truth
+
+SMALL = LawSpec(n_genes=26, groups=2, states_per_group=4, markers=3, depth_levels=4, dataset_share=(0.6, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("spec", "table", "json_text", "counts"),
+    [
+        (
+            PlantSpec(),
+            "413faf46fe8383df486e1c848b56e9eb6525197504933956f0c017522e583372",
+            "1666d232cc5b9cf60a9bd8575278a210a6be14aad271cbfba5883b04d466356f",
+            "876895bd0ace1e90a900293835558fe95b7229eb8a6234733c0e043599826555",
+        ),
+        (
+            PlantSpec(n_genes=400, seed=7),
+            "bb5ea07f7e8c22cb8eeb47c3cd08b29ba2d2969215eb66fc339d517aa5ba046d",
+            "bc784bd78efbfec55c02355ce63d98fa10b77694aab3bb1ffb190c2c2e88c3f0",
+            "3e6a7e616606413fd0cec97f7214e542ebb3e729f716a1a333dccffba02f95dc",
+        ),
+    ],
+)
+def test_plants_of_trees_are_what_they_were(spec: PlantSpec, table: str, json_text: str, counts: str) -> None:
+    truth = PlantedTruth(spec, 5)
+    drawn = draw_range(truth, 0).counts
+    assert truth.table_sha256 == table
+    assert hashlib.sha256(truth.to_json().encode()).hexdigest() == json_text
+    assert hashlib.sha256(drawn.data.tobytes() + drawn.indices.tobytes()).hexdigest() == counts
+    assert parse_truth(truth.to_json(), "here").spec == spec
+
+
+def test_a_planted_law_comes_back_from_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "census"
+    assert main(["census", "plant", "--law", "--out", str(out), "--cells", "300", "--seed", "4"]) == 0
+    truth = load_truth(out)
+    assert truth.spec == LawSpec(seed=4) and truth.n_cells == 300
+    assert json.loads((out / "plant.json").read_text())["design"] == "law"
+    drawn = draw_range(truth, 0)
+    with Census.open(out) as census:
+        assert (census.counts(0, 300) != drawn.counts[:300]).nnz == 0
+    assert plant_law(out, n_cells=300, seed=4) == out
+    with pytest.raises(BadInput, match="holds another Census"):
+        plant(out, n_cells=300, seed=4)
+    assert main(["census", "plant", "--law", "--out", str(tmp_path / "b"), "--genes", "192"]) == 2
+    assert "genes: 192: choose more than the 192 markers" in capsys.readouterr().err
+    unknown = (out / "plant.json").read_text().replace('"law"', '"ring"')
+    with pytest.raises(BadInput, match="design: 'ring': choose tree or law"):
+        parse_truth(unknown, "here")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"groups": 0}, "groups"),
+        ({"states_per_group": 1}, "states_per_group"),
+        ({"groups": 8}, "states_per_group"),
+        ({"markers": 0}, "markers"),
+        ({"markers": 5}, "n_genes"),
+        ({"marker_weight": 0.0}, "marker_weight"),
+        ({"silent_weight": -1.0}, "silent_weight"),
+        ({"always_on_weight": math.nan}, "always_on_weight"),
+        ({"counts_per_weight": 0.0}, "counts_per_weight"),
+        ({"state_exponent": 0.0}, "state_exponent"),
+        ({"state_offset": -0.5}, "state_offset"),
+        ({"marker_sd": -1.0}, "marker_sd"),
+        ({"depth_sd": -1.0}, "depth_sd"),
+        ({"donors_per_dataset": 0}, "donors_per_dataset"),
+    ],
+)
+def test_a_law_that_cannot_be_names_the_field(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: [^\n]+$"):
+        LawSpec(**change)
+
+
+def test_states_follow_their_zipf_law_and_switch_on_their_own_markers() -> None:
+    truth = PlantedTruth(SMALL)
+    assert truth.state_prior.sum() == pytest.approx(1)
+    weight = truth.weights(0)
+    assert weight.sum(axis=1) == pytest.approx(truth.concentration)
+    for state, path in enumerate(truth.state_path):
+        prior = math.prod((k + 2.0) ** -1.5 / sum((j + 2.0) ** -1.5 for j in range(4)) for k in path)
+        assert truth.state_prior[state] == pytest.approx(prior, abs=2.0**-19)
+        on = {12 * group + 3 * int(k) + j for group, k in enumerate(path) for j in range(3)}
+        assert set(np.flatnonzero(weight[state, :24] > 0.01)) == on
+    cells = draw_range(truth, 0)
+    seen = np.bincount(cells.state, minlength=16) / len(cells.state)
+    assert np.abs(seen - truth.state_prior).max() < 0.04
+
+
+def _batch(truth: PlantedTruth, cells: int, genes: int) -> dict[str, Any]:
+    drawn = draw_range(truth, 1)
+    rows = np.flatnonzero(drawn.copy_of < 0)[:cells]
+    counts = drawn.counts[rows].toarray()
+    panel = np.arange(genes)
+    measured = truth.measured[drawn.dataset[rows]][:, panel]
+    masked = measured & (np.random.default_rng(2).random(measured.shape) < 0.2)
+    return {
+        "counts": counts[:, panel],
+        "panel": panel,
+        "raw_sum": counts.sum(axis=1),
+        "masked": masked,
+        "measured": measured,
+        "dataset": drawn.dataset[rows],
+    }
+
+
+def test_state_means_are_beta_binomial_sums_over_the_depths() -> None:
+    truth = PlantedTruth(SMALL)
+    panel = np.array([0, 5, 13, 25])
+    sizes, share = truth.depth_grid(1)
+    want = np.zeros((16, 4))
+    for size, part in zip(np.rint(sizes).astype(int), share, strict=True):
+        if size == 0:
+            continue
+        c = np.arange(size + 1)
+        value = np.log1p(c * (1e4 / size))
+        a = truth.weights(1)[:, panel][..., None]
+        b = truth.concentration - a
+        log_choose = gammaln(size + 1) - gammaln(c + 1) - gammaln(size - c + 1)
+        want += part * np.exp(log_choose + betaln(a + c, b + size - c) - betaln(a, b)) @ value
+    np.testing.assert_allclose(state_means(truth, 1, panel), want, rtol=0, atol=2e-3)
+
+
+def test_limited_predictors_agree_with_their_definition_written_out() -> None:
+    truth = PlantedTruth(SMALL)
+    batch = _batch(truth, 60, 24)
+    found = limited_excess(truth, **batch, told=[0, 1, 2, 3], rank=[0, 2, 24])
+    means = [state_means(truth, t, batch["panel"]) for t in range(2)]
+    posterior = posteriors(truth, **batch)
+    prior = truth.component_prior
+    for n, got in zip(found.told, found.told_excess, strict=True):
+        total = 0.0
+        for i, (kept, weight) in enumerate(posterior):
+            table = means[batch["dataset"][i]]
+            gap = np.zeros(24)
+            for c, w in zip(kept, weight, strict=True):
+                told_of = [[min(k, n) for k in path] for path in truth.state_path]
+                alike = [s for s in range(16) if told_of[s] == told_of[c]]
+                gap += w * (table[c] - np.average(table[alike], axis=0, weights=prior[alike]))
+            total += float((gap[batch["masked"][i]] ** 2).sum())
+        assert got == pytest.approx(total / batch["masked"].sum(), abs=1e-12)
+    # no direction at all is the average of all states, and so is one class; all directions are all there is
+    assert found.rank_excess[0] == pytest.approx(found.told_excess[0], abs=1e-12)
+    assert found.rank_excess[2] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("spec", [SMALL, PlantSpec(n_genes=60, branching=(3, 4), program_gene_fraction=(0.3, 0.2),
+                                                   program_strength=(2.0, 2.0))])  # fmt: skip
+def test_all_states_told_apart_is_the_floor_and_more_is_never_worse(spec: PlantSpec | LawSpec) -> None:
+    truth = PlantedTruth(spec)
+    batch = _batch(truth, 400, 24)
+    states = 4 if isinstance(spec, LawSpec) else 12
+    found = limited_excess(truth, **batch, told=range(states + 1))
+    assert found.told_excess[states] == 0 and found.told_excess[states - 1] == 0
+    assert (np.diff(found.told_excess) <= 1e-9).all() or isinstance(spec, PlantSpec)
+    assert found.told_excess[0] > 3 * found.told_excess[states // 2] >= 0
+    of_all = class_of_component(truth, states)
+    assert len(set(of_all)) == len(truth.component_prior)
+
+
+def test_with_nothing_told_apart_the_loss_is_the_gene_means() -> None:
+    truth = PlantedTruth(LawSpec())
+    batch = _batch(truth, 300, 192)
+    floor = oracle(truth, **batch).variance_sum.sum() / batch["masked"].sum()
+    found = limited_excess(truth, **batch, told=[0, 4, 8], rank=[0, 4, 8, 16, 32, 45])
+    x = np.log1p(batch["counts"] * (1e4 / np.maximum(batch["raw_sum"], 1))[:, None])
+    gene_mean = np.where(batch["masked"], (x - x.mean(axis=0)) ** 2, 0.0).sum() / batch["masked"].sum()
+    assert floor + found.told_excess[0] == pytest.approx(gene_mean, rel=0.05)
+    assert (np.diff(found.told_excess) < 0).all() and (np.diff(found.rank_excess) < 0).all()
+    # the floor's states are many: eight directions leave a third of what can be had, sixteen a fifth
+    assert found.rank_excess[2] > 0.3 * found.rank_excess[0] and found.rank_excess[3] > 0.2 * found.rank_excess[0]
+    assert found.rank_excess[5] < 1e-3 * found.rank_excess[0]
+
+
+def test_states_that_cells_have_not_shown_cost_what_they_are_worth() -> None:
+    truth = PlantedTruth(SMALL)
+    told_excess = np.array([1.0, 0.5, 0.2, 0.0])
+    cells = [0, 20, 60, 100_000]
+    got = excess_by_cells(truth, told_excess, cells, least_seen=3)
+    assert got[0] == pytest.approx(1.0) and got[3] == pytest.approx(0) and (np.diff(got) < 0).all()
+    rng = np.random.default_rng(0)
+    worth = np.array([0.5, 0.3, 0.2, 0.0])
+    for n, value in zip(cells[1:3], got[1:3], strict=True):
+        seen = rng.multinomial(n, SMALL.state_probability(), size=20_000)
+        assert value == pytest.approx(((seen < 3) @ worth).mean(), abs=0.01)
+    with pytest.raises(BadInput, match="told_excess: 2: needs a value for told = 0 to 3"):
+        excess_by_cells(truth, np.zeros(2), [10])
+    with pytest.raises(BadInput, match="plant|--law"):
+        excess_by_cells(PlantedTruth(PlantSpec(n_genes=60)), told_excess, [10])
+
+
+def test_the_exponent_is_that_of_a_power() -> None:
+    n = np.array([2, 4, 8, 16])
+    assert exponent(n, 3.0 * n**-0.7) == pytest.approx(0.7)
+    with pytest.raises(BadInput, match="excess"):
+        exponent([1, 2], [0.1, 0.0])
+
+
+@pytest.mark.parametrize("limit", ["told", "rank"])
+def test_a_limit_below_zero_is_refused(limit: str) -> None:
+    truth = PlantedTruth(SMALL)
+    with pytest.raises(BadInput) as refusal:
+        limited_excess(truth, **(_batch(truth, 3, 24) | {limit: [-1]}))
+    assert refusal.value.field == limit
