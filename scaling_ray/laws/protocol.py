@@ -52,8 +52,8 @@ def protocol_gates(rows: Rows, agreement: Agreement) -> list[Refusal]:
     if "held_out_in_training" in rows and (told := int(np.sum(_flags(rows["held_out_in_training"])))):
         refusals.append(
             Refusal(
-                f"{told} runs trained on the validation and test cells too (train.held_out_in_training), so their losses "
-                "are of no held-out cell",
+                f"{told} runs trained on the validation and test cells too (train.held_out_in_training), so their "
+                "losses are of no held-out cell",
                 "the same runs without those cells",
                 spoils_losses=True,
             )
