@@ -287,6 +287,10 @@ def test_a_stack_leaves_trunks_that_members_go_on_from_alone_and_together(tmp_pa
     for run, one, other in zip(large, together, fresh, strict=True):
         assert losses(one) == losses(other)
         assert notes(in_sweep(tmp_path / "sweep", run)) == ["goes on from the trunk of a smaller budget"]
+    mixed = [run.model_copy(update={"run_id": f"mixed-{run.run_id}"}) for run in large]
+    mixed[1] = mixed[1].model_copy(update={"lr": 2e-3})  # nobody left a trunk at that rate
+    stack(mixed, tmp_path / "sweep", "mixed")
+    assert [notes(in_sweep(tmp_path / "sweep", run)) for run in mixed] == [[], []]
     alone = large[0].model_copy(update={"run_id": "alone"})
     files = in_sweep(tmp_path / "sweep", alone)
     found = run_to_result(alone, DATA, PlainEngine(alone, CPU), files)

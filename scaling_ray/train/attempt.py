@@ -141,6 +141,10 @@ class Attempt:
             return replace(progress, branches=[_of_budget(branch, train) for branch in progress.branches]), found
         return None
 
+    def begin_anew(self) -> None:
+        """Forget the rows that ``find_trunk`` took over."""
+        self.metrics = MetricsLog(self.place, [])
+
     def load_best(self, progress: Progress) -> dict[str, Tensor]:
         """Tensors of the chosen checkpoint."""
         return self.checkpoints.read(BEST, progress.best_step).tensors()

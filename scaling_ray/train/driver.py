@@ -146,8 +146,10 @@ def train(trainee: Trainee, signals: Signals) -> None:
             if unsettled:
                 trainee.settle()
                 unsettled = 0
+            trainee.save()  # a branch keeps its trunk in memory only: whatever ends it costs no more than itself
             measure_branch(trainee, members, branches[trainee.steps], signals)
-            since, counted = time.monotonic(), trainee.steps
+            since = saved = time.monotonic()
+            counted = trainee.steps
         if trainee.steps == end_of_trunk and run.role == "law" and (members := _on_trunk(trainee)):
             if unsettled:
                 trainee.settle()

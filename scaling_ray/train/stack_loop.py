@@ -347,7 +347,11 @@ class StackedLoop:
         """Go on from trunks of smaller budgets, where every member has one and they all end at the same update."""
         found = [attempt.find_trunk() for attempt in self.attempts or []]
         there = [one for one in found if one is not None]
-        if not there or len(there) < len(found) or len({progress.optimizer_steps for progress, _ in there}) > 1:
+        if not there:
+            return
+        if len(there) < len(found) or len({progress.optimizer_steps for progress, _ in there}) > 1:
+            for attempt in self.attempts or []:
+                attempt.begin_anew()
             return
         tensors = self.state() | {"generator": torch.get_rng_state()}
         kinds = {"weights": "model", "exp_avg": "optimizer.exp_avg", "exp_avg_sq": "optimizer.exp_avg_sq"}
