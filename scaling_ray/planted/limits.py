@@ -1,8 +1,9 @@
 """References of limited predictors on planted cells: how fast the loss can fall where only some states are told apart.
 
 The best prediction is m = sum_c w_c mu_c over components c, with posterior weights w_c. A limited predictor has the
-same posterior, but answers for a component with less than what is known of it: with e_c the mean expression of a component
-in its data set, and e'_c what is left of it under the limit, it predicts m + sum_c w_c (e'_c - e_c). Two limits:
+same posterior, but answers for a component with less than what is known of it: with e_c the mean expression of a
+component in its data set, and e'_c what is left of it under the limit, it predicts m + sum_c w_c (e'_c - e_c). Two
+limits:
 
 ``told``: the n most frequent states keep their own mean, all others share one, their average. In a plant of the law, n
 of each group of states. With all states told apart nothing is lost; with one class left the answer is the gene mean's.
