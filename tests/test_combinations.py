@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_run, synthetic_cells
+from process_groups import RANKS, run_in_a_group
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +33,6 @@ from scaling_ray.train.zero import DeepSpeedEngine
 OBJECTIVES = ["mse"]
 PRECISIONS = ["fp32", "bf16"]
 DROPOUTS = [0.0, 0.1]
-RANKS = 2
 CPU = torch.device("cpu")
 WHOLE_PARAMETER_ELEMENTS = 100
 """ZeRO 3 shares out this model's matrices and leaves its vectors whole."""
@@ -163,19 +161,14 @@ def trained_as_a_stack(combination: Combination) -> Seen:
 
 def train_in_a_group(rank: int, chosen: list[Combination], directory: Path) -> None:
     """What each of the processes does; rank 0 leaves what it saw."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    rendezvous = f"file://{directory}/rendezvous"
-    torch.distributed.init_process_group("gloo", rendezvous, timedelta(minutes=5), rank=rank, world_size=RANKS)
     for combination in chosen:
         seen = trained(combination, rank)
         if rank == 0:
             seen.write(directory, combination.name)
-    torch.distributed.destroy_process_group()
 
 
 def group(chosen: list[Combination], directory: Path) -> dict[str, Seen]:
-    torch.multiprocessing.spawn(train_in_a_group, (chosen, directory), nprocs=RANKS)
+    run_in_a_group(train_in_a_group, chosen, directory, directory=directory)
     return {combination.name: Seen.read(directory, combination.name) for combination in chosen}
 
 

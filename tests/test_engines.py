@@ -8,13 +8,13 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import files_at, rows_at, small_run, synthetic_cells, write_cells_as_shards
+from process_groups import RANKS, join_group, run_in_a_group
 from safetensors.torch import load_file
 
 from scaling_ray.errors import BadInput
@@ -36,7 +36,6 @@ from scaling_ray.train.saving import restore, save_last
 from scaling_ray.train.sharded import Shard, read_state, write_shard
 from scaling_ray.train.zero import DeepSpeedEngine
 
-RANKS = 2
 UPDATES = 20
 CURVE_TOLERANCE = 1e-5
 """Relative, on the training loss of each of the first 20 updates: only the order of float32 sums differs."""
@@ -117,17 +116,8 @@ def crash(progress: Any) -> None:
         raise Crash
 
 
-def join_group(rank: int, directory: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{directory}/rendezvous", timeout=timedelta(minutes=10), rank=rank, world_size=RANKS
-    )
-
-
 def exercise(rank: int, variants: list[Variant], directory: Path) -> None:
     """What each of the two processes does; rank 0 leaves what it saw as JSON."""
-    join_group(rank, directory)
     for variant in variants:
         engine = variant.build(spec(), rank)
         seen: dict[str, Any] = {"curve": curve(engine, variant.of(spec()))}
@@ -141,7 +131,6 @@ def exercise(rank: int, variants: list[Variant], directory: Path) -> None:
             exercise_resumes(variant, rank, directory / variant.name)
         if rank == 0:
             (directory / f"{variant.name}.json").write_text(json.dumps(seen))
-    torch.distributed.destroy_process_group()
 
 
 OFTEN = "checkpoint_seconds = 1e-6"
@@ -221,7 +210,6 @@ def killed_while_saving(rank: int, run: RunSpec, variant: Variant, directory: Pa
 
 
 def resumed_after_the_kill(rank: int, run: RunSpec, variant: Variant, directory: Path) -> None:
-    join_group(rank, directory)
     run_to_result(run, data(), variant.build(run, rank), directory / "run")
 
 
@@ -261,7 +249,7 @@ def exercise_branch(
 
 
 def run_two_processes(variants: list[Variant], directory: Path) -> dict[str, dict[str, Any]]:
-    torch.multiprocessing.spawn(exercise, (variants, directory), nprocs=RANKS)
+    run_in_a_group(exercise, variants, directory, directory=directory)
     return {variant.name: json.loads((directory / f"{variant.name}.json").read_text()) for variant in variants}
 
 
@@ -440,7 +428,7 @@ class TestZero:
         found = Attempt(files_at(tmp_path / "run"), run).find()
         assert found is not None and found[0].optimizer_steps == 3
         (tmp_path / "rendezvous").unlink()
-        torch.multiprocessing.spawn(resumed_after_the_kill, arguments, nprocs=RANKS)
+        run_in_a_group(resumed_after_the_kill, *arguments, directory=tmp_path)
         result, whole = read_result(tmp_path / "run"), read_result(all_zero[1] / variant.name / "whole")
         assert result is not None and whole is not None
         assert result.attempts == 3
