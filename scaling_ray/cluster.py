@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Ray reads these once, when it is imported: so every module here takes ``ray`` from this one. A user's settings win.
@@ -28,10 +29,23 @@ import ray.data  # noqa: E402
 
 from scaling_ray.errors import ScalingRayError  # noqa: E402
 
-__all__ = ["Pending", "has_gpus", "own_errors", "ray", "ray_session", "run_on_worker"]
+__all__ = [
+    "DRIVERS",
+    "Pending",
+    "each_node_up",
+    "log_tail",
+    "nodes_up",
+    "on_node",
+    "own_errors",
+    "ray",
+    "ray_session",
+    "run_on_worker",
+]
 
 OBJECT_STORE_BYTES = 1 << 30
 """Most shared memory a private cluster takes."""
+DRIVERS = "trial_driver"
+"""A resource of the head: the driver of each worker group holds one of it."""
 READER_SECONDS = 10.0
 """How long a private cluster waits for threads of Ray Data that still hand over blocks."""
 
@@ -79,6 +93,7 @@ def ray_session(cpus: int, at_least: bool = False) -> Iterator[None]:
         ray.init(
             num_cpus=cpus if at_least else min(cpus, os.cpu_count() or 1),
             include_dashboard=False,
+            resources={DRIVERS: 64.0},
             object_store_memory=max(80 << 20, min(OBJECT_STORE_BYTES, memory // 3)),
             _temp_dir=folder,
             logging_level=logging.ERROR,
@@ -98,9 +113,39 @@ def _end_readers() -> None:
             thread.join(READER_SECONDS)
 
 
-def has_gpus() -> bool:
-    """Whether the connected cluster has GPUs now."""
-    return bool(ray.cluster_resources().get("GPU"))
+def on_node(node: str, soft: bool = False, **options: Any) -> Any:
+    """``ray.remote`` for what holds nothing and runs on one node; elsewhere too where ``soft`` and the node is gone."""
+    there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=soft)
+    made: Any = ray.remote
+    return made(num_cpus=0, scheduling_strategy=there, **options)
+
+
+def nodes_up() -> dict[str, float]:
+    """What the connected cluster's nodes of the moment offer in all."""
+    return {str(name): float(amount) for name, amount in ray.cluster_resources().items()}
+
+
+def each_node_up() -> list[dict[str, float]]:
+    """The resources of each node that is up."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def log_tail(node: str, pid: int, lines: int = 20, seconds: float = 10.0) -> str:
+    """The last lines that a worker process of a node wrote; nothing where the node does not answer."""
+    task = on_node(node, max_retries=0)(_last_lines).remote(pid, lines)
+    try:
+        return str(ray.get(task, timeout=seconds))
+    except ray.exceptions.RayError:
+        return ""
+
+
+def _last_lines(pid: int, lines: int) -> str:
+    node: Any = ray._private.worker._global_node
+    folder = Path(node.get_logs_dir_path())
+    found = []
+    for path in sorted(folder.glob(f"worker-*-{pid}.*")):
+        found += path.read_text(errors="replace").splitlines()[-lines:]
+    return "\n".join(line for line in found if not line.startswith(":"))
 
 
 def run_on_worker(function: Callable[..., Any], *arguments: Any, cpus: int, gpus: float) -> Any:

@@ -52,7 +52,30 @@ class Diverged(ScalingRayError):
 
 
 class Stalled(ScalingRayError):
-    """A worker group made no progress: each rank's note says what it was doing."""
+    """A process made no progress: the note of each rank says what it was doing."""
+
+
+class Lost(ScalingRayError):
+    """A process of a run went away with its work unfinished; ``node_gone``: so did its whole node."""
+
+    def __init__(self, message: str, node_gone: bool) -> None:
+        self.message, self.node_gone = message, node_gone
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[Lost], tuple[str, bool]]:
+        return type(self), (self.message, self.node_gone)
+
+
+class StorageFailed(ScalingRayError):
+    """Nothing can be written where a sweep keeps its files: a full disk, a read-only mount. What was done is saved."""
+
+    exit_code = 75
+
+
+class BudgetSpent(ScalingRayError):
+    """A sweep has used what ``[budget]`` gives it; everything is saved, and a higher budget goes on."""
+
+    exit_code = 4
 
 
 class Preempted(ScalingRayError):

@@ -344,6 +344,24 @@ class ResourceSpec(Frozen):
         return self
 
 
+class BudgetSpec(Frozen):
+    """What a sweep may spend in all; without a limit it trains the whole grid. Never part of a run's identity.
+
+    A GPU-hour is a whole GPU held for an hour, a CPU-hour one CPU; shares of them count as such. ``max_cost`` is in
+    the currency of ``[prices]``, which a plan then asks for; ``max_wall_hours`` counts from the sweep's first start.
+    """
+
+    max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
+    max_cpu_hours: Annotated[float, Field(gt=0)] | None = None
+    max_cost: Annotated[float, Field(gt=0)] | None = None
+    max_wall_hours: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything is bounded."""
+        return any(getattr(self, name) is not None for name in BudgetSpec.model_fields)
+
+
 class SweepSpec(Frozen):
     """A whole sweep."""
 
@@ -354,6 +372,7 @@ class SweepSpec(Frozen):
     train: TrainSpec = TrainSpec()
     lr: LearningRateSpec
     resources: ResourceSpec = ResourceSpec()
+    budget: BudgetSpec = BudgetSpec()
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepSpec:

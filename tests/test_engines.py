@@ -497,19 +497,22 @@ class TestWorkerGroup:
     ("gpus", "resources", "answer"),
     [
         (0.0, {"CPU": 2.0}, None),
-        (0.0, {"CPU": 1.0, "memory": 1e9}, r"needs 2 CPUs, the cluster has 1"),
+        (0.0, {"CPU": 1.0, "memory": 1e9}, r"needs 2 CPUs, the cluster can have 1"),
         (0.0, {"CPU": 8.0, "GPU": 1.0}, None),
-        (1.0, {"CPU": 8.0, "GPU": 1.0}, r"needs 2 GPUs, the cluster has 1"),
-        (1.0, {"CPU": 8.0}, r"needs 2 GPUs, the cluster has 0"),
+        (1.0, {"CPU": 8.0, "GPU": 1.0}, r"needs 2 GPUs, the cluster can have 1"),
+        (1.0, {"CPU": 8.0}, r"needs 2 GPUs, the cluster can have 0"),
         (0.5, {"CPU": 8.0, "GPU": 1.0}, None),
         (1.0, {"CPU": 8.0, "GPU": 2.0}, None),
-        (0.0, {}, r"the cluster has 0"),
+        (0.0, {}, r"the cluster can have 0"),
     ],
 )
 def test_a_group_that_could_never_start_is_named(gpus: float, resources: dict[str, float], answer: str | None) -> None:
     import re
 
-    from scaling_ray.train.worker import preflight
+    from scaling_ray.sweep.capacity import Capacity, NodeType
+    from scaling_ray.sweep.desk import never_fits
+    from scaling_ray.sweep.units import Unit
 
-    sentence = preflight(DDP.of(spec()).carried_out(gpus=gpus), resources)
+    unit = Unit((DDP.of(spec()).carried_out(gpus=gpus),))
+    sentence = never_fits(unit, Capacity((NodeType("one", resources, 1),)))
     assert sentence is None if answer is None else sentence is not None and re.search(answer, sentence)

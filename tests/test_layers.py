@@ -66,6 +66,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("census/",),
     ("runs.py",),
     ("spec.py",),
+    ("pulses.py",),
     ("records.py", "execution.py", "cluster.py", "doctor.py"),
     ("laws/",),
     ("storage/",),

@@ -94,6 +94,8 @@ class TestOrder:
     def test_what_is_dropped_releases_what_waited_for_it(self) -> None:
         queue = Queue([item("a"), item("b", after="a")], [{"CPU": 1.0}])
         queue.drop("a")
+        assert admitted(queue) == []
+        queue.ended("a")
         assert admitted(queue) == ["b"]
         queue.ended("b")
         assert queue.is_empty

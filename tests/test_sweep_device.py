@@ -26,10 +26,10 @@ cluster.add_node(num_cpus=1, num_gpus=gpus, object_store_memory=80 << 20)
 ray.init(address=cluster.address, log_to_driver=False)
 try:
     from scaling_ray.spec import parse_spec
-    from scaling_ray.sweep.probing import choose_device
+    from scaling_ray.sweep.probing import capacity_here, choose_device
 
     spec = parse_spec(sys.stdin.read())
-    print(json.dumps({"device": choose_device(spec), "driver": os.path.exists("/dev/nvidia0")}))
+    print(json.dumps({"device": choose_device(spec, capacity_here(None)), "driver": os.path.exists("/dev/nvidia0")}))
 finally:
     ray.shutdown()
     cluster.shutdown()
@@ -57,10 +57,11 @@ def test_a_head_without_gpus_plans_for_those_of_its_workers(gpus: int) -> None:
 
 
 def test_a_spec_that_names_its_device_asks_nobody() -> None:
+    from scaling_ray.sweep.capacity import Capacity
     from scaling_ray.sweep.probing import choose_device
 
     spec = parse_spec(TINY_SWEEP + '[resources]\ndevice = "cuda"\n')
-    assert choose_device(spec) == "cuda", "no cluster is connected, and none is needed"
+    assert choose_device(spec, Capacity.local(2)) == "cuda", "no cluster is connected, and none is needed"
     plan, runs = make_plan(spec)
     assert plan["device"] == "cuda" and {run.execution.gpus for run in runs} == {1.0}
 

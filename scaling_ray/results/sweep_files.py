@@ -5,6 +5,7 @@ genes.parquet  test_split.parquet   the panel's genes; data set, donor and cell 
 references/<name>.json|parquet      baselines and planted floors
 runs/<run_id>/                      see RunFiles
 stacks/<name>/attempts/<token>/     checkpoints of runs that train as one
+events.jsonl  queue.json  spent.json  attempts that were cut off; what waits and trains now; hours and money so far
 mlflow.json  tracked.json           what a tracking server has been told
 .lease  .stop                       who drives the sweep; exists once a stop was requested
 """
@@ -33,6 +34,7 @@ SPEC, PLAN, MANIFEST, GENES = "spec.toml", "plan.json", "shards_manifest.json", 
 TEST_SPLIT = "test_split.parquet"
 CHOSEN_RATES, RESULTS, RESULTS_CSV = "chosen_rates.json", "results.parquet", "results.csv"
 BUDGETS_CSV = "budgets.csv"
+EVENTS, QUEUE, SPENT = "events.jsonl", "queue.json", "spent.json"
 MLFLOW, TRACKED, STOP, LEASE = "mlflow.json", "tracked.json", ".stop", ".lease"
 RUN_SPEC, RESULT, FAILURE, MEMORY, METRICS = "spec.json", "result.json", "failure.json", "memory.json", "metrics.jsonl"
 TEST_CELLS, TEST_GENES, CHECKPOINTS, ATTEMPTS = "test_cells.parquet", "test_genes.parquet", "checkpoints", "attempts"

@@ -83,6 +83,10 @@ class Capacity:
             nodes.append(NodeType(str(name), _resources(kind, str(name), place, known or {}), count + (name == head)))
         return cls(tuple(nodes), None if workers is None else workers + 1)
 
+    def each_node(self, most: int = 4096) -> list[dict[str, float]]:
+        """The resources of every node that there can be; no more than ``most`` of a kind."""
+        return [dict(node.resources) for node in self.nodes for _ in range(min(node.count, most))]
+
     def total(self, name: str) -> float:
         """The most of a resource that there can be at the same time."""
         total, left = 0.0, inf if self.most_nodes is None else self.most_nodes

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import traceback
 from collections.abc import Callable, Sequence
 
 import torch
 
-from scaling_ray.errors import BadInput, Diverged, LeaseHeld, Preempted, Stalled
+from scaling_ray.errors import BadInput, Diverged, LeaseHeld, Lost, Preempted, ScalingRayError, Stalled, StorageFailed
 from scaling_ray.records import FailureClass
 from scaling_ray.results.sweep_files import MEMORY, SweepFiles, read_sealed, write_sealed
 from scaling_ray.runs import RunSpec
 from scaling_ray.storage import Place
 from scaling_ray.train.memory import is_out_of_memory
+
+STORAGE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE})
+"""What the system says where a file system is full, read-only or gone; no fault of the run that hit it."""
+
+NO_FAILURE = (Preempted, LeaseHeld, Lost, Stalled, StorageFailed)
+"""Errors after which the runs have not failed: whoever schedules decides when they go on."""
+
+
+def storage_failure(error: BaseException) -> StorageFailed | None:
+    """The failure of the file system behind an error, None where it is another one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, StorageFailed):
+            return cause
+        if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:
+            where = f"{cause.filename}: " if cause.filename else ""
+            return StorageFailed(f"{where}{cause.strerror}")
+        # libraries that write files themselves (safetensors, pyarrow) pass on the system's words alone
+        said = [os.strerror(code) for code in STORAGE_ERRNOS if os.strerror(code) in str(cause)]
+        if said and not isinstance(cause, ScalingRayError):
+            return StorageFailed(said[0])
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def classify(error: BaseException) -> FailureClass:
@@ -32,15 +57,19 @@ def classify(error: BaseException) -> FailureClass:
 def guarded(sweep: SweepFiles, runs: Sequence[RunSpec], work: Callable[[], None]) -> bool:
     """Do the work of ``runs``; an error is recorded for each of them without a result, and stops no other run.
 
-    Only Preempted and LeaseHeld rise, since nothing has failed then. Returns True where the work was done.
+    ``NO_FAILURE`` rises, and with it StorageFailed in place of an error of the file system. Returns True where the work
+    was done.
     """
-    for run in runs:
-        sweep.run(run.run_id).clear_failure()
     try:
+        for run in runs:
+            sweep.run(run.run_id).clear_failure()
         work()
-    except (Preempted, LeaseHeld):
+    except NO_FAILURE:
         raise
     except Exception as error:  # noqa: BLE001 - the one boundary at which a run's error becomes its row
+        storage = storage_failure(error)
+        if storage is not None:
+            raise storage from error
         where = traceback.format_exception(error)
         message = f"{type(error).__name__}: {error}\n{''.join(where[-6:])}"
         for run in runs:
@@ -65,15 +94,20 @@ def within_memory(runs: Sequence[RunSpec], place: Place, work: Callable[[list[Ru
             work(fitting)
             return
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or not halve(runs, place, str(error)):
                 raise
-            micro_batch = fitting[0].execution.micro_batch
-            if micro_batch == 1:
-                raise
-            planned = runs[0].execution.micro_batch
-            record = {"micro_batch": micro_batch // 2, "planned": planned, "error": str(error)[:200]}
-            write_sealed(place, MEMORY, record)
         # memory of the failed attempt is free only once the exception is gone
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def halve(runs: Sequence[RunSpec], place: Place, error: str) -> bool:
+    """Write down that the next attempt at ``runs`` takes half of this one's micro-batches; False where that was 1."""
+    found = read_sealed(place, MEMORY)
+    planned = runs[0].execution.micro_batch
+    micro_batch = found["micro_batch"] if found is not None else planned
+    if micro_batch == 1:
+        return False
+    write_sealed(place, MEMORY, {"micro_batch": micro_batch // 2, "planned": planned, "error": error[:200]})
+    return True

@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-from scaling_ray.cluster import has_gpus, run_on_worker
+from scaling_ray.cluster import each_node_up, nodes_up, run_on_worker
 from scaling_ray.execution import Device, cpu_here
 from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.runs import RunSpec
 from scaling_ray.spec import SweepSpec
+from scaling_ray.sweep.capacity import Capacity, NodeType
+
+IMAGINED_NODES = 64
+"""Nodes that a cluster of unknown limits is thought to have."""
+
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+"""Where ``ray up`` leaves its file on a head."""
 
 
-def choose_device(spec: SweepSpec) -> Device:
-    """The device of a sweep's runs: the spec's, else the one that a worker of the connected cluster finds.
+def capacity_here(cluster: Path | None) -> Capacity:
+    """What the connected cluster can become: by its file, by the head's own copy of it, or by the nodes that are up.
 
-    The task that looks holds a GPU where the cluster has any; the driver's own machine says nothing of the workers.
+    Ray itself does not tell a driver how far its autoscaler goes. A cluster that was joined and whose head offers no
+    CPU has work for nodes to come: there, without a file, more nodes like the largest are thought to be had.
+    """
+    bootstrap, joined = Path(BOOTSTRAP).expanduser(), bool(os.environ.get("RAY_ADDRESS"))
+    if cluster is None and joined and bootstrap.is_file():
+        cluster = bootstrap
+    if cluster is not None:
+        return Capacity.of_file(cluster)
+    up = [NodeType(f"node {number}", resources, 1) for number, resources in enumerate(each_node_up())]
+    head = next((node for node in up if node.offers("node:__internal_head__")), None)
+    if not joined or head is None or head.offers("CPU"):
+        return Capacity(tuple(up))
+    largest = {name: max(8.0, *(node.offers(name) for node in up)) for name in ("CPU", "GPU")}
+    return Capacity((*up, NodeType("to come", largest, IMAGINED_NODES)))
+
+
+def choose_device(spec: SweepSpec, capacity: Capacity) -> Device:
+    """The device of a sweep's runs: the spec's, else a GPU where the cluster can have any.
+
+    The nodes of the moment say nothing of those to come, and the driver's own machine nothing of the workers. Where
+    the cluster has CPUs only, a worker looks what they are.
     """
     if spec.resources.device != "auto":
         return spec.resources.device
-    gpus = 1.0 if has_gpus() else 0.0
-    found: Device = run_on_worker(_device_there, gpus > 0, cpus=1, gpus=gpus)
+    gpus = capacity.total("GPU")
+    if gpus and not nodes_up().get("GPU"):
+        return "cuda"
+    found: Device = run_on_worker(_device_there, gpus > 0, cpus=1, gpus=1.0 if gpus else 0.0)
     return found
 
 

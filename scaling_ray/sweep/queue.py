@@ -238,10 +238,10 @@ class Queue:
         return ready
 
     def drop(self, name: str) -> None:
-        """An item that is ready will not be started at all; what waits for it is released as by ``ended``."""
+        """An item that is ready will not be started: it is in flight, and holds nothing, until ``ended`` is called."""
         item = self._by_name[name]
         self._ready[item.bundles].remove((-self._rank[name], self._position[name], name))
-        self.ended(name)
+        self.in_flight[name] = _Flight(item, None, -math.inf)
 
     def again(self, name: str) -> None:
         """An item in flight was lost: it is ready once more."""

@@ -19,15 +19,16 @@ from scaling_ray.records import ShardManifest
 from scaling_ray.results.columns import Row
 from scaling_ray.results.references import reference_name
 from scaling_ray.results.sweep_files import LEASE, MANIFEST, SPEC, SweepFiles
-from scaling_ray.runs import RunSpec, runs_of
+from scaling_ray.runs import runs_of
 from scaling_ray.shards.format import SPLITS, read_manifest, verify
 from scaling_ray.shards.order import check_donors, chosen_donors
 from scaling_ray.shards.stream import read_resident
 from scaling_ray.spec import SweepSpec, load_spec
 from scaling_ray.storage import Place, fenced, open_place, output_place
+from scaling_ray.sweep.capacity import Capacity
 from scaling_ray.sweep.export import keep_genes, keep_test_labels
-from scaling_ray.sweep.plan import as_planned, check_disk, make_plan, run_cost
-from scaling_ray.sweep.probing import choose_device, probe_micro_batches, probe_name
+from scaling_ray.sweep.plan import as_planned, check_disk, make_plan
+from scaling_ray.sweep.probing import capacity_here, choose_device, probe_micro_batches, probe_name
 from scaling_ray.sweep.references import closed_form_task, floor_task
 from scaling_ray.sweep.scheduler import Scheduler
 from scaling_ray.sweep.state import Progress, SweepState
@@ -40,15 +41,19 @@ def run_sweep(
     shards: Path | str | Place,
     out: Path | str | Place,
     progress: Progress = lambda line: None,
+    cluster: Path | None = None,
 ) -> list[Row]:
     """Train what the spec asks for and ``out`` does not hold yet; returns the rows of the results table.
 
-    ``shards`` and ``out`` are directories or ``s3://`` URIs.
+    ``shards`` and ``out`` are directories or ``s3://`` URIs. ``cluster`` is the file that the cluster was started from
+    (``ray up``): what it can become decides which sizes have room; else the head's own copy, or the nodes that are up.
 
     Raises:
         BadInput: the shards cannot serve the spec.
         LeaseHeld: another driver works on ``out``.
         Preempted: a stop was requested; the state of every run has been saved.
+        BudgetSpent: the sweep has used what ``[budget]`` gives it; the same.
+        StorageFailed: nothing could be written below ``out`` for ten minutes; the same.
         RunsFailed: at the end, where some runs have no result (all others do).
     """
     spec, text = load_spec(spec_path), Path(spec_path).read_bytes()
@@ -67,7 +72,7 @@ def run_sweep(
         keep_test_labels(files.place, manifest, source)
         files.place.write(MANIFEST, manifest.to_json().encode())
         state = SweepState(spec, manifest, source, files, as_planned(runs_of(spec), files.plan()), progress)
-        return _complete(state)
+        return _complete(state, cluster)
 
 
 def check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
@@ -97,12 +102,12 @@ def _check_same_shards(files: SweepFiles, manifest: ShardManifest, shards: Place
         raise BadInput("--shards", str(shards), "differ from those of this sweep; sweep into a new --out")
 
 
-def _complete(state: SweepState) -> list[Row]:
+def _complete(state: SweepState, cluster: Path | None) -> list[Row]:
     waiting = state.waiting()
     if waiting or state.missing_references() or state.files.plan() is None:
         done = len(state.runs) - len(waiting)
         state.progress(f"{done} of {len(state.runs)} runs done, {len(waiting)} to go")
-        _train(state)
+        _train(state, cluster)
     state.table.refresh()
     rows = state.table.write()
     _track_to_the_end(state)
@@ -118,37 +123,29 @@ def _complete(state: SweepState) -> list[Row]:
     return rows
 
 
-def _train(state: SweepState) -> None:
+def _train(state: SweepState, cluster: Path | None) -> None:
     problems = verify(state.shards)
     if problems:
         raise BadInput("--shards", str(state.shards), f"{problems[0]}; build the shards again")
     with ray_session(state.spec.resources.cpus), own_errors(), stop_on_sigterm(state.files), _followed(state):
-        _plan(state)
+        capacity = capacity_here(cluster)
+        _plan(state, capacity)
         most_genes = max(run.genes for run in state.runs)
         state.progress("reading shards into the object store")
         shared = [name for name in SPLITS if name != "train" or _train_is_resident(state, most_genes)]
         splits = {name: ray.put(read_resident(state.shards, state.manifest, name, most_genes)) for name in shared}
         references = _start_references(state, splits)
-        scheduler = Scheduler(state, splits, _own_bytes(state.spec))
-        for role in ("rate", "law"):
-            state.choose_rates()
-            units = state.units(role)
-            cost = {unit.name: sum(_flops(run) for run in unit.runs) for unit in units}
-            scheduler.train(sorted(units, key=lambda unit: -cost[unit.name]))
-            _check_stop(state)
+        Scheduler(state, splits, _own_bytes(state.spec), capacity).train(state.units())
+        _check_stop(state)
         references.wait(lambda: _check_stop(state))
 
 
-def _flops(run: RunSpec) -> float:
-    return float(run_cost(run, 1.0)["flops"])
-
-
-def _plan(state: SweepState) -> None:
+def _plan(state: SweepState, capacity: Capacity) -> None:
     """Write plan.json, keeping what it said of runs it knew, and give every run the execution that it names."""
     earlier = state.files.plan()
     known = {setting["run_id"] for setting in earlier["settings"]} if earlier is not None else set()
     new = [run for run in state.runs if run.run_id not in known]
-    plan, runs = make_plan(state.spec, choose_device(state.spec) if new else None, earlier)
+    plan, runs = make_plan(state.spec, choose_device(state.spec, capacity) if new else None, earlier)
     state.files.write_plan(plan)
     if state.spec.train.micro_batch == "probe":
         unknown = sorted({probe_name(run) for run in runs if run.run_id not in plan["probed"]})

@@ -1,35 +1,34 @@
-"""The scheduler trains units on a cluster: runs and stacks as trials of Ray Tune, worker groups with Ray Train.
+"""The scheduler carries out what the desk decides: every unit is a trial of one Ray Tune experiment.
 
-A unit's work leaves its results and failures in the sweep's own files; the scheduler keeps no state of its own.
+Tune is a thin queue: it is asked for one trial at a time, of the shape that the unit has, and what a trial leaves is in
+the sweep's own files. A worker group's trial holds next to nothing itself and starts Ray Train inside, which reserves
+the group's shares (in Tune's own placement group they would be reserved twice, ray#47439).
 """
 
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
+import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
-from scaling_ray.cluster import ray  # before ray.tune: it sets what ray reads once
-from scaling_ray.errors import LeaseHeld, Preempted, ScalingRayError
-from scaling_ray.records import ShardManifest
-from scaling_ray.results.sweep_files import SweepFiles
-from scaling_ray.runs import RunSpec
-from scaling_ray.shards.read import Feed
-from scaling_ray.shards.stream import open_feed
-from scaling_ray.storage import PARTIAL_PREFIX, Place
-from scaling_ray.sweep.failures import guarded, within_memory
+from scaling_ray.cluster import DRIVERS, log_tail, nodes_up, ray  # before ray.tune: it sets what ray reads once
+from scaling_ray.errors import LeaseHeld
+from scaling_ray.pulses import Board, Sign
+from scaling_ray.sweep.capacity import Capacity
+from scaling_ray.sweep.desk import Attempt, Cause, Desk
 from scaling_ray.sweep.state import SweepState
-from scaling_ray.sweep.trial import Trial
+from scaling_ray.sweep.trial import Surroundings, scratch_of, train_unit
 from scaling_ray.sweep.units import Unit
-from scaling_ray.tracking.ledger import local_folder
-from scaling_ray.train.attempt import publish_winner
-from scaling_ray.train.driver import Signals
+from scaling_ray.train.watchdog import stall_note
 
-STOP_POLL_SECONDS = {True: 1.0, False: 5.0}
-"""Time between two checks for a stop request; True for a sweep on a disk, False for one on S3."""
+HEAD = "node:__internal_head__"
+"""What a worker group's driver holds a bit of where the cluster has no ``DRIVERS``."""
+
+LOOK_SECONDS = 5.0
+"""Time between two looks at signs of life and at the nodes that are up."""
 
 
 class Scheduler:
@@ -39,185 +38,231 @@ class Scheduler:
         state: the sweep's.
         splits: object references of the splits that all runs share, by name.
         own_bytes: of counts that each of the runs training at the same time may hold for itself.
+        capacity: what the cluster can become.
     """
 
-    def __init__(self, state: SweepState, splits: dict[str, Any], own_bytes: float) -> None:
-        self._state, self._splits, self._own_bytes = state, splits, own_bytes
+    def __init__(self, state: SweepState, splits: dict[str, Any], own_bytes: float, capacity: Capacity) -> None:
+        self._state, self._capacity = state, capacity
+        self._splits, self._own_bytes = splits, own_bytes
+        self._board: Board | None = None
+        self._trials: dict[str, Unit] = {}
+        self._frozen: set[str] = set()
+        self._ticked = self._looked = 0.0
+        self._up: dict[str, float] = {}
 
     def train(self, units: Sequence[Unit]) -> None:
-        """Train every unit to results or recorded failures, or until a stop is requested."""
-        ready = [unit for unit in units if self._is_ready(unit)]
-        for unit in ready:
-            for run in unit.runs:
-                self._state.files.run(run.run_id).prepare(run)
-        trials = [unit for unit in ready if unit.kind != "group"]
-        if trials:
-            self._tune(trials)
-        for unit in ready:
-            if unit.kind == "group" and not self._state.files.stop_requested():
-                self._worker_group(unit.runs[0])
+        """Train every unit to results or recorded failures, or until a stop is requested.
 
-    def _is_ready(self, unit: Unit) -> bool:
-        """Whether a unit can start; where it cannot, a failure is recorded for each of its runs."""
-        obstacle = _obstacle(unit)
-        for run in unit.runs if obstacle else ():
-            self._state.files.run(run.run_id).record_failure(run, "bad_input", obstacle or "")
-            self._state.announce(run, 0.0)
-        return obstacle is None
-
-    def _tune(self, units: list[Unit]) -> None:
+        Raises:
+            BudgetSpent: the sweep has used what its spec allows; all is saved.
+            StorageFailed: nothing could be written for too long.
+        """
         from ray import tune
 
-        state = self._state
-        trainable = tune.with_resources(
-            tune.with_parameters(
-                _trial,
-                splits=self._splits,
-                sweep=state.files,
-                shards=state.shards,
-                manifest=state.manifest.to_json(),
-                own_bytes=self._own_bytes,
-            ),
-            lambda config: tune.PlacementGroupFactory([config["unit"]["request"]]),
+        if not units:
+            return
+        driver = {DRIVERS: 1.0} if self._capacity.total(DRIVERS) else {HEAD: 0.001}
+        self._desk = Desk(self._state, units, self._capacity, driver if DRIVERS in driver else {})
+        self._board = Board()
+        surroundings = Surroundings(
+            self._state.files,
+            self._state.shards,
+            self._state.manifest.to_json(),
+            self._own_bytes,
+            self._state.spec.resources.resident_gib * 2**30,
+            self._board.handle,
         )
-        configs = [
-            {
-                "request": {"CPU": unit.request.cpus} | ({"GPU": unit.request.gpus} if unit.request.gpus else {}),
-                "runs": [run.model_dump_json() for run in unit.runs],
-            }
-            for unit in units
-        ]
-        ended = Ended(state)
-        with scratch_of(state.files, "tune") as storage:
+        trainable = tune.with_resources(
+            tune.with_parameters(_trial, splits=self._splits, surroundings=surroundings),
+            lambda config: tune.PlacementGroupFactory([config["holds"]]),
+        )
+        with scratch_of(self._state.files, "tune") as storage, _quiet_tune():
             tune.Tuner(
                 trainable,
-                param_space={"unit": tune.grid_search(configs)},
-                tune_config=tune.TuneConfig(reuse_actors=True),
+                tune_config=tune.TuneConfig(search_alg=_feed(self, driver), num_samples=-1, reuse_actors=True),
                 run_config=tune.RunConfig(
                     name="trials",
                     storage_path=storage,
                     verbose=0,
-                    failure_config=tune.FailureConfig(max_failures=state.spec.resources.max_failures),
-                    callbacks=[_announcing(ended)],
-                    stop=_stopping(ended),
+                    failure_config=tune.FailureConfig(max_failures=0),
+                    callbacks=[_listener(self)],
+                    stop=_stopper(self),
                 ),
             ).fit()
-        ended.raise_problem()
-        if state.files.stop_requested():
+        self._desk.write()
+        if self._desk.problem is not None:
+            raise self._desk.problem
+
+    def next_trial(self, trial_id: str, driver: Mapping[str, float]) -> dict[str, Any] | None:
+        """What the next trial is; None while none may start, {} where none will any more."""
+        self.tick()
+        unit = self._desk.next()
+        if unit is None:
+            return {} if self._desk.is_over else None
+        self._trials[trial_id] = unit
+        return {
+            "unit": unit.name,
+            "runs": [run.run_id for run in unit.runs],
+            "holds": dict(driver) if unit.kind == "group" else unit.worker,
+        }
+
+    def completed(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """A trial came to its own end."""
+        unit = self._trials.pop(trial_id)
+        outcome = result["outcome"] if "outcome" in result else "stopped"  # a trial that was ended before it began
+        if outcome == "ended":
+            self._desk.ended(unit.name, float(result["seconds"]))
+        elif outcome == "stopped":
+            self._desk.stopped(unit.name)
+        elif outcome == "lease":
+            self._desk.stopped(unit.name)
+            self._desk.problem = self._desk.problem or LeaseHeld(str(result["reason"]))
+        else:
+            self._desk.cut_off(Attempt(unit, cast(Cause, outcome), str(result["reason"])))
+
+    def broke(self, trial_id: str, words: str) -> None:
+        """The process of a trial went away."""
+        unit = self._trials.pop(trial_id)
+        assert self._board is not None
+        sign = self._board.read().get(unit.name)
+        self._board.forget(unit.name)
+        self._desk.cut_off(self._attempt(unit, words, sign))
+
+    def _attempt(self, unit: Unit, words: str, sign: Sign | None) -> Attempt:
+        """Why an attempt was cut off, from what Ray says and from what the process left."""
+        up = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        reason = _essence(words)
+        cause: Cause = "process lost"
+        if (sign is not None and sign.node not in up) or "node has died" in words or "node was terminated" in words:
+            cause = "preempted" if "preempt" in words.lower() or "drain" in words.lower() else "node lost"
+            return Attempt(unit, cause, reason)
+        note = self._state.files.run(unit.runs[0].run_id).place.read_if_there(stall_note(0))
+        if unit.name in self._frozen:
+            self._frozen.discard(unit.name)
+            return Attempt(unit, "stuck", "its process did not answer and was killed")
+        if note is not None:
+            return Attempt(unit, "stuck", note.decode().splitlines()[0], note.decode())
+        if "OutOfMemoryError" in words or "memory on the node" in words:
+            cause = "host memory"
+        log = log_tail(sign.node, sign.pid) if sign is not None else ""
+        return Attempt(unit, cause, reason, log)
+
+    def tick(self) -> None:
+        """What is to be done once a second, whatever the trials do."""
+        now = time.monotonic()
+        if now - self._ticked < 1.0:
             return
-        for run in state.waiting([run for unit in units for run in unit.runs]):
-            if state.row(run).status != "failed":
-                attempts = 1 + state.spec.resources.max_failures
-                message = f"its worker process died {attempts} times"
-                state.files.run(run.run_id).record_failure(run, "lost", message)
-                state.ended(run)
+        self._ticked = now
+        if now - self._looked > LOOK_SECONDS and self._board is not None:
+            self._looked = now
+            self._up = nodes_up()
+            signs = self._board.read()
+            groups = {unit.name for unit in self._trials.values() if unit.kind == "group"}
+            for name in signs:
+                unit, _, rank = name.partition("/")
+                if rank or unit not in groups:
+                    self._desk.began(unit)
+            doomed = self._board.kill_silent(signs)
+            self._frozen |= {name.partition("/")[0] for name in doomed}
+            for name in doomed:
+                self._state.progress(
+                    f"{name}: its process has not answered for a minute; it is killed and goes on anew"
+                )
+        self._desk.tick(self._up)
 
-    def _worker_group(self, run: RunSpec) -> None:
-        from scaling_ray.train.worker import train_in_worker_group
-
-        state, began = self._state, time.monotonic()
-        resident_bytes = state.spec.resources.resident_gib * 2**30
-        with scratch_of(state.files, "workers") as storage:
-
-            def fit(fitting: list[RunSpec]) -> None:
-                train_in_worker_group(fitting[0], state.shards, state.files, storage, resident_bytes)
-
-            def work() -> None:
-                within_memory([run], state.files.run(run.run_id).place, fit)
-
-            guarded(state.files, [run], work)
-        publish_winner(state.files.run(run.run_id))
-        state.announce(run, time.monotonic() - began)
+    @property
+    def ends_now(self) -> bool:
+        """Whether the experiment is to end although trials are left: nothing trains that could still be saved."""
+        if not self._desk.is_over:
+            return False
+        if self._desk.problem is not None and not self._desk.stop_requested:
+            return True
+        return not any(flight.began is not None for flight in self._desk.queue.in_flight.values())
 
 
-def _obstacle(unit: Unit) -> str | None:
-    """Why a unit cannot train, or None."""
-    if any(run.lr is None for run in unit.runs):
-        return "no learning rate could be chosen: a learning-rate run of this size has no result"
-    from scaling_ray.train.worker import preflight
+def _essence(words: str) -> str:
+    """The one line of a traceback of Ray's that says what happened."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    telling = [line for line in lines if "died" in line or "killed" in line or "Error" in line]
+    return (telling or lines or ["it went away"])[-1][:300]
 
-    return next((found for run in unit.runs if (found := preflight(run, ray.cluster_resources()))), None)
+
+def _trial(config: dict[str, Any], splits: dict[str, Any], surroundings: Surroundings) -> dict[str, Any]:
+    """The body of a trial; its answer is the trial's last result."""
+    return train_unit(config["unit"], config["runs"], splits, surroundings)
 
 
 @contextlib.contextmanager
-def scratch_of(files: SweepFiles, name: str) -> Iterator[str]:
-    """A folder or URI where Ray may write until the block ends: below the sweep, where every node can reach it.
-
-    On S3, Ray Tune keeps its records on the driver's own disk; worker groups write below the sweep's URI.
-    """
-    folder = local_folder(files.place)
-    if folder is None and name != "tune":
-        yield f"{files.place.uri}/{name}"
-        files.place.remove(f"{name}/")
-        return
-    below = tempfile.mkdtemp(prefix=f"{PARTIAL_PREFIX}{name}-", dir=folder)
+def _quiet_tune() -> Iterator[None]:
+    """Tune keeps no tables of its own and says nothing: what became of a trial is said once, by the desk."""
+    settings = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+        "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the gate decides what waits for room
+        "TUNE_RESULT_BUFFER_LENGTH": "1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    os.environ.update(settings)
+    logger.setLevel(logging.CRITICAL)
     try:
-        yield below
+        yield
     finally:
-        shutil.rmtree(below, ignore_errors=True)
+        logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
-def _trial(
-    config: dict[str, Any],
-    splits: dict[str, Any],
-    sweep: SweepFiles,
-    shards: Place,
-    manifest: str,
-    own_bytes: float,
-) -> None:
-    """The body of a Tune trial: train one run, or one stack, to committed results or recorded failures."""
+def _feed(scheduler: Scheduler, driver: Mapping[str, float]) -> Any:
+    """What Tune asks for trials."""
+    from ray.tune.search import Searcher
+
+    class Feed(Searcher):
+        def suggest(self, trial_id: str) -> Any:
+            found = scheduler.next_trial(trial_id, driver)
+            return Searcher.FINISHED if found == {} else found
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            pass
+
+        def save(self, checkpoint_path: str) -> None:
+            pass
+
+        def restore(self, checkpoint_path: str) -> None:
+            pass
+
+        def __getstate__(self) -> dict[str, Any]:
+            # Tune writes its searcher down; nothing here is ever read back
+            return {}
+
+    return Feed()
+
+
+def _listener(scheduler: Scheduler) -> Any:
     from ray import tune
 
-    began = time.monotonic()
-    runs = [RunSpec.model_validate_json(text) for text in config["unit"]["runs"]]
-    if not sweep.stop_requested():
-        record = ShardManifest.parse(manifest, "the shards' manifest")
-        held = {name: ray.get(reference).narrowed(runs[0].genes) for name, reference in splits.items()}
+    class Listen(tune.Callback):
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            scheduler.tick()
 
-        def feed(run: RunSpec) -> Feed:
-            return open_feed(shards, record, run, own_bytes / len(runs), cpus=0.0)
-
-        signals = Signals(sweep.stop_requested, ask_seconds=STOP_POLL_SECONDS[local_folder(sweep.place) is not None])
-        # Where the lease was lost, another driver goes on with these runs.
-        with contextlib.suppress(Preempted, LeaseHeld):
-            Trial(sweep, shards, record, held, feed, signals).train(runs)
-    tune.report({"seconds": time.monotonic() - began})
-
-
-class Ended:
-    """Announces runs that ended. Ray Tune swallows what its callbacks raise: the first error waits here."""
-
-    def __init__(self, state: SweepState) -> None:
-        self._state = state
-        self.problem: ScalingRayError | None = None
-
-    def announce(self, runs: Sequence[RunSpec], seconds: float) -> None:
-        """Say so of each; nothing more once something went wrong: a lost lease, a disk that is full."""
-        try:
-            for run in runs if self.problem is None else ():
-                self._state.announce(run, seconds)
-        except ScalingRayError as error:
-            self.problem = error
-
-    def raise_problem(self) -> None:
-        """Let the error that waits rise."""
-        if self.problem is not None:
-            raise self.problem
-
-
-def _announcing(ended: Ended) -> Any:
-    from ray import tune
-
-    class Announce(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            runs = [RunSpec.model_validate_json(text) for text in trial.config["unit"]["runs"]]
-            ended.announce(runs, float((trial.last_result or {"seconds": 0.0})["seconds"]))
+            scheduler.completed(trial.trial_id, trial.last_result or {})
 
-    return Announce()
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            with open(trial.error_file, encoding="utf-8") as file:
+                scheduler.broke(trial.trial_id, file.read())
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+    return Listen()
 
 
-def _stopping(ended: Ended) -> Any:
-    """Ends the experiment once an announcement failed: whatever still trains could not be told of either."""
+def _stopper(scheduler: Scheduler) -> Any:
     from ray import tune
 
     class Stop(tune.Stopper):
@@ -225,6 +270,9 @@ def _stopping(ended: Ended) -> Any:
             return False
 
         def stop_all(self) -> bool:
-            return ended.problem is not None
+            return scheduler.ends_now
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
 
     return Stop()

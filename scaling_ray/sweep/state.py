@@ -42,6 +42,7 @@ class SweepState:
     ) -> None:
         self.spec, self.manifest, self.shards, self.files, self.progress = spec, manifest, shards, files, progress
         self.runs, self.stacks = runs, list[list[str]]()
+        self.by_id = {run.run_id: run for run in runs}
         self.train_cells = manifest.splits["train"].cells
         publish_winners(files)
         self.table = ResultsTable(files, runs, self.train_cells)
@@ -68,13 +69,12 @@ class SweepState:
 
     def replace_runs(self, runs: list[RunSpec]) -> None:
         """Replace the runs by the same ones with later decisions (rates, execution)."""
-        self.runs = runs
+        self.runs, self.by_id = runs, {run.run_id: run for run in runs}
         self.table.replace_runs(runs)
 
-    def units(self, role: str) -> list[Unit]:
-        """The units of a role that still need training."""
-        runs = [run for run in self.runs if run.role == role]
-        return units_of(runs, self.stacks, {run.run_id for run in self.waiting(runs)})
+    def units(self) -> list[Unit]:
+        """The units that still need training, those that choose rates first."""
+        return units_of(self.runs, self.stacks, {run.run_id for run in self.waiting()})
 
     def has_floors(self) -> bool:
         """Whether floors exist: they are exact for cells that were planted, and for a network that sees them whole."""

@@ -10,6 +10,9 @@ from types import FrameType
 
 from scaling_ray.results.sweep_files import SweepFiles
 
+STOP_POLL_SECONDS = {True: 1.0, False: 5.0}
+"""Time between two checks for a stop request; True for a sweep on a disk, False for one on S3."""
+
 
 @contextlib.contextmanager
 def stop_on_sigterm(sweep: SweepFiles) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Units of scheduling: a run, a stack of runs or a worker group, each with the resources that it needs."""
+"""Units of scheduling: a run, a stack of runs or a worker group, and what each needs to start."""
 
 from __future__ import annotations
 
@@ -8,15 +8,6 @@ from typing import Literal
 
 from scaling_ray.runs import RunSpec
 from scaling_ray.spec import content_hash
-
-
-@dataclass(frozen=True)
-class Request:
-    """Resources that a unit needs to start: ``workers`` times ``cpus`` and ``gpus``, each worker's on one node."""
-
-    cpus: int
-    gpus: float
-    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,10 +29,20 @@ class Unit:
         return self.runs[0].run_id if len(self.runs) == 1 else stack_name(list(self.runs))
 
     @property
-    def request(self) -> Request:
-        """The resources that the unit needs."""
+    def worker(self) -> dict[str, float]:
+        """What each process of the unit holds, on one node."""
         execution = self.runs[0].execution
-        return Request(execution.cpus, execution.gpus, execution.workers)
+        return {"CPU": float(execution.cpus)} | ({"GPU": execution.gpus} if execution.gpus else {})
+
+    @property
+    def workers(self) -> int:
+        """Processes that train."""
+        return self.runs[0].execution.workers
+
+    @property
+    def candidates(self) -> set[str]:
+        """Ids of the runs among whose rates a rate must be chosen before the unit can start."""
+        return {name for run in self.runs if run.lr is None for name in run.lr_candidates}
 
 
 def stack_name(runs: list[RunSpec]) -> str:

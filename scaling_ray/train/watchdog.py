@@ -1,4 +1,4 @@
-"""A watchdog for a process of a worker group: after too long without progress it says where, and ends the process.
+"""A watchdog for a training process: after too long without progress it says where, and ends the process.
 
 Ranks wait for each other in collective calls. Where one rank never makes such a call, the others wait without end, and
 Ray sees processes that are alive. So each rank counts its own steps, and a thread ends the process once the count has
@@ -14,6 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+
+STALL_SECONDS = 300.0
+"""Time without a step of any kind after which a training process is ended."""
 
 STALLED_EXIT = 70
 """Exit code of a process that its watchdog ended."""
@@ -62,6 +65,11 @@ class Watchdog:
                 self._leave(f"no progress for {self._seconds:.0f} s after {self._beats} beats\n{_stacks()}")
             finally:
                 os._exit(STALLED_EXIT)
+
+
+def stall_note(rank: int) -> str:
+    """Name of the run's file in which a rank's watchdog notes what the rank was doing."""
+    return f"stalled-rank{rank}.txt"
 
 
 def _stacks() -> str:

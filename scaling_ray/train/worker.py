@@ -6,6 +6,7 @@ group and no rank waits for another's rows. Progress is in the run's own files; 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import RayTrainError
 
-from scaling_ray.errors import ScalingRayError, Stalled
+from scaling_ray.errors import Lost, ScalingRayError, Stalled
+from scaling_ray.pulses import Pulse
 from scaling_ray.results.sweep_files import RunFiles, SweepFiles
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import read_manifest
@@ -28,35 +30,13 @@ from scaling_ray.train.choice import build_engine
 from scaling_ray.train.driver import Signals
 from scaling_ray.train.loop import RunData, run_to_result
 from scaling_ray.train.memory import is_out_of_memory
-from scaling_ray.train.watchdog import Watchdog
+from scaling_ray.train.watchdog import STALL_SECONDS, Watchdog, stall_note
 
-CONTROLLER_FAILURES = 3
-"""Failed starts of a worker group before the run fails; Ray's own default is to try for ever."""
+NODE_DEATH_SECONDS = 30.0
+"""How long after a group broke Ray may take to say that a node is gone (it asks nodes every few seconds)."""
 
 PREEMPTION_FAILURES = 20
 """Number of drained nodes that a run survives within one call; each time it resumes from its last checkpoint."""
-
-STALL_SECONDS = 300.0
-"""Time without a step of any kind after which a worker group is ended."""
-
-
-def preflight(run: RunSpec, cluster_resources: Mapping[str, float]) -> str | None:
-    """Why the run could never start on a cluster of these resources, or None.
-
-    Ray would wait for ever, and say little. Only totals over nodes are compared; whether each worker's share is on one
-    node is not checked. Ray Train's controller and the sweep's driver ask for no CPU.
-    """
-    execution = run.execution
-    group = f"resources.workers.{run.size} = {execution.workers} with train.threads = {execution.cpus}"
-    for name, each in (("CPU", float(execution.cpus)), ("GPU", execution.gpus)):
-        needed = execution.workers * each
-        there = cluster_resources[name] if name in cluster_resources else 0.0
-        if there < needed:
-            return (
-                f"{group} needs {needed:g} {name}s, the cluster has {there:g}; "
-                f"use fewer workers or threads, or more {name}s"
-            )
-    return None
 
 
 def train_in_worker_group(
@@ -66,18 +46,19 @@ def train_in_worker_group(
     storage_path: str,
     resident_bytes: float,
     stall_seconds: float = STALL_SECONDS,
+    board: Any = None,
 ) -> None:
     """Train ``run`` on workers of the connected cluster, until its files in ``sweep`` hold its result.
 
     ``shards`` and ``sweep`` must be the same places on every node. Ray writes below ``storage_path`` only, a directory
     or a URI. A worker holds training cells of up to its part of ``resident_bytes`` and streams more. At a notice that a
     node is about to go, the state is saved and training goes on: Ray starts the group again elsewhere once the node has
-    gone.
+    gone. Where nodes are missing the group waits for them, without end. ``board`` is told of each rank's life.
 
     Raises:
         Preempted: a stop was requested of the sweep; the state has been saved.
         Stalled: a rank did nothing for ``stall_seconds``; the group has been ended.
-        TrainingFailedError: Ray's own, where the group cannot be started or lost a process.
+        Lost: a process died without an error of its own, alone or with its node.
         Exception: a worker's own error (BadInput, Diverged, a bug's class), at once and without another attempt.
     """
     if not ray.is_initialized():
@@ -92,6 +73,7 @@ def train_in_worker_group(
             "resident_bytes": resident_bytes / execution.workers,
             "sweep": sweep.place,
             "stall_seconds": stall_seconds,
+            "board": board,
         },
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -104,7 +86,7 @@ def train_in_worker_group(
             storage_path=storage_path,
             failure_config=FailureConfig(
                 max_failures=0,
-                controller_failure_limit=CONTROLLER_FAILURES,
+                controller_failure_limit=-1,  # Ray counts a minute without nodes as a failure
                 max_preemption_failures=PREEMPTION_FAILURES,
             ),
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
@@ -112,21 +94,35 @@ def train_in_worker_group(
         ),
     )
     for rank in range(execution.workers):
-        files.place.remove(_stall_note(rank))
+        files.place.remove(stall_note(rank))
+    nodes = _nodes(alive=True)
     try:
         trainer.fit()
     except WorkerGroupError as error:
-        raise _first_cause(error.worker_failures) or _stalled(run, files) or error from error
+        raise _first_cause(error.worker_failures) or _stalled(run, files) or _lost(error, nodes) from error
 
 
-def _stall_note(rank: int) -> str:
-    """Name of the run's file in which a rank's watchdog notes what the rank was doing."""
-    return f"stalled-rank{rank}.txt"
+def _nodes(alive: bool) -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"] == alive}
+
+
+def _lost(error: WorkerGroupError, nodes: set[str]) -> Lost:
+    """A group broke and no rank says why: with one of ``nodes``, or a process alone."""
+    died = next((f for f in error.worker_failures.values() if isinstance(f, ray.exceptions.RayActorError)), None)
+    deadline = time.monotonic() + NODE_DEATH_SECONDS
+    while not (gone := nodes & _nodes(alive=False)) and time.monotonic() < deadline:
+        if died is not None and "node has died" not in str(died) and "node_ip" in str(died):
+            break  # the node itself told of the death
+        time.sleep(1.0)
+    if gone:
+        return Lost(f"node {min(gone)[:8]} is gone", node_gone=True)
+    words = str(died or next(iter(error.worker_failures.values()), error)).strip().splitlines()
+    return Lost(words[-1][:300] if words else "a process of the group died", node_gone=False)
 
 
 def _stalled(run: RunSpec, files: RunFiles) -> Stalled | None:
     """The failure that the watchdogs of a group noted; None where none ended its process."""
-    notes = [(rank, files.place.read_if_there(_stall_note(rank))) for rank in range(run.execution.workers)]
+    notes = [(rank, files.place.read_if_there(stall_note(rank))) for rank in range(run.execution.workers)]
     left = [f"rank {rank}: {note.decode()}" for rank, note in notes if note is not None]
     return Stalled(f"{run.run_id}: the worker group stood still\n" + "\n".join(left)) if left else None
 
@@ -156,8 +152,10 @@ def _work(config: dict[str, Any]) -> None:
     train = open_feed(shards, manifest, run, config["resident_bytes"], cpus=0.0)
     val, test = (read_split(shards, manifest, name, run.genes) for name in ("val", "test"))
     engine = build_engine(run, get_device(), context.get_world_rank(), context.get_world_size())
-    data, note = RunData(train, val, test, manifest.data_hash), _stall_note(context.get_world_rank())
-    with Watchdog(config["stall_seconds"], lambda text: files.place.write(note, text.encode())) as watchdog:
+    data, note = RunData(train, val, test, manifest.data_hash), stall_note(context.get_world_rank())
+    name = f"{run.run_id}/{context.get_world_rank()}"
+    watchdog = Watchdog(config["stall_seconds"], lambda text: files.place.write(note, text.encode()))
+    with Pulse(config["board"], name), watchdog:
         signals = Signals(sweep.stop_requested, _once_per_notice(), beat=watchdog.beat)
         run_to_result(run, data, engine, files, signals)
 
