@@ -183,6 +183,29 @@ def build_parser() -> argparse.ArgumentParser:
     )
     status = verb(top, "status", verbs.status, "a line per run of a sweep")
     status.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
+    watch = verb(
+        top,
+        "node-watch",
+        verbs.node_watch,
+        "beside Ray on a worker node: at a cloud's notice that the machine is about to go, drain its node",
+        needs=("cluster",),
+    )
+    watch.add_argument("--provider", choices=("auto", "aws", "gcp"), default="auto", help="whose metadata to ask")
+    watch.add_argument(
+        "--metadata-url", default=None, metavar="URL", help="http://HOST[:PORT] of the metadata (the cloud's own)"
+    )
+    watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="time between two questions")
+    watch.add_argument("--once", action="store_true", help="look at the metadata and at Ray once: a check of both")
+    watch.add_argument("--node-id", default=None, help="hexadecimal id of the Ray node (found if left out)")
+    watch.add_argument(
+        "--rebalance", action="store_true", help="drain at AWS's rebalance recommendations too; they name no deadline"
+    )
+    watch.add_argument(
+        "--drain-now", action="store_true", help="drain this node and wait until it has left: for a preStop hook"
+    )
+    watch.add_argument(
+        "--deadline", type=float, default=60.0, metavar="SECONDS", help="with --drain-now: when the machine goes"
+    )
     track = group("track", "MLflow tracking of a sweep")
     replay = verb(
         track,

@@ -227,6 +227,25 @@ def status(options: argparse.Namespace) -> int:
     return 0
 
 
+def node_watch(options: argparse.Namespace) -> int:
+    """Watch this machine for a notice of its end, or drain it now."""
+    from scaling_ray.sweep.notices import drain_now, watch_node
+
+    if options.drain_now:
+        drain_now(options.deadline, options.node_id, say)
+        return 0
+    watch_node(
+        options.provider,
+        options.metadata_url,
+        options.every,
+        options.once,
+        options.node_id,
+        options.rebalance,
+        say,
+    )
+    return 0
+
+
 def track_replay(options: argparse.Namespace) -> int:
     """Log to MLflow what it lacks."""
     from scaling_ray.results.sweep_files import LEASE, SweepFiles
