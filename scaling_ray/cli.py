@@ -181,8 +181,21 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--beside", type=place, default=None, metavar="SWEEP_DIR", help="another sweep, of the other recipe, to compare"
     )
-    status = verb(top, "status", verbs.status, "a line per run of a sweep")
+    status = verb(
+        top, "status", verbs.status, "how a sweep stands: sizes x cells, rate, time left, what waits, what failed"
+    )
     status.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
+    status.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=10.0,
+        default=None,
+        metavar="SECONDS",
+        help="again every so many seconds (10 if left out), until nothing runs and nothing waits",
+    )
+    status.add_argument("--runs", action="store_true", help="a line per run instead")
+    status.add_argument("--json", action="store_true", help="as JSON; with --watch a line each time")
     watch = verb(
         top,
         "node-watch",
