@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     spec_help = "the sweep's spec: a TOML file, or the name of a shipped example (scaling-ray init --list)"
     sweep_help = "directory or s3:// URI of the sweep"
+    cluster_help = "the file that `ray up` started the cluster from: what it can become decides which sizes have room"
     census_help = "directory, URI or version (such as 2025-11-08) of a Census"
 
     init = verb(top, "init", verbs.init, "write a spec with every key explained: a shipped example, or a new sweep")
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--census", default=None, help=f"{census_help}; if left out, OUT/census, planted if not there")
     whole.add_argument("--shards", default=None, help="directory or s3:// URI of shards; no Census is read then")
+    whole.add_argument("--cluster", type=Path, default=None, metavar="CLUSTER.yaml", help=cluster_help)
 
     census = group("census", "make a local Census")
     plant = verb(
@@ -133,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("spec", metavar="SPEC.toml", help=spec_help)
     sweep.add_argument("--shards", required=True, help="directory or s3:// URI of the shards")
     sweep.add_argument("--out", type=place, required=True, help=f"{sweep_help}; the same one again goes on")
+    sweep.add_argument("--cluster", type=Path, default=None, metavar="CLUSTER.yaml", help=cluster_help)
     fit = verb(
         top, "fit", verbs.fit, "fit scaling laws to a sweep or to any table: verdict, intervals, declared choices"
     )
@@ -181,8 +184,44 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--beside", type=place, default=None, metavar="SWEEP_DIR", help="another sweep, of the other recipe, to compare"
     )
-    status = verb(top, "status", verbs.status, "a line per run of a sweep")
+    status = verb(
+        top, "status", verbs.status, "how a sweep stands: sizes x cells, rate, time left, what waits, what failed"
+    )
     status.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
+    status.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=10.0,
+        default=None,
+        metavar="SECONDS",
+        help="again every so many seconds (10 if left out), until nothing runs and nothing waits",
+    )
+    status.add_argument("--runs", action="store_true", help="a line per run instead")
+    status.add_argument("--json", action="store_true", help="as JSON; with --watch a line each time")
+    watch = verb(
+        top,
+        "node-watch",
+        verbs.node_watch,
+        "beside Ray on a worker node: at a cloud's notice that the machine is about to go, drain its node",
+        needs=("cluster",),
+    )
+    watch.add_argument("--provider", choices=("auto", "aws", "gcp"), default="auto", help="whose metadata to ask")
+    watch.add_argument(
+        "--metadata-url", default=None, metavar="URL", help="http://HOST[:PORT] of the metadata (the cloud's own)"
+    )
+    watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="time between two questions")
+    watch.add_argument("--once", action="store_true", help="look at the metadata and at Ray once: a check of both")
+    watch.add_argument("--node-id", default=None, help="hexadecimal id of the Ray node (found if left out)")
+    watch.add_argument(
+        "--rebalance", action="store_true", help="drain at AWS's rebalance recommendations too; they name no deadline"
+    )
+    watch.add_argument(
+        "--drain-now", action="store_true", help="drain this node and wait until it has left: for a preStop hook"
+    )
+    watch.add_argument(
+        "--deadline", type=float, default=60.0, metavar="SECONDS", help="with --drain-now: when the machine goes"
+    )
     track = group("track", "MLflow tracking of a sweep")
     replay = verb(
         track,

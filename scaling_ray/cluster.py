@@ -7,9 +7,11 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,20 @@ if "ray" not in sys.modules and not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & set(os.en
 import ray  # noqa: E402
 import ray.data  # noqa: E402
 
-from scaling_ray.errors import ScalingRayError  # noqa: E402
+from scaling_ray.errors import BadInput, ClusterUnreachable, ScalingRayError  # noqa: E402
 
 __all__ = [
     "DRIVERS",
     "Pending",
+    "drain_node",
+    "draining_nodes",
     "each_node_up",
     "log_tail",
+    "node_is_alive",
     "nodes_up",
     "on_node",
     "own_errors",
+    "own_node",
     "ray",
     "ray_session",
     "run_on_worker",
@@ -46,6 +52,8 @@ OBJECT_STORE_BYTES = 1 << 30
 """Most shared memory a private cluster takes."""
 DRIVERS = "trial_driver"
 """A resource of the head: the driver of each worker group holds one of it."""
+GCS_SECONDS = 10.0
+"""How long a cluster's control service (GCS) may take to answer."""
 READER_SECONDS = 10.0
 """How long a private cluster waits for threads of Ray Data that still hand over blocks."""
 
@@ -169,3 +177,121 @@ class Pending:
             ended, self._tasks = ray.wait(self._tasks, num_returns=len(self._tasks), timeout=1.0)
             ray.get(ended)
             each_second()
+
+
+def own_node(node_id: str | None = None) -> str:
+    """Hexadecimal id of the living Ray node of this machine, or ``node_id`` where that one is alive.
+
+    A node is this machine's where its address is one of this machine's; where none is, by its host name. The cluster
+    is the one of RAY_ADDRESS ("auto": the one that runs here); no connection to it is left open.
+
+    Raises:
+        BadInput: several nodes run on this machine, and none was named.
+        ClusterUnreachable: no cluster answers, or it has no such node (yet).
+    """
+    alive = _alive_nodes()
+    if node_id is not None:
+        if node_id not in alive:
+            raise ClusterUnreachable(f"Ray has no living node {node_id}")
+        return node_id
+    here = [name for name, node in alive.items() if _is_own_address(node.node_manager_address)]
+    here = here or [name for name, node in alive.items() if node.node_manager_hostname == socket.gethostname()]
+    if not here:
+        raise ClusterUnreachable(f"Ray has no living node on this machine yet ({len(alive)} elsewhere)")
+    if len(here) > 1:
+        raise BadInput("--node-id", None, f"several Ray nodes run on this machine, name one: {', '.join(sorted(here))}")
+    return here[0]
+
+
+def drain_node(node_id: str, message: str, deadline_seconds: float | None) -> bool:
+    """Tell Ray that a node is about to be lost, as ``ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION`` does.
+
+    Args:
+        node_id: hexadecimal; a dead node is refused here, since Ray accepts any id.
+        message: kept by Ray with the node's death.
+        deadline_seconds: when the node goes, in seconds since 1970; None: not known.
+
+    Returns:
+        Whether it was told: not where the node already drains by this deadline or an earlier one.
+
+    Raises:
+        ClusterUnreachable: no cluster answers, or the node is not alive.
+    """
+    own_node(node_id)
+    deadline_ms = 0 if deadline_seconds is None else int(max(deadline_seconds, time.time() + 1.0) * 1000)
+    earlier = draining_nodes()
+    if node_id in earlier and (not deadline_ms or 0 < earlier[node_id] <= deadline_ms + 1000):
+        return False
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION  # type: ignore[attr-defined]
+
+    with _reachable():
+        accepted, reason = _gcs_client().drain_node(
+            node_id, DRAIN_NODE_REASON_PREEMPTION, message, deadline_ms, timeout=GCS_SECONDS
+        )
+    if not accepted:
+        raise ClusterUnreachable(f"Ray refuses to drain node {node_id}: {reason}")
+    return True
+
+
+def draining_nodes() -> dict[str, int]:
+    """Hexadecimal ids of the nodes that drain, and their deadlines in milliseconds since 1970 (0: none)."""
+    from ray._private.state import GlobalState
+    from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]
+
+    with _reachable():
+        state = GlobalState()
+        options = {"allow_cluster_id_nil": True, "fetch_cluster_id_if_nil": False}
+        state._initialize_global_state(GcsClientOptions.create(_gcs_address(), None, **options))
+        try:
+            return dict(state.get_draining_nodes())
+        finally:
+            state.disconnect()
+
+
+def node_is_alive(node_id: str) -> bool:
+    """Whether the cluster counts a node as alive; ClusterUnreachable where no cluster answers."""
+    return node_id in _alive_nodes()
+
+
+def _alive_nodes() -> dict[str, Any]:
+    """The living nodes of the cluster by their hexadecimal ids."""
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
+
+    with _reachable():
+        nodes = _gcs_client().get_all_node_info(timeout=GCS_SECONDS)
+    return {node_id.hex(): node for node_id, node in nodes.items() if node.state == GcsNodeInfo.ALIVE}
+
+
+def _gcs_client() -> Any:
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    return GcsClient(address=_gcs_address())
+
+
+def _gcs_address() -> str:
+    """Address of the cluster's GCS; OSError where nobody listens there, which Ray's own client finds out in 40 s."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    address = str(canonicalize_bootstrap_address("auto"))
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=GCS_SECONDS).close()
+    return address
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """Turn the ways in which Ray's clients fail into ClusterUnreachable, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterUnreachable(f"Ray is not up here, or refuses: {str(error).splitlines()[0][:200]}") from error
+
+
+def _is_own_address(address: str) -> bool:
+    """Whether an IP address is one of this machine's: only its own can be bound."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as trial:
+            trial.bind((address, 0))
+    except OSError:
+        return False
+    return True

@@ -47,6 +47,10 @@ class LeaseHeld(ScalingRayError):
     exit_code = 5
 
 
+class ClusterUnreachable(ScalingRayError):
+    """No Ray answers, or not for who asks (a token that is missing or wrong), or it does not know the node yet."""
+
+
 class Diverged(ScalingRayError):
     """A run's loss or gradient became NaN or infinite."""
 

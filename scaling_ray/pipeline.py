@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scaling_ray.errors import BadInput, RunsFailed
+from scaling_ray.errors import BadInput, BudgetSpent, RunsFailed
 from scaling_ray.report.build import build_report
 from scaling_ray.shards.format import MANIFEST
 from scaling_ray.spec import SweepSpec, load_spec
@@ -28,6 +28,7 @@ def run_pipeline(
     census: str | Path | None = None,
     shards: str | Path | None = None,
     progress: Progress = lambda line: None,
+    cluster: Path | None = None,
 ) -> str:
     """Run a sweep from its cells to its report; results lie at ``out``/{census,shards,sweep,report}.
 
@@ -39,6 +40,7 @@ def run_pipeline(
             folder: the same seed makes the same cells at the next call.
         shards: directory or ``s3://`` URI of shards that another call made; no Census is read then.
         progress: called with one line of text now and then.
+        cluster: file that the cluster was started from, as for ``run_sweep``.
 
     Returns:
         where the report's page is.
@@ -46,6 +48,7 @@ def run_pipeline(
     Raises:
         BadInput: a spec, Census or shards that do not go together, or a place that cannot be used.
         RunsFailed: some runs have no result; raised after the report of those that have.
+        BudgetSpent: the budget ended before the grid; raised after the report of what there is.
         Preempted: stopped on the way; the same call goes on.
     """
     spec = load_spec(spec_path)
@@ -56,10 +59,10 @@ def run_pipeline(
     if shards is None:
         _make_shards(source, place, spec, census, progress)
     sweep = place.below("sweep").uri
-    failed: RunsFailed | None = None
+    failed: RunsFailed | BudgetSpent | None = None
     try:
-        run_sweep(Path(spec_path), source, sweep, progress)
-    except RunsFailed as error:
+        run_sweep(Path(spec_path), source, sweep, progress, cluster)
+    except (RunsFailed, BudgetSpent) as error:
         # The runs that finished are worth their report; the call fails after it.
         failed = error
     progress("writing the report")

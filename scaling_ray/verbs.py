@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     _spec_of(options)
     from scaling_ray.pipeline import run_pipeline
 
-    print(run_pipeline(options.spec, options.out, census=options.census, shards=options.shards, progress=say))
+    given = {"census": options.census, "shards": options.shards, "cluster": options.cluster}
+    print(run_pipeline(options.spec, options.out, progress=say, **given))
     return 0
 
 
@@ -129,7 +130,7 @@ def sweep(options: argparse.Namespace) -> int:
     _spec_of(options)
     from scaling_ray.sweep.run import run_sweep
 
-    run_sweep(options.spec, options.shards, options.out, say)
+    run_sweep(options.spec, options.shards, options.out, say, options.cluster)
     print(options.out)
     return 0
 
@@ -214,16 +215,46 @@ def report(options: argparse.Namespace) -> int:
 
 
 def status(options: argparse.Namespace) -> int:
-    """Say how each run of a sweep stands."""
-    from scaling_ray.results.read import read_rows
-    from scaling_ray.storage import open_place
+    """Say how a sweep stands, once or until it has ended."""
+    from scaling_ray.results.standing import StandingReader
+    from scaling_ray.results.standing_text import as_json, run_lines, short_line, standing_lines
+    from scaling_ray.results.sweep_files import SweepFiles
 
-    rows = read_rows(open_place(options.sweep, "SWEEP_DIR"))
-    for row in rows:
-        loss = "" if row.test_loss is None else f"test_loss {row.test_loss:.4f}"
-        print(f"{row.status:8} {row.run_id:56} {loss}{row.failure or ''}")
-    counts = {status: sum(row.status == status for row in rows) for status in ("done", "running", "waiting", "failed")}
-    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    if options.watch is not None and options.watch <= 0:
+        raise BadInput("--watch", options.watch, "must be more than 0 seconds")
+    reader, on_terminal = StandingReader(SweepFiles.at(options.sweep, "SWEEP_DIR")), sys.stdout.isatty()
+    while True:
+        standing = reader.read()
+        watched = options.watch is not None and not standing.has_ended
+        if options.json:
+            print(json.dumps(as_json(standing), indent=None if options.watch else 1), flush=True)
+        elif options.watch is not None and watched and not on_terminal:
+            print(f"{time.strftime('%H:%M:%S')} {short_line(standing)}", flush=True)
+        else:
+            clear = "\x1b[H\x1b[2J" if options.watch is not None and on_terminal else ""
+            lines = run_lines(standing) if options.runs else standing_lines(standing)
+            print(clear + "\n".join(lines), flush=True)
+        if not watched:
+            return 0
+        time.sleep(options.watch)
+
+
+def node_watch(options: argparse.Namespace) -> int:
+    """Watch this machine for a notice of its end, or drain it now."""
+    from scaling_ray.sweep.notices import drain_now, watch_node
+
+    if options.drain_now:
+        drain_now(options.deadline, options.node_id, say)
+        return 0
+    watch_node(
+        options.provider,
+        options.metadata_url,
+        options.every,
+        options.once,
+        options.node_id,
+        options.rebalance,
+        say,
+    )
     return 0
 
 

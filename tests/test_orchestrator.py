@@ -1,0 +1,266 @@
+"""A sweep on a cluster of several nodes: groups beside single runs, and what befalls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import synthetic_cells, write_cells_as_shards
+
+from scaling_ray.results.read import read_rows
+from scaling_ray.results.sweep_files import SweepFiles
+from scaling_ray.shards.format import SPLITS
+from scaling_ray.storage import open_place
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NODE_CPUS = 2
+
+CLUSTER = """
+import json, os, sys, time
+from ray.cluster_utils import Cluster
+
+nodes = int(sys.argv[1])
+head = {"num_cpus": 0, "resources": {"trial_driver": 64}, "object_store_memory": 80 << 20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+up = [cluster.add_node(num_cpus=2, object_store_memory=80 << 20) for _ in range(nodes)]
+told = [{"raylet": node.all_processes["raylet"][0].process.pid, "id": node.node_id} for node in up]
+print(json.dumps({"address": cluster.address, "nodes": told}), flush=True)
+for line in sys.stdin:
+    if line.strip() == "add":
+        node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
+        print(json.dumps({"raylet": node.all_processes["raylet"][0].process.pid, "id": node.node_id}), flush=True)
+cluster.shutdown()
+"""
+
+
+class FakeCluster:
+    """A head without CPUs and nodes of two, all on this machine, in a process of their own."""
+
+    def __init__(self, nodes: int) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment = environment | {"RAY_worker_niceness": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLUSTER, str(nodes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=self.environment,
+        )
+        told = self.answer()
+        self.address, self.nodes = told["address"], told["nodes"]
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(next(line for line in self.process.stdout if line.startswith("{")))
+
+    def add(self) -> None:
+        assert self.process.stdin is not None
+        print("add", file=self.process.stdin, flush=True)
+        self.nodes.append(self.answer())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def __enter__(self) -> FakeCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def sweep(self, spec: Path, shards: Path, out: Path) -> subprocess.Popen[str]:
+        """The command, started as a user starts it on a head."""
+        line = ["sweep", str(spec), "--shards", str(shards), "--out", str(out)]
+        return subprocess.Popen(
+            [sys.executable, "-m", "scaling_ray.cli", *line],
+            env=self.environment | {"RAY_ADDRESS": self.address, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def workers(self, title: str) -> list[psutil.Process]:
+        """Processes of Ray's below this cluster whose title has some words."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+def write_spec(path: Path, singles: int, groups: int, cells_seen: int, more: str = "") -> Path:
+    """Single runs of one size and groups of two workers of another."""
+    sizes = {"ONE": singles, "TWO": groups}
+    text = 'name = "cluster"\n[data]\ngenes = 32\n[grid]\ngenes = [32]\ncells = ["all"]\n'
+    seeds = list(range(1, max(singles, groups) + 1))
+    text += f"sizes = {[name for name, count in sizes.items() if count]}\nseeds = {seeds}\n"
+    for name in sizes:
+        text += f"[sizes.{name}]\nwidth = 8\nlayers = 1\nheads = 2\nfeedforward = 1\n"
+    text += f"[train]\nmax_cells_seen = {cells_seen}\ncells_per_step = 8\nmicro_batch = 4\npatience_evaluations = 0\n"
+    text += 'checkpoint_seconds = 1.0\n[lr]\nrule = "fixed"\nrates = [0.01]\n'
+    text += f"[resources]\nstack = 1\nworkers = {{ TWO = 2 }}\n{more}"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cluster") / "shards"
+    cells = {name: synthetic_cells(200, genes=32, first_id=10_000 * i) for i, name in enumerate(SPLITS)}
+    write_cells_as_shards(directory, cells)
+    return directory
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.2)
+
+
+def in_flight(out: Path) -> list[str]:
+    """Units that train by now, as the sweep itself says."""
+    try:
+        found = json.loads((out / "queue.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return [one["unit"] for one in found["in_flight"] if one["trains"]]
+
+
+def losses(out: Path) -> dict[str, tuple[float | None, float | None]]:
+    return {row.run_id: (row.val_loss, row.test_loss) for row in read_rows(open_place(out))}
+
+
+def events(out: Path) -> list[dict[str, Any]]:
+    path = out / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def ended_well(process: subprocess.Popen[str], seconds: float = 420.0) -> str:
+    _, said = process.communicate(timeout=seconds)
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def test_groups_train_at_once_beside_single_runs(shards: Path, tmp_path: Path) -> None:
+    spec, out = write_spec(tmp_path / "spec.toml", singles=4, groups=3, cells_seen=24_000), tmp_path / "out"
+    with FakeCluster(4) as cluster:
+        process = cluster.sweep(spec, shards, out)
+        most = 0
+        while process.poll() is None:
+            most = max(most, sum("TWO" in unit for unit in in_flight(out)))
+            time.sleep(0.5)
+        said = ended_well(process)
+    rows = read_rows(open_place(out))
+    assert {row.status for row in rows} == {"done"}
+    assert {row.workers for row in rows if row.size == "TWO"} == {2}
+    assert most >= 3, said
+
+
+def test_a_node_that_is_lost_under_a_group_costs_an_attempt_and_nothing_else(shards: Path, tmp_path: Path) -> None:
+    spec, out = write_spec(tmp_path / "spec.toml", singles=1, groups=2, cells_seen=40_000), tmp_path / "out"
+    with FakeCluster(3) as cluster:
+        process = cluster.sweep(spec, shards, out)
+        wait_for(lambda: sum("TWO" in unit for unit in in_flight(out)) == 2 and bool(cluster.workers("RayTrainWorker")))
+        time.sleep(5)
+        raylets = [node["raylet"] for node in cluster.nodes]
+        hosts = {worker.ppid() for worker in cluster.workers("RayTrainWorker")} & set(raylets)
+        os.kill(min(hosts), signal.SIGKILL)
+        cluster.add()
+        said = ended_well(process)
+    assert {row.status for row in read_rows(open_place(out))} == {"done"}
+    assert "Traceback" not in said
+    assert [one["cause"] for one in events(out)].count("node lost") >= 1
+    assert not {one["cause"] for one in events(out)} & {"bug"}
+
+
+def test_a_frozen_process_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
+    spec, out = write_spec(tmp_path / "spec.toml", singles=2, groups=0, cells_seen=120_000), tmp_path / "out"
+    with FakeCluster(1) as cluster:
+        process = cluster.sweep(spec, shards, out)
+        wait_for(lambda: len(in_flight(out)) == 2)
+        frozen = cluster.workers("ImplicitFunc.train")[0]
+        frozen.send_signal(signal.SIGSTOP)
+        said = ended_well(process)
+    assert {row.status for row in read_rows(open_place(out))} == {"done"}
+    assert [one["cause"] for one in events(out)] == ["stuck"]
+    assert "has not answered" in said and "Traceback" not in said
+
+
+def test_a_sweep_waits_for_nodes_and_says_so(shards: Path, tmp_path: Path) -> None:
+    spec, out = write_spec(tmp_path / "spec.toml", singles=1, groups=1, cells_seen=4_000), tmp_path / "out"
+    with FakeCluster(0) as cluster:
+        process = cluster.sweep(spec, shards, out)
+        time.sleep(100)
+        assert process.poll() is None
+        cluster.add()
+        said = ended_well(process)
+    assert {row.status for row in read_rows(open_place(out))} == {"done"}
+    assert "wait for nodes" in said and not events(out)
+
+
+def test_what_no_node_could_hold_is_named_and_the_others_train(shards: Path, tmp_path: Path) -> None:
+    more = "cpus = 4\n"
+    spec, out = write_spec(tmp_path / "spec.toml", singles=1, groups=1, cells_seen=4_000, more=more), tmp_path / "out"
+    spec.write_text(spec.read_text().replace("TWO = 2", "TWO = 8"))
+    with FakeCluster(2) as cluster:
+        cluster_file = tmp_path / "cluster.yaml"
+        cluster_file.write_text(
+            "available_node_types:\n  head: {resources: {CPU: 0, trial_driver: 64}, max_workers: 0}\n"
+            "  worker: {resources: {CPU: 2}, max_workers: 2}\nhead_node_type: head\n"
+        )
+        line = ["sweep", str(spec), "--shards", str(shards), "--out", str(out), "--cluster", str(cluster_file)]
+        done = subprocess.run(
+            [sys.executable, "-m", "scaling_ray.cli", *line],
+            env=cluster.environment | {"RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 1, done.stderr
+    found = {row.size: (row.status, row.failure) for row in read_rows(open_place(out))}
+    assert found == {"ONE": ("done", None), "TWO": ("failed", "bad_input")}
+    failure = SweepFiles.at(out).run(next(r.run_id for r in read_rows(open_place(out)) if r.size == "TWO")).failure()
+    assert failure is not None and "needs 8 CPUs, the cluster can have 4" in failure.message
+
+
+def test_a_budget_ends_a_sweep_at_a_checkpoint_and_more_goes_on(shards: Path, tmp_path: Path) -> None:
+    spec, out = write_spec(tmp_path / "spec.toml", singles=3, groups=0, cells_seen=400_000), tmp_path / "out"
+    grid = spec.read_text()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+    def call(budget: str) -> subprocess.CompletedProcess[str]:
+        spec.write_text(grid + budget)
+        line = ["sweep", str(spec), "--shards", str(shards), "--out", str(out)]
+        return subprocess.run(
+            [sys.executable, "-m", "scaling_ray.cli", *line],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+
+    done = call("[budget]\nmax_cpu_hours = 0.005\n")
+    assert done.returncode == 4, done.stderr
+    assert "budget.max_cpu_hours = 0.005 is spent" in done.stderr.splitlines()[-1]
+    assert any(row.status != "done" for row in read_rows(open_place(out)))
+    again = call("[budget]\nmax_cpu_hours = 0.005\n")
+    assert again.returncode == 4, again.stderr
+    done = call("")
+    assert done.returncode == 0, done.stderr
+    assert {row.status for row in read_rows(open_place(out))} == {"done"}
