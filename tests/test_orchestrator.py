@@ -14,11 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import synthetic_cells, write_cells_as_shards
 
 from scaling_ray.results.read import read_rows
 from scaling_ray.results.sweep_files import SweepFiles
-from scaling_ray.shards.format import SPLITS
 from scaling_ray.storage import open_place
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -106,7 +104,7 @@ class FakeCluster:
 def write_spec(path: Path, singles: int, groups: int, cells_seen: int, more: str = "") -> Path:
     """Single runs of one size and groups of two workers of another."""
     sizes = {"ONE": singles, "TWO": groups}
-    text = 'name = "cluster"\n[data]\ngenes = 32\n[grid]\ngenes = [32]\ncells = ["all"]\n'
+    text = 'name = "cluster"\n[data]\ngenes = 64\n[grid]\ngenes = [64]\ncells = ["all"]\n'
     seeds = list(range(1, max(singles, groups) + 1))
     text += f"sizes = {[name for name, count in sizes.items() if count]}\nseeds = {seeds}\n"
     for name in sizes:
@@ -116,14 +114,6 @@ def write_spec(path: Path, singles: int, groups: int, cells_seen: int, more: str
     text += f"[resources]\nstack = 1\nworkers = {{ TWO = 2 }}\n{more}"
     path.write_text(text)
     return path
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("cluster") / "shards"
-    cells = {name: synthetic_cells(200, genes=32, first_id=10_000 * i) for i, name in enumerate(SPLITS)}
-    write_cells_as_shards(directory, cells)
-    return directory
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 240.0) -> None:
@@ -157,10 +147,10 @@ def ended_well(process: subprocess.Popen[str], seconds: float = 420.0) -> str:
     return said
 
 
-def test_groups_train_at_once_beside_single_runs(shards: Path, tmp_path: Path) -> None:
+def test_groups_train_at_once_beside_single_runs(tiny_shards: Path, tmp_path: Path) -> None:
     spec, out = write_spec(tmp_path / "spec.toml", singles=4, groups=3, cells_seen=24_000), tmp_path / "out"
     with FakeCluster(4) as cluster:
-        process = cluster.sweep(spec, shards, out)
+        process = cluster.sweep(spec, tiny_shards, out)
         most = 0
         while process.poll() is None:
             most = max(most, sum("TWO" in unit for unit in in_flight(out)))
@@ -172,10 +162,10 @@ def test_groups_train_at_once_beside_single_runs(shards: Path, tmp_path: Path) -
     assert most >= 3, said
 
 
-def test_a_node_that_is_lost_under_a_group_costs_an_attempt_and_nothing_else(shards: Path, tmp_path: Path) -> None:
+def test_a_node_that_is_lost_under_a_group_costs_an_attempt_and_nothing_else(tiny_shards: Path, tmp_path: Path) -> None:
     spec, out = write_spec(tmp_path / "spec.toml", singles=1, groups=2, cells_seen=40_000), tmp_path / "out"
     with FakeCluster(3) as cluster:
-        process = cluster.sweep(spec, shards, out)
+        process = cluster.sweep(spec, tiny_shards, out)
         wait_for(lambda: sum("TWO" in unit for unit in in_flight(out)) == 2 and bool(cluster.workers("RayTrainWorker")))
         time.sleep(5)
         raylets = [node["raylet"] for node in cluster.nodes]
@@ -189,10 +179,10 @@ def test_a_node_that_is_lost_under_a_group_costs_an_attempt_and_nothing_else(sha
     assert not {one["cause"] for one in events(out)} & {"bug"}
 
 
-def test_a_frozen_process_is_killed_and_goes_on(shards: Path, tmp_path: Path) -> None:
+def test_a_frozen_process_is_killed_and_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
     spec, out = write_spec(tmp_path / "spec.toml", singles=2, groups=0, cells_seen=120_000), tmp_path / "out"
     with FakeCluster(1) as cluster:
-        process = cluster.sweep(spec, shards, out)
+        process = cluster.sweep(spec, tiny_shards, out)
         wait_for(lambda: len(in_flight(out)) == 2)
         frozen = cluster.workers("ImplicitFunc.train")[0]
         frozen.send_signal(signal.SIGSTOP)
@@ -202,10 +192,10 @@ def test_a_frozen_process_is_killed_and_goes_on(shards: Path, tmp_path: Path) ->
     assert "has not answered" in said and "Traceback" not in said
 
 
-def test_a_sweep_waits_for_nodes_and_says_so(shards: Path, tmp_path: Path) -> None:
+def test_a_sweep_waits_for_nodes_and_says_so(tiny_shards: Path, tmp_path: Path) -> None:
     spec, out = write_spec(tmp_path / "spec.toml", singles=1, groups=1, cells_seen=4_000), tmp_path / "out"
     with FakeCluster(0) as cluster:
-        process = cluster.sweep(spec, shards, out)
+        process = cluster.sweep(spec, tiny_shards, out)
         time.sleep(100)
         assert process.poll() is None
         cluster.add()
@@ -214,7 +204,7 @@ def test_a_sweep_waits_for_nodes_and_says_so(shards: Path, tmp_path: Path) -> No
     assert "wait for nodes" in said and not events(out)
 
 
-def test_what_no_node_could_hold_is_named_and_the_others_train(shards: Path, tmp_path: Path) -> None:
+def test_what_no_node_could_hold_is_named_and_the_others_train(tiny_shards: Path, tmp_path: Path) -> None:
     more = "cpus = 4\n"
     spec, out = write_spec(tmp_path / "spec.toml", singles=1, groups=1, cells_seen=4_000, more=more), tmp_path / "out"
     spec.write_text(spec.read_text().replace("TWO = 2", "TWO = 8"))
@@ -224,7 +214,7 @@ def test_what_no_node_could_hold_is_named_and_the_others_train(shards: Path, tmp
             "available_node_types:\n  head: {resources: {CPU: 0, trial_driver: 64}, max_workers: 0}\n"
             "  worker: {resources: {CPU: 2}, max_workers: 2}\nhead_node_type: head\n"
         )
-        line = ["sweep", str(spec), "--shards", str(shards), "--out", str(out), "--cluster", str(cluster_file)]
+        line = ["sweep", str(spec), "--shards", str(tiny_shards), "--out", str(out), "--cluster", str(cluster_file)]
         done = subprocess.run(
             [sys.executable, "-m", "scaling_ray.cli", *line],
             env=cluster.environment | {"RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"},
@@ -239,14 +229,14 @@ def test_what_no_node_could_hold_is_named_and_the_others_train(shards: Path, tmp
     assert failure is not None and "needs 8 CPUs, the cluster can have 4" in failure.message
 
 
-def test_a_budget_ends_a_sweep_at_a_checkpoint_and_more_goes_on(shards: Path, tmp_path: Path) -> None:
+def test_a_budget_ends_a_sweep_at_a_checkpoint_and_more_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
     spec, out = write_spec(tmp_path / "spec.toml", singles=3, groups=0, cells_seen=400_000), tmp_path / "out"
     grid = spec.read_text()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
     def call(budget: str) -> subprocess.CompletedProcess[str]:
         spec.write_text(grid + budget)
-        line = ["sweep", str(spec), "--shards", str(shards), "--out", str(out)]
+        line = ["sweep", str(spec), "--shards", str(tiny_shards), "--out", str(out)]
         return subprocess.run(
             [sys.executable, "-m", "scaling_ray.cli", *line],
             env=environment,
