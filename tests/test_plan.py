@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import pytest
@@ -13,7 +12,9 @@ from scaling_ray.execution import Execution, choose_micro_batch, choose_precisio
 from scaling_ray.runs import RunSpec, runs_of, stack_mates
 from scaling_ray.sizes import LADDER, Shape
 from scaling_ray.spec import SweepSpec, parse_spec
-from scaling_ray.sweep.plan import as_planned, format_plan, make_plan, rate_name, run_cost
+from scaling_ray.sweep.cost import RatesFile, rate_name
+from scaling_ray.sweep.plan import as_planned, make_plan, run_cost
+from scaling_ray.sweep.plan_text import format_plan
 
 SPEC = """
 name = "plan"
@@ -113,12 +114,15 @@ def test_checkpoints_beyond_the_disk_are_refused_before_the_first_step() -> None
 
 
 def test_measured_rates_make_the_hours() -> None:
-    measured = {rate_name(run, 3): 1000.0 for run in runs_of(spec()) if run.size == "XXS"}
-    plan = plan_of(spec(train="max_cells_seen = 3_600_000"), rates=measured)
-    hours = {setting["size"]: (setting["hours"], setting["hours_from"]) for setting in plan["settings"]}
-    assert hours["XXS"] == (pytest.approx(1.0), "measured") and hours["S"][1] == "assumed"
-    assert "6 runs at measured rates, the others at 30 GFLOP/s per CPU" in format_plan(plan)
-    assert re.search(r"hours at 30 GFLOP/s per CPU, \d+ MiB on disk", format_plan(plan_of(spec())))
+    rates = RatesFile(None, {rate_name(run, 3): 1000.0 for run in runs_of(spec()) if run.size == "XXS"})
+    plan = plan_of(spec(train="max_cells_seen = 3_600_000"), rates=[rates])
+    settings = {setting["size"]: setting for setting in plan["settings"]}
+    tiny, small = settings["XXS"], settings["S"]
+    assert (tiny["hours"], tiny["hours_from"]) == (pytest.approx(1.0, rel=0.01), "measured")
+    assert small["hours_from"] == "model"
+    assert tiny["hours_high"] / tiny["hours"] < 1.15 < small["hours_high"] / small["hours"]
+    assert "6 runs at measured rates, the others by a model of this device's speed" in format_plan(plan)
+    assert "by a model of CPUs of 30 GFLOP/s" in format_plan(plan_of(spec(resources="gflops_per_cpu = 30")))
 
 
 def test_a_rule_of_width_makes_rates() -> None:
