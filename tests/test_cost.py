@@ -185,7 +185,8 @@ def test_rates_serve_the_machines_that_they_were_measured_on(tmp_path: Path) -> 
 def test_rates_of_version_1_are_read_and_others_refused(tmp_path: Path) -> None:
     old = rates_file(tmp_path, "old.json", {"version": 1, "cells_per_second": {"a": 3}})
     assert read_rates(old) == [RatesFile(None, {"a": 3.0})]
-    for content in ({}, {"cells_per_second": {"a": 0}}, {"cells_per_second": {}, "machine": {"disk": 1}}, []):
+    others: list[object] = [{}, {"cells_per_second": {"a": 0}}, {"cells_per_second": {}, "machine": {"disk": 1}}, []]
+    for content in others:
         with pytest.raises(BadInput, match="--rates"):
             read_rates(rates_file(tmp_path, "bad.json", content))
 

@@ -329,9 +329,8 @@ def test_many_settings_are_listed_by_size_alone() -> None:
 def test_the_command_takes_limits_rates_and_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, cluster = tmp_path / "spec.toml", tmp_path / "cluster.yaml"
     path.write_text(SPEC + PRICES)
-    cluster.write_text(
-        "available_node_types: {cpu_spot: {max_workers: 3}, small: {resources: {CPU: 2}, max_workers: 1}}"
-    )
+    small = "small: {resources: {CPU: 2}, max_workers: 1}"
+    cluster.write_text(f"available_node_types: {{cpu_spot: {{max_workers: 3}}, {small}}}")
     assert main(["plan", str(path), "--cluster", str(cluster), "--max-cost", "0.01", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["budget"]["stopped_by"] == "max_cost"

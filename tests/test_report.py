@@ -499,7 +499,7 @@ def test_the_plan_stands_against_what_was_done(tmp_path: Path) -> None:
     assert report["completeness"][0]["rows"][0]["settings"] == [{"done": 1, "planned": 2, "failed": 0}]
     (setting,) = report["plan_by_setting"]
     assert (setting["size"], setting["cells"], setting["runs"]) == ("TINY", 500, 1)
-    write_rows(sweep, [replace(one, max_cells_seen=4 * known(one.cells_seen)) for one in rows])
+    write_rows(sweep, [replace(one, max_cells_seen=4 * (one.cells_seen or 0)) for one in rows])
     wide = [one | {"hours_low": 0.005, "hours_high": 0.02} for one in settings]
     (sweep / "plan.json").write_text(sealed_json({"version": 4, "settings": wide}))
     page = build(sweep, tmp_path / "r")
