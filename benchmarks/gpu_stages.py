@@ -32,7 +32,8 @@ from scaling_ray.planted.truth import PlantedTruth, PlantSpec
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells, run_order
 from scaling_ray.spec import load_spec
-from scaling_ray.sweep.plan import make_plan, rate_name
+from scaling_ray.sweep.cost import RatesFile, rate_name
+from scaling_ray.sweep.plan import make_plan
 from scaling_ray.sweep.references import closed_form_references
 from scaling_ray.train.bench import MADE_CELLS, bench_run, fastest_micro_batch, made_cells, matmul_rate, rate_of
 from scaling_ray.train.driver import Signals, train
@@ -276,7 +277,7 @@ def grid(job: Job) -> None:
         device = here if spec.resources.device == "auto" else None
         runs = make_plan(spec, device)[1]
         expected = {rate_name(run, run.execution.stack): rates.of(run) for run in runs}
-        settings = make_plan(spec, device, rates=expected)[0]["settings"]
+        settings = make_plan(spec, device, rates=[RatesFile(None, expected)])[0]["settings"]
         found: dict[str, Any] = {"runs": len(runs), "device": runs[0].execution.device}
         found |= {name: sum(setting[name] for setting in settings) for name in ("hours", "flops")}
         job.report(path.stem, found)

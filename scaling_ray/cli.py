@@ -124,7 +124,21 @@ def build_parser() -> argparse.ArgumentParser:
     plan = verb(top, "plan", verbs.plan, "what a sweep will do and cost: grid, parameters, TFLOP, MiB, hours")
     plan.add_argument("spec", metavar="SPEC.toml", help=spec_help)
     plan.add_argument("--json", action="store_true", help="as JSON")
-    plan.add_argument("--rates", type=Path, default=None, help="JSON of measured rates: hours follow from them")
+    plan.add_argument(
+        "--rates", type=Path, nargs="+", default=[], metavar="FILE", help="JSON of measured rates, a file per machine"
+    )
+    plan.add_argument(
+        "--cluster", type=Path, default=None, metavar="FILE", help="cluster's file for `ray up`: what it can become"
+    )
+    for limit, about in {
+        "gpu-hours": "whole GPUs times hours",
+        "cpu-hours": "CPUs times hours",
+        "cost": "in the currency of the spec's [prices]",
+        "wall-hours": "from the first start",
+    }.items():
+        plan.add_argument(
+            f"--max-{limit}", type=float, default=None, metavar="X", help=f"budget, {about}: what it leaves undone"
+        )
     sweep = verb(
         top,
         "sweep",

@@ -72,6 +72,57 @@ def cpu_here() -> Device:
     return "cpu_bf16" if flags & {"avx512_bf16", "amx_bf16"} else "cpu"
 
 
+def gpu_here() -> str | None:
+    """The name of this machine's first GPU as its driver gives it, None where there is none."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("Model:"):
+                return line.removeprefix("Model:").strip()
+    return None
+
+
+def gpus_here() -> int:
+    """How many GPUs this machine has, whether or not this process may use them."""
+    return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def cpu_named_here() -> str:
+    """The name of this machine's CPU as the kernel gives it, "unknown" where it gives none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"
+
+
+SHARES_OF_A_GPU = 8
+"""Most processes on one GPU: each holds a context of its own, and a CPU that starts its kernels."""
+
+GPU_CONTEXT_BYTES = 800 << 20
+"""What CUDA's context and torch's kernels and workspaces take of a GPU for each process, before any tensor."""
+
+GPU_USED_SHARE = 0.9
+"""Share of a GPU's memory that is planned with: the allocator's blocks leave gaps."""
+
+
+def choose_gpu_share(device_bytes: float, busy: float, gpu_bytes: float) -> float:
+    """The share of a GPU that one process of a run needs: 1/n with n whole and at most ``SHARES_OF_A_GPU``.
+
+    Memory bounds n: n processes, each with its context, must fit at once, for one that is refused memory dies. So does
+    the time in which the GPU computes: kernels of several processes take turns, and runs that keep it busy for half of
+    their time or more gain nothing from company. What is idle between them is the start of kernels by the CPU, which
+    is most of a tiny model's time. What needs more than half of the GPU gets it whole.
+
+    Args:
+        device_bytes: planned bytes of the process on the GPU, without its context.
+        busy: share of the run's time in which the GPU computes, in (0, 1].
+        gpu_bytes: memory of the GPU.
+    """
+    by_memory = GPU_USED_SHARE * gpu_bytes // (device_bytes + GPU_CONTEXT_BYTES)
+    return 1.0 / max(1, min(SHARES_OF_A_GPU, int(by_memory), int(1.0 / busy)))
+
+
 def choose_precision(shape: Shape, device: Device) -> Precision:
     """bf16 where matrices are wide enough to gain by it."""
     least_width = {"cpu": None, "cpu_bf16": 128, "cuda": 128}[device]

@@ -6,6 +6,7 @@ shares, what plan.json repeats or what a checkpoint refuses reads it from here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import SerializeAsAny
 from scaling_ray.execution import Device, Execution, choose_micro_batch, choose_precision
 from scaling_ray.recipe import OBJECTIVES
 from scaling_ray.sizes import Shape, parameters, parameters_without_embedding
-from scaling_ray.spec import Frozen, SweepSpec, TrainingRules, content_hash
+from scaling_ray.spec import Frozen, SweepSpec, TrainingRules, canonical_json, content_hash, text_hash
 
 NUMERICS_VERSION = 3
 """Raised by any change that moves a digit of a run; part of every run's identity."""
@@ -136,34 +137,26 @@ def runs_of(spec: SweepSpec, device: Device | None = None) -> list[RunSpec]:
     lr, grid = spec.lr, spec.grid
     if lr.compares:
         for size, genes in product(filter(lr.tunes, grid.sizes), grid.genes):
+            pattern = _Pattern(spec, device, "rate", size, genes)
             rate_runs[size, genes] = [
-                _run(spec, device, "rate", size, genes, lr.choose_cells, "all", lr.choose_seed, rate, [])
+                pattern.run(lr.choose_cells, "all", lr.choose_seed, rate)
                 for rate in lr.of(size, spec.shape(size).width)
             ]
     law_runs = []
-    for size, genes, cells, donors, seed in product(grid.sizes, grid.genes, grid.cells, grid.donors, grid.seeds):
+    for size, genes in product(grid.sizes, grid.genes):
+        rates: list[float | None] = [None]
         if lr.compares:
             tuned = lr.tune_size or size
+            factor = lr.transferred(spec.shape(size).width, spec.shape(tuned).width)
             candidates = [run.run_id for run in rate_runs[tuned, genes]]
-            law_run = _run(
-                spec,
-                device,
-                "law",
-                size,
-                genes,
-                cells,
-                donors,
-                seed,
-                None,
-                candidates,
-                lr.transferred(spec.shape(size).width, spec.shape(tuned).width),
-            )
-            law_runs.append(law_run)
+            pattern = _Pattern(spec, device, "law", size, genes, candidates, factor)
         else:
-            law_runs += [
-                _run(spec, device, "law", size, genes, cells, donors, seed, rate, [])
-                for rate in lr.of(size, spec.shape(size).width)
-            ]
+            rates = list(lr.of(size, spec.shape(size).width))
+            pattern = _Pattern(spec, device, "law", size, genes)
+        law_runs += [
+            pattern.run(cells, donors, seed, rate)
+            for cells, donors, seed, rate in product(grid.cells, grid.donors, grid.seeds, rates)
+        ]
     return [run for runs in rate_runs.values() for run in runs] + law_runs
 
 
@@ -191,41 +184,55 @@ def execution_of(spec: SweepSpec, size: str, genes: int, device: Device) -> Exec
     )
 
 
-def _run(
-    spec: SweepSpec,
-    device: Device,
-    role: Literal["law", "rate"],
-    size: str,
-    genes: int,
-    cells: int | Literal["all"],
-    donors: int | Literal["all"],
-    seed: int,
-    lr: float | None,
-    candidates: list[str],
-    factor: float = 1.0,
-) -> RunSpec:
-    shape = spec.shape(size)
-    unnamed = RunSpec(
-        run_id="",
-        role=role,
-        size=size,
-        width=shape.width,
-        layers=shape.layers,
-        heads=shape.heads,
-        feedforward=shape.feedforward,
-        genes=genes,
-        cells=None if cells == "all" else cells,
-        donors=None if donors == "all" else donors,
-        seed=seed,
-        lr=lr,
-        lr_candidates=candidates,
-        lr_factor=factor,
-        train=spec.train.rules(size, spec.lr.choose_fraction if role == "rate" else 1.0, branches=role == "law"),
-        execution=execution_of(spec, size, genes, device),
-    )
-    # The name of a size is its user's; the shape behind it is what the run is.
-    identity = {name: value for name, value in unnamed.identity.items() if name not in ("run_id", "size")}
-    digest = content_hash(identity | {"data": spec.data.rules})[:8]
-    rate = f"lr{lr:g}" if lr is not None else "lrbest"
-    from_few = f"-n{donors}" if donors != "all" else ""
-    return unnamed.model_copy(update={"run_id": f"{role}-{size}-v{genes}-d{cells}{from_few}-s{seed}-{rate}-{digest}"})
+class _Pattern:
+    """Runs of one role, size and panel: what they share is made, checked and written out once, a grid has thousands."""
+
+    def __init__(
+        self,
+        spec: SweepSpec,
+        device: Device,
+        role: Literal["law", "rate"],
+        size: str,
+        genes: int,
+        candidates: Sequence[str] = (),
+        factor: float = 1.0,
+    ) -> None:
+        shape = spec.shape(size)
+        self._unnamed = RunSpec(
+            run_id="",
+            role=role,
+            size=size,
+            width=shape.width,
+            layers=shape.layers,
+            heads=shape.heads,
+            feedforward=shape.feedforward,
+            genes=genes,
+            cells=None,
+            donors=None,
+            seed=0,
+            lr=None,
+            lr_candidates=list(candidates),
+            lr_factor=factor,
+            train=spec.train.rules(size, spec.lr.choose_fraction if role == "rate" else 1.0, branches=role == "law"),
+            execution=execution_of(spec, size, genes, device),
+        )
+        # The name of a size is its user's; the shape behind it is what the run is.
+        identity = {name: value for name, value in self._unnamed.identity.items() if name not in ("run_id", "size")}
+        shared = identity | {"data": spec.data.rules}
+        self._written = {name: canonical_json(value) for name, value in sorted(shared.items())}
+
+    def run(self, cells: int | Literal["all"], donors: int | Literal["all"], seed: int, lr: float | None) -> RunSpec:
+        """One run; its id ends in the hash of its identity and the data's rules."""
+        own: dict[str, Any] = {
+            "cells": None if cells == "all" else cells,
+            "donors": None if donors == "all" else donors,
+            "seed": seed,
+            "lr": lr,
+        }
+        written = self._written | {name: canonical_json(value) for name, value in own.items()}
+        digest = text_hash("{" + ",".join(f'"{name}":{value}' for name, value in written.items()) + "}")[:8]
+        like = self._unnamed
+        rate = f"lr{lr:g}" if lr is not None else "lrbest"
+        from_few = f"-n{donors}" if donors != "all" else ""
+        run_id = f"{like.role}-{like.size}-v{like.genes}-d{cells}{from_few}-s{seed}-{rate}-{digest}"
+        return like.model_copy(update=own | {"run_id": run_id})

@@ -88,3 +88,45 @@ def training_bytes(shape: Shape, genes: int, micro_batch: int) -> int:
     d, r = shape.width, shape.feedforward
     activations = 4 * micro_batch * genes * shape.layers * ((10 + 2 * r) * d + shape.heads)
     return 16 * parameters(shape, genes) + activations
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that one process of a run needs: on the device it trains on, and beside that in the machine's memory."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+def training_memory(
+    shape: Shape,
+    genes: int,
+    micro_batch: int,
+    *,
+    members: int = 1,
+    workers: int = 1,
+    zero_stage: int = 0,
+    offload_optimizer: bool = False,
+    deepspeed: bool = False,
+    dropout: float = 0.0,
+    on_cpu: bool = False,
+    outputs_per_gene: int = 1,
+) -> TrainingMemory:
+    """Memory of one process by engine: weights, gradients, AdamW's moments, activations.
+
+    A stack of ``members`` holds each of them. A DDP worker holds everything whole. DeepSpeed keeps a master copy of the
+    weights in fp32 beside the moments; ZeRO shares both among ``workers`` (stage 1), gradients too (2) and weights (3),
+    and ``offload_optimizer`` keeps master and moments in the machine's memory. Dropout on a CPU keeps attention
+    matrices (fp32, and a byte for what was kept), which fused attention does not.
+    """
+    count = members * parameters(shape, genes, outputs_per_gene)
+    weights, gradients = 4 * count, 4 * count
+    optimizer = (12 if deepspeed else 8) * count
+    weights //= workers if zero_stage >= 3 else 1
+    gradients //= workers if zero_stage >= 2 else 1
+    optimizer //= workers if zero_stage >= 1 else 1
+    activations = members * (training_bytes(shape, genes, micro_batch) - 16 * parameters(shape, genes))
+    if dropout > 0 and on_cpu:
+        activations += 5 * members * micro_batch * shape.layers * shape.heads * genes * genes
+    host = optimizer if offload_optimizer else 0
+    return TrainingMemory(weights + gradients + (0 if offload_optimizer else optimizer) + activations, host)

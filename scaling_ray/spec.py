@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import tomllib
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -314,6 +315,7 @@ class ResourceSpec(Frozen):
 
     ``offload_optimizer`` keeps what ZeRO shares out of the optimizer in the memory of the machine, not of its GPUs.
     ``task_memory_gib`` bounds one task of a conversion; training cells of more than ``resident_gib`` are streamed.
+    ``gflops_per_cpu`` is what one CPU reaches in large matrix products of fp32, for planned hours (by device if None).
     ``device`` is what runs train on ("auto": what this machine has); ``stack`` how many tiny models of one size train
     as one at most; ``compile`` puts torch.compile before a GPU's runs; ``disk_gib`` is what a sweep may take.
     """
@@ -324,7 +326,7 @@ class ResourceSpec(Frozen):
     zero_stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 1
     offload_optimizer: bool = False
     max_failures: Annotated[int, Field(ge=0, strict=True)] = 2
-    gflops_per_cpu: Annotated[float, Field(gt=0)] = 30.0
+    gflops_per_cpu: Annotated[float, Field(gt=0)] | None = None
     task_memory_gib: Annotated[float, Field(ge=0.75)] = 1.5
     resident_gib: Annotated[float, Field(gt=0)] = 0.5
     device: Device | Literal["auto"] = "auto"
@@ -362,6 +364,55 @@ class BudgetSpec(Frozen):
         return any(getattr(self, name) is not None for name in BudgetSpec.model_fields)
 
 
+class NodePrice(Frozen):
+    """A kind of node that can be rented, and its price an hour: on demand, and spot where it has such a price.
+
+    ``gpu`` names the kind of its GPUs; ``max_nodes`` is how many there can be, as many as wanted where it is left out.
+    """
+
+    cpus: PositiveInt
+    memory_gib: Annotated[float, Field(gt=0)]
+    gpus: Annotated[int, Field(ge=0, strict=True)] = 0
+    gpu: str | None = None
+    per_hour: Annotated[float, Field(gt=0)]
+    spot_per_hour: Annotated[float, Field(gt=0)] | None = None
+    max_nodes: PositiveInt | None = None
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What a node of the kind offers, in Ray's names."""
+        return {"CPU": float(self.cpus)} | ({"GPU": float(self.gpus)} if self.gpus else {})
+
+    @property
+    def lowest_per_hour(self) -> float:
+        """The spot price where there is one, else that on demand."""
+        return self.per_hour if self.spot_per_hour is None else self.spot_per_hour
+
+
+class PricesSpec(Frozen):
+    """Prices of kinds of nodes, of the day ``as_of``. Never part of a run's identity."""
+
+    as_of: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    nodes: Annotated[dict[str, NodePrice], Field(min_length=1)]
+
+    @field_validator("as_of")
+    @classmethod
+    def _is_a_day(cls, value: str) -> str:
+        try:
+            date.fromisoformat(value)
+        except ValueError as error:
+            raise ValueError("is no day; write it as YYYY-MM-DD") from error
+        return value
+
+    @model_validator(mode="after")
+    def _gpus_agree(self) -> PricesSpec:
+        for name, node in self.nodes.items():
+            if node.gpu is not None and not node.gpus:
+                raise BadInput(f"prices.nodes.{name}.gpu", node.gpu, "names a GPU of a node without; give gpus = 1")
+        return self
+
+
 class SweepSpec(Frozen):
     """A whole sweep."""
 
@@ -373,6 +424,7 @@ class SweepSpec(Frozen):
     lr: LearningRateSpec
     resources: ResourceSpec = ResourceSpec()
     budget: BudgetSpec = BudgetSpec()
+    prices: PricesSpec | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepSpec:
@@ -439,9 +491,19 @@ class SweepSpec(Frozen):
         return LADDER[size]
 
 
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and without spaces: equal values give equal texts."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def text_hash(text: str) -> str:
+    """sha256 of a text, as hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def content_hash(value: Any) -> str:
-    """sha256 of ``value`` as canonical JSON (sorted keys, no spaces)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """sha256 of ``value`` as canonical JSON."""
+    return text_hash(canonical_json(value))
 
 
 def parse_spec(text: str, source: str = "spec") -> SweepSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -117,10 +118,22 @@ def shards_verify(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Say what a sweep will do and cost."""
     from scaling_ray.execution import device_here
-    from scaling_ray.sweep.plan import format_plan, make_plan, read_rates
+    from scaling_ray.spec import BudgetSpec
+    from scaling_ray.sweep.capacity import Capacity
+    from scaling_ray.sweep.cost import read_rates
+    from scaling_ray.sweep.plan import make_plan
+    from scaling_ray.sweep.plan_text import format_plan
 
-    spec, rates = _spec_of(options), read_rates(options.rates) if options.rates else None
-    plan, _ = make_plan(spec, device_here() if spec.resources.device == "auto" else None, rates=rates)
+    spec, rates = _spec_of(options), read_rates(options.rates)
+    limits = {name: getattr(options, name) for name in BudgetSpec.model_fields if getattr(options, name) is not None}
+    for name, value in limits.items():
+        if not value > 0:
+            raise BadInput(f"--{name.replace('_', '-')}", value, "must be more than 0")
+    spec = spec.model_copy(update={"budget": spec.budget.model_copy(update=limits)})
+    known = {} if spec.prices is None else {name: node.resources for name, node in spec.prices.nodes.items()}
+    capacity = Capacity.of_file(options.cluster, known) if options.cluster is not None else None
+    device = device_here() if spec.resources.device == "auto" else None
+    plan, _ = make_plan(spec, device, rates=rates, capacity=capacity)
     print(json.dumps(plan, indent=1) if options.json else format_plan(plan))
     return 0
 
@@ -344,15 +357,18 @@ def bench_train(options: argparse.Namespace) -> int:
 
 def _bench_spec(spec: SweepSpec, options: argparse.Namespace) -> int:
     """Measure every kind of run of a spec, as it would be carried out, for ``plan --rates``."""
-    from scaling_ray.execution import device_here
+    from scaling_ray.execution import cpu_named_here, device_here, gpu_here
     from scaling_ray.storage import output_directory, write_json
-    from scaling_ray.sweep.plan import make_plan, rate_name
+    from scaling_ray.sweep.cost import rate_name
+    from scaling_ray.sweep.plan import make_plan
     from scaling_ray.train.bench import bench_run
 
     if options.out is None:
         raise BadInput("--out", None, "name the JSON file for the measured rates")
     output_directory(options.out.parent)
     _, runs = make_plan(spec, device_here() if spec.resources.device == "auto" else None)
+    on_gpu = runs[0].execution.device == "cuda"
+    machine = {"cpu": cpu_named_here(), "cores": os.cpu_count(), "gpu": gpu_here() if on_gpu else None}
     rates: dict[str, float] = {}
     for run in runs:
         name = rate_name(run, run.execution.stack)
@@ -360,7 +376,7 @@ def _bench_spec(spec: SweepSpec, options: argparse.Namespace) -> int:
             found = bench_run(run, options.seconds, run.execution.stack)
             rates[name] = found["cells_per_second"]
             say(_bench_line(found))
-            write_json(options.out, {"version": 1, "cells_per_second": rates})
+            write_json(options.out, {"version": 2, "machine": machine, "cells_per_second": rates})
     print(options.out)
     return 0
 

@@ -30,7 +30,10 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "sizes.py": ("torch", "ray"),
     "recipe.py": ("torch", "ray"),
     "execution.py": ("torch", "ray"),
-    "sweep/plan.py": ("ray",),
+    **{
+        f"sweep/{name}.py": ("torch", "ray")
+        for name in ("plan", "plan_text", "budget_plan", "capacity", "cost", "makespan", "offers", "speed", "stacks")
+    },
     "shards/format.py": ("torch", "ray"),
     "shards/order.py": ("torch", "ray"),
     "shards/read.py": ("ray",),

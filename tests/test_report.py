@@ -490,11 +490,23 @@ def test_the_plan_stands_against_what_was_done(tmp_path: Path) -> None:
     settings = [{"run_id": one.run_id, "flops": 2 * known(one.flops), **planned} for one in rows]
     (sweep / "plan.json").write_text(sealed_json({"version": 3, "settings": settings}))
     report = json.loads((build(sweep, tmp_path / "r").parent / "report.json").read_text())
-    law, rate = report["plan_against_actual"]
-    assert (law["runs"], rate["runs"]) == (1, 3)
+    law, rate, whole = report["plan_against_actual"]
+    assert (law["runs"], rate["runs"], whole["runs"]) == (1, 3, 4)
+    assert whole["planned_hours"] == pytest.approx(0.04) and whole["planned_hours_low"] is None
+    assert whole["actual_hours"] == pytest.approx(law["actual_hours"] + rate["actual_hours"])
     assert law["actual_hours"] == pytest.approx(12.5 / 3600) and law["flops_ratio"] == pytest.approx(0.5)
     assert rate["actual_hours"] == pytest.approx(12.5 / 3600), "three that trained as one took the time once"
     assert report["completeness"][0]["rows"][0]["settings"] == [{"done": 1, "planned": 2, "failed": 0}]
+    (setting,) = report["plan_by_setting"]
+    assert (setting["size"], setting["cells"], setting["runs"]) == ("TINY", 500, 1)
+    write_rows(sweep, [replace(one, max_cells_seen=4 * (one.cells_seen or 0)) for one in rows])
+    wide = [one | {"hours_low": 0.005, "hours_high": 0.02} for one in settings]
+    (sweep / "plan.json").write_text(sealed_json({"version": 4, "settings": wide}))
+    page = build(sweep, tmp_path / "r")
+    (setting,) = json.loads((page.parent / "report.json").read_text())["plan_by_setting"]
+    assert setting["hours_ratio_by_cells"] == pytest.approx(4 * setting["hours_ratio"]), "a quarter of its budget"
+    assert (setting["planned_hours_low"], setting["planned_hours_high"]) == (0.005, 0.02)
+    assert "0.00500 to 0.0200" in text_of(page)
     (sweep / "plan.json").write_text(sealed_json({"version": 2, "cells": settings}))
     with pytest.raises(BadInput, match="plan.json"):
         build(sweep, tmp_path / "r")

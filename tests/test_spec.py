@@ -41,6 +41,20 @@ cpus = 2
 """
 
 
+PRICES = """
+[prices]
+as_of = "2026-11-01"
+[prices.nodes.gpu_spot]
+cpus = 8
+gpus = 1
+gpu = "L4"
+memory_gib = 32
+per_hour = 0.98
+spot_per_hour = 0.4
+max_nodes = 8
+"""
+
+
 def changed(*pairs: tuple[str, str]) -> str:
     text = BASE
     for old, new in pairs:
@@ -215,6 +229,7 @@ def test_run_ids_are_the_golden_ones() -> None:
         ("[train]", "[train]\ndropout = 0.0"),
         ("default = 3200", "default = 3200, XL = 10"),
         ("[data]", '[data]\ntitle = "Bone marrow"\nsource = "GEO"'),
+        ("[resources]", f"[budget]\nmax_cost = 10.0\nmax_gpu_hours = 1.5\n{PRICES}\n[resources]"),
     ],
     ids=[
         "name",
@@ -225,6 +240,7 @@ def test_run_ids_are_the_golden_ones() -> None:
         "a default written out",
         "budget of a size not in the grid",
         "what reports call the data",
+        "budget and prices",
     ],
 )
 def test_run_ids_do_not_depend_on(pair: tuple[str, str]) -> None:
@@ -311,3 +327,29 @@ def test_specs_are_frozen_and_closed() -> None:
         spec.name = "other"
     again = SweepSpec.model_validate_json(spec.model_dump_json())
     assert again == spec
+
+
+def test_budget_and_prices_are_read() -> None:
+    spec = parse_spec(BASE + "[budget]\nmax_cost = 25\nmax_wall_hours = 8.5\n" + PRICES)
+    assert (spec.budget.max_cost, spec.budget.max_wall_hours, spec.budget.max_gpu_hours) == (25, 8.5, None)
+    assert spec.budget.is_limited and not parse_spec(BASE).budget.is_limited
+    assert spec.prices is not None and parse_spec(BASE).prices is None
+    node = spec.prices.nodes["gpu_spot"]
+    assert (spec.prices.currency, node.gpus, node.lowest_per_hour, node.max_nodes) == ("USD", 1, 0.4, 8)
+    assert node.model_copy(update={"spot_per_hour": None}).lowest_per_hour == 0.98
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[budget]\nmax_gpu_hours = 0\n", r"budget.max_gpu_hours: 0"),
+        (PRICES.replace("2026-11-01", "2026-13-01"), r"prices.as_of: '2026-13-01': is no day; write it as YYYY-MM-DD"),
+        (PRICES.replace("2026-11-01", "last week"), r"prices.as_of: 'last week'"),
+        (PRICES.replace("gpus = 1", "gpus = 0"), r"prices.nodes.gpu_spot.gpu: 'L4': names a GPU of a node without"),
+        (PRICES.replace("per_hour = 0.98", "per_hour = -1"), r"prices.nodes.gpu_spot.per_hour: -1"),
+        (PRICES.split("[prices.nodes")[0], r"prices.nodes: None: is missing"),
+    ],
+)
+def test_budgets_and_prices_that_are_none_are_refused(text: str, complaint: str) -> None:
+    with pytest.raises(BadInput, match=complaint):
+        parse_spec(BASE + text)

@@ -90,7 +90,8 @@ def test_an_annotated_spec_is_the_example_with_every_key_in_it(name: str) -> Non
     example = load_spec(example_path(name if name in EXAMPLE_NAMES else "cells"))
     assert parse_spec(text) == example.model_copy(update={"name": name})
     for table, keys in ABOUT_KEYS.items():
-        lines = text.split(f"\n[{table}]\n")[1].split("\n[")[0].splitlines()
+        # the prices to fill in stand behind the last table, indented
+        lines = text.split(f"\n[{table}]\n")[1].split("\n[")[0].split("\n#    [prices]")[0].splitlines()
         stated = [line.removeprefix("# ").split(" = ")[0] for line in lines if " = " in line]
         assert stated == list(keys)
     assert max(len(line) for line in text.splitlines()) <= 140
@@ -105,6 +106,13 @@ def test_a_commented_line_shows_the_default() -> None:
         table = re.findall(r"^\[(\w+)\]$", text[: place.start()], re.MULTILINE)[-1]
         changed = parse_spec(text[: place.start()] + text[place.start() + 2 :])
         assert (changed != plain) == (f"{table}.{place[1]}" in EXAMPLES), place[0]
+
+
+def test_the_commented_prices_are_a_table_to_fill_in() -> None:
+    text = annotated_spec("demo")
+    priced = parse_spec(re.sub(r"^#    ", "", text, flags=re.MULTILINE))
+    assert priced.prices is not None and set(priced.prices.nodes) == {"cpu_spot", "gpu_spot"}
+    assert priced.model_copy(update={"prices": None}) == parse_spec(text)
 
 
 def test_a_spec_is_a_file_or_else_an_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def test_a_spec_that_names_its_device_asks_nobody() -> None:
     spec = parse_spec(TINY_SWEEP + '[resources]\ndevice = "cuda"\n')
     assert choose_device(spec, Capacity.local(2)) == "cuda", "no cluster is connected, and none is needed"
     plan, runs = make_plan(spec)
-    assert plan["device"] == "cuda" and {run.execution.gpus for run in runs} == {1.0}
+    assert plan["device"] == "cuda" and {run.execution.gpus for run in runs} == {1 / 8}, "tiny runs share a GPU"
 
 
 def test_identities_are_those_of_any_device() -> None:

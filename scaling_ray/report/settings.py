@@ -1,14 +1,13 @@
-"""The grid as a report shows it: settings over seeds, done of planned, rates, protocol, plan and actual."""
+"""The grid as a report shows it: settings over seeds, done of planned, rates, protocol."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scaling_ray.laws import units
 from scaling_ray.laws.points import is_anchor
-from scaling_ray.report.sweep import Planned
 from scaling_ray.results.columns import Row
 from scaling_ray.spec import SweepSpec
 
@@ -138,39 +137,6 @@ def completeness(grid: Sequence[Row]) -> list[dict[str, Any]]:
             rows.append({"size": size, "params": params, "settings": line})
         found.append({"genes": genes, "cells": [cells or None for cells in columns], "rows": rows})
     return found
-
-
-def plan_against_actual(rows: Sequence[Row], planned: Mapping[str, Planned]) -> list[dict[str, Any]]:
-    """Per size and role: hours and FLOPs that the plan gave its finished runs, and what they took; empty without plan.
-
-    A run in a stack took its part of the stack's time; early stopping leaves a part of the planned budget unused.
-    """
-    table = []
-    for params, size, role in sorted({(r.params, r.size, r.role) for r in rows}):
-        here = [r for r in rows if (r.params, r.size, r.role) == (params, size, role)]
-        done = [r for r in here if r.status == "done" and r.run_id in planned]
-        if not done:
-            continue
-        plans = [planned[r.run_id] for r in done]
-        hours, flops = sum(plan.hours * plan.workers for plan in plans), sum(plan.flops for plan in plans)
-        took = sum((r.wall_seconds or 0.0) * (r.workers or 1) / (r.stacked or 1) for r in done) / 3600
-        spent = sum(r.flops or 0.0 for r in done)
-        table.append(
-            {
-                "size": size,
-                "params": params,
-                "role": role,
-                "runs": len(done),
-                "planned_hours": hours,
-                "actual_hours": took,
-                "hours_ratio": took / hours if hours else None,
-                "hours_from": sorted({plan.hours_from for plan in plans}),
-                "planned_flops": flops,
-                "actual_flops": spent,
-                "flops_ratio": spent / flops if flops else None,
-            }
-        )
-    return table
 
 
 def _known(values: Iterable[float | None]) -> list[float]:

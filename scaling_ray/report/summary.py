@@ -11,6 +11,7 @@ from scaling_ray.laws import units
 from scaling_ray.report import settings
 from scaling_ray.report.checklist import SOURCE, checklist
 from scaling_ray.report.data_card import data_card, provenance
+from scaling_ray.report.planned import plan_by_setting, plan_by_size
 from scaling_ray.report.sweep import Sweep
 from scaling_ray.report.whereabouts import where_the_loss_sits
 from scaling_ray.results.columns import Row
@@ -80,7 +81,8 @@ def summarise(sweep: Sweep, fits: Mapping[int, dict[str, Any]]) -> dict[str, Any
     report |= {
         "settings": settings.gather_settings(grid),
         "completeness": settings.completeness(grid),
-        "plan_against_actual": settings.plan_against_actual(sweep.rows, sweep.planned),
+        "plan_against_actual": plan_by_size(sweep.rows, sweep.planned),
+        "plan_by_setting": plan_by_setting(sweep.rows, sweep.planned),
         "learning_rates": settings.learning_rates(sweep.rows),
         "protocol": settings.protocol(grid, sweep.spec),
         "needs": [*head["settles"], *settings.unfinished(grid)],

@@ -27,12 +27,14 @@ class Evaluation(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """The entry of one run in plan.json."""
+    """The entry of one run in plan.json; plans of version 3 have no interval."""
 
     hours: float
     hours_from: str
     flops: float
     workers: int
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _planned(plan: Mapping[str, Any]) -> dict[str, Planned]:
                 str(setting["hours_from"]),
                 float(setting["flops"]),
                 int(setting["execution"]["workers"]),
+                *(float(setting[name]) if name in setting else None for name in ("hours_low", "hours_high")),
             )
             for setting in plan["settings"]
         }

@@ -7,7 +7,16 @@ import re
 import tomllib
 from typing import Any
 
-from scaling_ray.spec import DataSpec, Frozen, GridSpec, LearningRateSpec, ResourceSpec, TrainSpec, parse_spec
+from scaling_ray.spec import (
+    BudgetSpec,
+    DataSpec,
+    Frozen,
+    GridSpec,
+    LearningRateSpec,
+    ResourceSpec,
+    TrainSpec,
+    parse_spec,
+)
 from scaling_ray.specs import example_names, example_path
 
 STARTER = "cells"
@@ -22,6 +31,7 @@ TABLES: dict[str, type[Frozen]] = {
     "train": TrainSpec,
     "lr": LearningRateSpec,
     "resources": ResourceSpec,
+    "budget": BudgetSpec,
 }
 
 ABOUT_TABLES = {
@@ -30,6 +40,7 @@ ABOUT_TABLES = {
     "train": "How every run trains.",
     "lr": "Learning rates.",
     "resources": "What runs may use. No part of what a run is: ids stay the same.",
+    "budget": "Where the whole sweep stops, at a checkpoint; raise a limit and the same command goes on.",
 }
 
 ABOUT_KEYS: dict[str, dict[str, str]] = {
@@ -103,13 +114,19 @@ ABOUT_KEYS: dict[str, dict[str, str]] = {
         "zero_stage": "what DeepSpeed shares out: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights",
         "offload_optimizer": "keep the shared optimizer in the memory of the machine, not of its GPUs",
         "max_failures": "times that a run whose process died is tried again",
-        "gflops_per_cpu": "GFLOP/s of a CPU that `plan` assumes for its hours",
+        "gflops_per_cpu": "GFLOP/s of one CPU in large matrix products, for planned hours; by device if left out",
         "task_memory_gib": "GiB that one task of a conversion may take",
         "resident_gib": "GiB of training cells held in memory; more are streamed",
         "device": 'cpu, cpu_bf16, cuda, or "auto": what the machine has',
         "stack": 'tiny models of one size trained as one, at most; "auto" where it pays',
         "compile": "torch.compile on GPUs",
         "disk_gib": "GiB that a sweep may take; no limit if left out",
+    },
+    "budget": {
+        "max_gpu_hours": "whole GPUs times hours; no limit if left out",
+        "max_cpu_hours": "CPUs times hours; no limit if left out",
+        "max_cost": "money by [prices], in their currency; no limit if left out",
+        "max_wall_hours": "hours since the sweep's first start; no limit if left out",
     },
 }
 """Table -> key -> what it is, with its unit."""
@@ -125,7 +142,12 @@ EXAMPLES: dict[str, Any] = {
     "lr.tune_size": "TINY",
     "lr.check_size": "S",
     "resources.workers": {"L": 4},
+    "resources.gflops_per_cpu": 50.0,
     "resources.disk_gib": 100.0,
+    "budget.max_gpu_hours": 100.0,
+    "budget.max_cpu_hours": 1000.0,
+    "budget.max_cost": 50.0,
+    "budget.max_wall_hours": 12.0,
 }
 """What a commented line shows for a key that is empty by default."""
 
@@ -145,6 +167,7 @@ def annotated_spec(name: str) -> str:
         if table == "train":
             lines += _sizes(given.get("sizes", {}))
         lines += ["", f"# {ABOUT_TABLES[table]}", f"[{table}]", *_table(table, model, given.get(table, {}))]
+    lines += _prices(given.get("prices"))
     text = "\n".join(lines) + "\n"
     parse_spec(text)
     return text
@@ -155,6 +178,36 @@ def _sizes(sizes: dict[str, dict[str, int]]) -> list[str]:
     lines = ["", "# Sizes of your own: width (a multiple of heads), layers, heads, feedforward (a multiple of width)."]
     lines += ["[sizes]"]
     return lines + [f"{_key(name)} = {_value(shape)}" for name, shape in sizes.items()]
+
+
+PRICES: dict[str, Any] = {
+    "as_of": "2026-11-01",
+    "currency": "USD",
+    "nodes": {
+        "cpu_spot": {"cpus": 16, "memory_gib": 32.0, "per_hour": 0.80, "spot_per_hour": 0.35, "max_nodes": 16},
+        "gpu_spot": {"cpus": 8, "gpus": 1, "gpu": "L4", "memory_gib": 32.0, "per_hour": 1.00, "spot_per_hour": 0.45},
+    },
+}
+"""The table of prices that a spec without one shows: made-up figures of the right size."""
+
+
+def _prices(given: dict[str, Any] | None) -> list[str]:
+    """The table of prices; one to fill in, every line of it a comment, where the spec has none."""
+    told = given if given is not None else PRICES
+    lines = [
+        "[prices]",
+        *(f"{key} = {_value(value)}" for key, value in told.items() if key != "nodes"),
+        "[prices.nodes]",
+    ]
+    lines += [f"{_key(name)} = {_value(node)}" for name, node in told["nodes"].items()]
+    about = ["", "# Prices an hour of kinds of nodes, of a day, for what `plan` says of money."]
+    if given is not None:
+        return [*about, *lines]
+    return [
+        *about,
+        "# Remove the # and spaces of every line below, and fill in your own.",
+        *("#    " + x for x in lines),
+    ]
 
 
 def _table(table: str, model: type[Frozen], given: dict[str, Any]) -> list[str]:
