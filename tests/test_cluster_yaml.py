@@ -5,14 +5,21 @@ Offline by construction: only schema files inside the installed packages are rea
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import re
+import shutil
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import botocore.session
+import psutil
 import pytest
 import yaml
 from botocore.validate import ParamValidator
@@ -120,24 +127,35 @@ def test_the_node_check_can_fail(
     assert complaint in " ".join(run_instances_errors(node_config, ec2_model))
 
 
-def test_workers_are_spot_and_come_from_zero(config: dict[str, Any]) -> None:
+def test_workers_come_from_zero_and_all_but_the_multi_gpu_ones_are_spot(config: dict[str, Any]) -> None:
     kinds = workers(config)
     for name, node in kinds.items():
         assert node["min_workers"] == 0, name
         assert node["max_workers"] > 0, name
-        market = node["node_config"]["InstanceMarketOptions"]
-        assert market["MarketType"] == "spot", name
-        assert market["SpotOptions"]["InstanceInterruptionBehavior"] == "terminate", name
-    families = {name: node["node_config"]["InstanceType"][0] for name, node in kinds.items()}
-    assert {"g", "p"} & set(families.values()), "no GPU worker"
-    assert {"c", "m", "r"} & set(families.values()), "no CPU worker"
+        market = node["node_config"].get("InstanceMarketOptions")
+        # A group over the GPUs of one machine is worth more than the discount.
+        assert (market is None) == (node["resources"].get("GPU", 0) > 1), name
+        if market is not None:
+            assert market["MarketType"] == "spot", name
+            assert market["SpotOptions"]["InstanceInterruptionBehavior"] == "terminate", name
     assert config["max_workers"] <= sum(node["max_workers"] for node in kinds.values())
     assert 0 < config["idle_timeout_minutes"] <= 30
+
+
+def test_every_shape_has_a_second_type_and_a_second_zone(config: dict[str, Any]) -> None:
+    shapes: dict[tuple[float, float], set[str]] = {}
+    for node in workers(config).values():
+        shape = (node["resources"]["CPU"], node["resources"].get("GPU", 0))
+        shapes.setdefault(shape, set()).add(node["node_config"]["InstanceType"])
+        assert len(set(node["node_config"]["SubnetIds"])) >= 2
+    assert {gpus for _, gpus in shapes} == {0, 1, 4}
+    assert all(len(types) >= 2 for types in shapes.values()), shapes
 
 
 def test_the_head_is_on_demand_and_only_drives(config: dict[str, Any]) -> None:
     head = config["available_node_types"][config["head_node_type"]]
     assert "InstanceMarketOptions" not in head["node_config"]
+    assert head["node_config"]["InstanceType"][0] not in {"g", "p"}
     assert head["max_workers"] == 0
     assert head["resources"]["CPU"] == 0
     assert type(head["resources"]["trial_driver"]) is int and head["resources"]["trial_driver"] >= 1
@@ -154,6 +172,7 @@ def test_nothing_is_open(config: dict[str, Any]) -> None:
         for key in ("SecurityGroupIds", "SubnetIds", "ImageId", "IamInstanceProfile", "KeyName"):
             assert node_config.get(key), f"{name} leaves {key} to a default"
         assert node_config["MetadataOptions"]["HttpTokens"] == "required", name
+        assert node_config["MetadataOptions"]["HttpPutResponseHopLimit"] == 1, name
         assert all(disk["Ebs"]["Encrypted"] for disk in node_config["BlockDeviceMappings"]), name
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
 
@@ -184,6 +203,78 @@ def test_nodes_install_the_committed_constraints(config: dict[str, Any]) -> None
     (remote,) = [remote for remote, local in config["file_mounts"].items() if local == "constraints.txt"]
     assert (CLUSTER_YAML.parent / "constraints.txt").is_file()
     assert any(f"pip install -r ~/{Path(remote).name}" in command for command in config["setup_commands"])
+
+
+def test_files_that_are_copied_to_the_nodes_are_there(config: dict[str, Any]) -> None:
+    for local in config["file_mounts"].values():
+        assert local.startswith("~/.ray/") or (CLUSTER_YAML.parent / local).exists(), local
+
+
+def test_nodes_install_the_package_they_were_given(config: dict[str, Any], tmp_path: Path) -> None:
+    """The copied files suffice for pip to build the package, and its command line is there."""
+    home = f"/home/{config['auth']['ssh_user']}/scaling-ray/"
+    for remote, local in config["file_mounts"].items():
+        if remote.startswith(home):
+            source, target = CLUSTER_YAML.parent / local, tmp_path / "source" / remote.removeprefix(home)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy_of = shutil.copytree if source.is_dir() else shutil.copyfile
+            copy_of(source, target)  # type: ignore[operator]
+    assert any(
+        command.endswith("/pip install --no-deps --no-build-isolation ~/scaling-ray")
+        for command in config["setup_commands"]
+    )
+    install = ["install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", *install, "--target", tmp_path / "there", tmp_path / "source"],
+        check=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert (tmp_path / "there" / "bin" / "scaling-ray").is_file()
+    assert (tmp_path / "there" / "scaling_ray" / "report" / "template.html").is_file()
+
+
+def as_rays_shell(command: str, home: Path) -> None:
+    """Run a command as Ray does on a node: in an interactive login shell that ends at once."""
+    wrapped = f"true && source ~/.bashrc && (export RAY_HEAD_IP=10.0.0.1; {command})"
+    subprocess.run(
+        ["bash", "--login", "-c", "-i", wrapped],
+        env={"HOME": str(home), "PATH": os.environ["PATH"]},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        timeout=30,
+        check=True,
+    )
+
+
+def test_the_watcher_outlives_the_shell_that_starts_it_and_replaces_an_earlier_one(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / ".bashrc").touch()
+    program = tmp_path / "scaling-ray-env" / "bin" / "scaling-ray"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "$1 as $RAY_AUTH_MODE"\nexec sleep 60\n')
+    program.chmod(0o755)
+    (watch,) = [command for command in config["worker_start_ray_commands"] if "node-watch" in command]
+    assert not any("node-watch" in command for command in config["head_start_ray_commands"])
+    watchers = []
+    try:
+        for _ in range(2):
+            as_rays_shell(watch, tmp_path)
+            watchers.append(psutil.Process(int((tmp_path / "node-watch.pid").read_text())))
+        first, second = watchers
+        psutil.wait_procs([first], timeout=10)
+        assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
+        deadline = time.monotonic() + 10
+        while second.name() != "sleep" and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert second.name() == "sleep"
+        assert (tmp_path / "node-watch.log").read_text().splitlines() == ["node-watch as token"] * 2
+    finally:
+        for watcher in watchers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                watcher.kill()
 
 
 def test_every_placeholder_is_explained_and_used() -> None:
