@@ -1,4 +1,4 @@
-"""cluster.yaml through Ray's own launcher, against moto's EC2: what instances it makes, and what it makes beside them."""
+"""cluster.yaml through Ray's own launcher, against moto's EC2: what it starts, and what it makes beside that."""
 
 from __future__ import annotations
 
@@ -188,9 +188,7 @@ def test_nothing_is_made_beside_the_instances(launched: Launched, account: dict[
     assert launched.before.groups == {account["REPLACE_SECURITY_GROUP"]: "[]"}
 
 
-def test_a_type_without_our_group_would_get_rays_open_one(
-    written: dict[str, Any], ec2: Any, launched: Launched
-) -> None:
+def test_without_our_group_a_node_gets_rays_open_one(written: dict[str, Any], ec2: Any, launched: Launched) -> None:
     """What the file is written against; and the check above can fail."""
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler._private.util import prepare_config

@@ -52,7 +52,7 @@ cpus = 1
 """
 
 LONG_SPEC = TINY_SPEC.replace('"XXS", ', "").replace(
-    "max_cells_seen = 640\nevaluations = 4", "max_cells_seen = 400_000\nevaluations = 50\npatience_evaluations = 0"
+    "max_cells_seen = 640\nevaluations = 4", "max_cells_seen = 150_000\nevaluations = 50\npatience_evaluations = 0"
 )
 """Long enough to be stopped on the way, on any machine."""
 
@@ -146,7 +146,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     token_path.touch(mode=0o600)
     token_path.write_text(token)
     # A unix socket's path may have 107 bytes, and pytest's own folders eat most of them. Each node has a folder and an
-    # address of its own, as two machines do: a node puts a job's package into its folder anew, in place of what is there.
+    # address of its own, as two machines do: a node puts a job's package into its folder in place of what is there.
     temp_dirs = [Path(tempfile.mkdtemp(prefix="sr", dir="/tmp")) for _ in range(2)]
     port, dashboard, client = free_ports(3)
     env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SCALING_RAY_"))}
@@ -367,7 +367,7 @@ def test_a_stopped_job_saves_leaves_its_exit_code_and_goes_on_when_submitted_aga
     assert records(out) == {"night-1": 75, "night-2": 0}
     with (out / "sweep" / "results.csv").open() as stream:
         (row,) = csv.DictReader(stream)
-    assert row["status"] == "done" and int(row["cells_seen"]) == 400_000
+    assert row["status"] == "done" and int(row["cells_seen"]) == 150_000
 
 
 @on_a_head
