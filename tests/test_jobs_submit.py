@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import S3Server
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -139,7 +140,7 @@ def stop(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[Head]:
     home = tmp_path_factory.mktemp("head")
     token = secrets.token_hex(32)
     token_path = home / "auth_token"
@@ -149,8 +150,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     # address of its own, as two machines do: a node puts a job's package into its folder in place of what is there.
     temp_dirs = [Path(tempfile.mkdtemp(prefix="sr", dir="/tmp")) for _ in range(2)]
     port, dashboard, client = free_ports(3)
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SCALING_RAY_"))}
-    env |= {
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SCALING_RAY_", "AWS_"))}
+    env |= s3_server.environment() | {
         # `python` of an entry point is the one on the head's PATH.
         "PATH": f"{BIN}:{env['PATH']}",
         "RAY_AUTH_MODE": "token",
@@ -368,6 +369,23 @@ def test_a_stopped_job_saves_leaves_its_exit_code_and_goes_on_when_submitted_aga
     with (out / "sweep" / "results.csv").open() as stream:
         (row,) = csv.DictReader(stream)
     assert row["status"] == "done" and int(row["cells_seen"]) == 150_000
+
+
+@on_a_head
+def test_a_submitted_sweep_leaves_everything_on_s3(head: Head, s3_server: S3Server, tmp_path: Path) -> None:
+    from scaling_ray.planted.plant import plant
+
+    spec = tmp_path / "tiny.toml"
+    spec.write_text(TINY_SPEC)
+    census = plant(tmp_path / "census", n_cells=600, n_genes=200)
+    done = head.submit(
+        *("python", "jobs/sweep.py", str(spec), "--census", str(census), "--out", "s3://shards/job/out"),
+        options=("--submission-id=on-s3",),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    objects = s3_server.objects("shards", "job/out/")
+    assert {"sweep/results.parquet", "report/report.html"} <= objects.keys()
+    assert json.loads(objects["jobs/on-s3.json"])["exit_code"] == 0
 
 
 @on_a_head
