@@ -314,7 +314,7 @@ def test_nodes_install_the_package_they_were_given(aws: dict[str, Any], tmp_path
             source, target = REPOSITORY / local, tmp_path / "source" / remote.removeprefix(home)
             target.parent.mkdir(parents=True, exist_ok=True)
             copy_of = shutil.copytree if source.is_dir() else shutil.copyfile
-            copy_of(source, target)  # type: ignore[operator]
+            copy_of(source, target)
     assert any(
         command.endswith("/pip install --no-deps --no-build-isolation ~/scaling-ray")
         for command in aws["setup_commands"]

@@ -223,10 +223,10 @@ def test_a_place_that_would_vanish_is_refused_on_one_line(arguments: list[str], 
     assert not (REPOSITORY / "results").exists() and not (REPOSITORY / "s3:").exists()
 
 
-def absent_spec(out: Path, **env: str) -> subprocess.CompletedProcess[str]:
+def absent_spec(out: Path, script: str = "jobs/sweep.py", **env: str) -> subprocess.CompletedProcess[str]:
     """A job that a line of bad input ends, run by hand."""
     return subprocess.run(
-        [sys.executable, "jobs/sweep.py", "jobs/absent.toml"],
+        [sys.executable, script, "jobs/absent.toml"],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "SCALING_RAY_OUT": str(out)} | env,
         capture_output=True,
@@ -262,6 +262,16 @@ def test_a_refused_job_makes_no_folder_and_leaves_its_record_in_one_that_is_ther
     assert (record.name, told["submission_id"], told["exit_code"]) == ("nightly%2F7.json", "nightly/7", 2)
     assert told["command"] == ["run", "jobs/absent.toml", "--out", str(out)]
     assert told["began"] <= told["ended"]
+
+
+def test_no_record_lies_among_shards_where_it_would_count_as_damage(tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    out.mkdir()
+    bare = {"SCALING_RAY_OUT": f"{out}/"}
+    done = absent_spec(out, "jobs/shards.py", RAY_JOB_CONFIG_JSON_ENV_VAR=as_job("first"), **bare)
+    assert done.returncode == 2
+    assert list(out.iterdir()) == []
+    assert json.loads((tmp_path / "shards.jobs" / "first.json").read_text())["exit_code"] == 2
 
 
 def test_a_record_that_cannot_be_kept_is_one_line_and_changes_no_exit_code(tmp_path: Path) -> None:
