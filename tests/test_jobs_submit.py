@@ -53,7 +53,7 @@ cpus = 1
 """
 
 LONG_SPEC = TINY_SPEC.replace('"XXS", ', "").replace(
-    "max_cells_seen = 640\nevaluations = 4", "max_cells_seen = 150_000\nevaluations = 50\npatience_evaluations = 0"
+    "max_cells_seen = 640\nevaluations = 4", "max_cells_seen = 160_000\nevaluations = 50\npatience_evaluations = 0"
 )
 """Long enough to be stopped on the way, on any machine."""
 
@@ -378,7 +378,7 @@ def test_a_stopped_job_saves_leaves_its_exit_code_and_goes_on_when_submitted_aga
     assert records(out) == {"night-1": 75, "night-2": 0}
     with (out / "sweep" / "results.csv").open() as stream:
         (row,) = csv.DictReader(stream)
-    assert row["status"] == "done" and int(row["cells_seen"]) == 150_000
+    assert row["status"] == "done" and int(row["cells_seen"]) == 160_000
 
 
 @on_a_head
