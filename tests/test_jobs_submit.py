@@ -264,6 +264,29 @@ def test_a_refused_job_makes_no_folder_and_leaves_its_record_in_one_that_is_ther
     assert told["began"] <= told["ended"]
 
 
+def test_a_job_that_is_stopped_before_its_verb_hears_signals_ends_with_75(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes a request and never answers
+        silent.settimeout(60)
+        env = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "RAY_JOB_CONFIG_JSON_ENV_VAR": as_job("first"),
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "AWS_ACCESS_KEY_ID": "for-nobody",
+            "AWS_SECRET_ACCESS_KEY": "for-nobody",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        command = [sys.executable, "jobs/report.py", "s3://shards/sweep", "--out", str(out)]
+        with subprocess.Popen(command, cwd=REPOSITORY, env=env, stderr=subprocess.PIPE, text=True) as job:
+            connection, _ = silent.accept()
+            with connection:
+                job.terminate()
+                _, said = job.communicate(timeout=60)
+    assert job.returncode == 75
+    assert said.splitlines() == ["stopped on the way: the same job goes on"]
+    assert json.loads((out / "jobs" / "first.json").read_text())["exit_code"] == 75
+
+
 def test_no_record_lies_among_shards_where_it_would_count_as_damage(tmp_path: Path) -> None:
     out = tmp_path / "shards"
     out.mkdir()
