@@ -8,4 +8,5 @@ import sys
 from output import run_verb
 
 if __name__ == "__main__":
-    run_verb(__doc__ or "", "shards build", sys.argv[1:])
+    # Beside the shards: whatever lies among them and is no shard counts as damage.
+    run_verb(__doc__ or "", "shards build", sys.argv[1:], records=".jobs")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import S3Server
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -51,6 +52,14 @@ evaluations = 4
 cpus = 1
 """
 
+LONG_SPEC = TINY_SPEC.replace('"XXS", ', "").replace(
+    "max_cells_seen = 640\nevaluations = 4", "max_cells_seen = 160_000\nevaluations = 50\npatience_evaluations = 0"
+)
+"""Long enough to be stopped on the way, on any machine."""
+
+STOP_SECONDS = 60
+"""RAY_JOB_STOP_WAIT_TIME_S of the head, as in cluster.yaml."""
+
 
 def on_a_head(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.slow(pytest.mark.ray(test))
@@ -79,11 +88,10 @@ class Head:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return 0
 
-    def submit(self, *entry_point: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """``ray job submit --working-dir . -- <entry point>`` from the repository root, waiting for the job's end."""
-        command = [str(BIN / "ray"), "job", "submit", "--address", self.url, "--working-dir", ".", "--", *entry_point]
+    def job(self, verb: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """``ray job <verb> ...`` from the repository root."""
         return subprocess.run(
-            command,
+            [str(BIN / "ray"), "job", verb, "--address", self.url, *arguments],
             cwd=REPOSITORY,
             env=self.env if env is None else env,
             capture_output=True,
@@ -91,6 +99,12 @@ class Head:
             timeout=JOB_SECONDS,
             check=False,
         )
+
+    def submit(
+        self, *entry_point: str, env: dict[str, str] | None = None, options: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """``ray job submit --working-dir . -- <entry point>``, waiting for the job's end."""
+        return self.job("submit", "--working-dir", ".", *options, "--", *entry_point, env=env)
 
     def jobs(self) -> list[dict[str, object]]:
         """Every job the head knows, oldest first."""
@@ -109,7 +123,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """SIGTERM to the head, then SIGKILL to whatever of its own descendants is left; returns what had to be killed."""
+    """SIGTERM to a node, then SIGKILL to whatever of its own descendants is left; returns what had to be killed."""
     descendants = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.terminate()
     try:
@@ -126,45 +140,61 @@ def stop(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head(tmp_path_factory: pytest.TempPathFactory, s3_server: S3Server) -> Iterator[Head]:
     home = tmp_path_factory.mktemp("head")
     token = secrets.token_hex(32)
     token_path = home / "auth_token"
     token_path.touch(mode=0o600)
     token_path.write_text(token)
-    # A unix socket's path may have 107 bytes, and pytest's own folders eat most of them.
-    temp_dir = Path(tempfile.mkdtemp(prefix="sr", dir="/tmp"))
-    port, dashboard, client, agent_http, agent_grpc, runtime_env, metrics = free_ports(7)
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SCALING_RAY_"))}
-    env |= {
+    # A unix socket's path may have 107 bytes, and pytest's own folders eat most of them. Each node has a folder and an
+    # address of its own, as two machines do: a node puts a job's package into its folder in place of what is there.
+    temp_dirs = [Path(tempfile.mkdtemp(prefix="sr", dir="/tmp")) for _ in range(2)]
+    port, dashboard, client = free_ports(3)
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SCALING_RAY_", "AWS_"))}
+    env |= s3_server.environment() | {
         # `python` of an entry point is the one on the head's PATH.
         "PATH": f"{BIN}:{env['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
     }
-    log = home / "head.log"
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent_http}"]
-    command += [f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}"]
-    # Any free port for workers: the default range may belong to another head, or hold one of the ports above.
-    command += ["--min-worker-port=0", "--max-worker-port=0"]
-    command += [f"--metrics-export-port={metrics}", f"--temp-dir={temp_dir}", f"--object-store-memory={300 * 2**20}"]
-    with log.open("wb") as stream:
-        process = subprocess.Popen(command, env=env, stdout=stream, stderr=stream, start_new_session=True)
-    started = Head(f"http://127.0.0.1:{dashboard}", env, token, process.pid, log)
-    try:
+    # As cluster.yaml's head: it drives and computes nothing. All CPUs are a worker node's.
+    as_head = ["--head", "--node-ip-address=127.0.0.1", f"--temp-dir={temp_dirs[0]}", "--num-cpus=0"]
+    as_head += ['--resources={"trial_driver": 64}', f"--port={port}"]
+    as_head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    as_worker = [f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2", f"--temp-dir={temp_dirs[1]}"]
+    with contextlib.ExitStack() as nodes:
+        for temp_dir in temp_dirs:
+            nodes.callback(shutil.rmtree, temp_dir, ignore_errors=True)
+        log = home / "head.log"
+        process = nodes.enter_context(node(log, env, as_head))
+        started = Head(f"http://127.0.0.1:{dashboard}", env, token, process.pid, log)
         deadline = time.monotonic() + START_SECONDS
         while started.status_of("/api/jobs/", token) != 200:
             assert process.poll() is None, f"the head ended at once:\n{log.read_text()}"
             assert time.monotonic() < deadline, f"no jobs API after {START_SECONDS} s:\n{log.read_text()}"
             time.sleep(0.5)
+        nodes.enter_context(node(home / "worker.log", env, [*as_worker, "--num-cpus=2"]))
         yield started
+
+
+@contextlib.contextmanager
+def node(log: Path, env: dict[str, str], options: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """``ray start`` with these options, on ports that are free, until the block ends."""
+    agent_http, agent_grpc, runtime_env, metrics = free_ports(4)
+    command = [str(BIN / "ray"), "start", "--block", *options]
+    command += [f"--dashboard-agent-listen-port={agent_http}", f"--dashboard-agent-grpc-port={agent_grpc}"]
+    # Any free port for workers: the default range may belong to another head, or hold one of the ports above.
+    command += [f"--runtime-env-agent-port={runtime_env}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--metrics-export-port={metrics}", f"--object-store-memory={300 * 2**20}"]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, env=env, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        yield process
     finally:
         stop(process)
-        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 @pytest.mark.parametrize(
@@ -193,14 +223,86 @@ def test_a_place_that_would_vanish_is_refused_on_one_line(arguments: list[str], 
     assert not (REPOSITORY / "results").exists() and not (REPOSITORY / "s3:").exists()
 
 
+def absent_spec(out: Path, script: str = "jobs/sweep.py", **env: str) -> subprocess.CompletedProcess[str]:
+    """A job that a line of bad input ends, run by hand."""
+    return subprocess.run(
+        [sys.executable, script, "jobs/absent.toml"],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "SCALING_RAY_OUT": str(out)} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def as_job(name: str) -> str:
+    """What Ray tells a job's process about it."""
+    return json.dumps({"runtime_env": {}, "metadata": {"job_submission_id": name, "job_name": name}})
+
+
 def test_a_job_ends_as_its_verb_does(tmp_path: Path) -> None:
-    env = os.environ | {"PYTHONPATH": str(REPOSITORY), "SCALING_RAY_OUT": str(tmp_path / "out")}
-    command = [sys.executable, "jobs/sweep.py", "jobs/absent.toml"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = absent_spec(tmp_path / "out")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("scaling-ray: spec: 'jobs/absent.toml'")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_job_makes_no_folder_and_leaves_its_record_in_one_that_is_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert absent_spec(out, RAY_JOB_CONFIG_JSON_ENV_VAR=as_job("first")).returncode == 2
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    assert absent_spec(out).returncode == 2
+    assert list(out.iterdir()) == []
+    assert absent_spec(out, RAY_JOB_CONFIG_JSON_ENV_VAR=as_job("nightly/7")).returncode == 2
+    (record,) = (out / "jobs").iterdir()
+    told = json.loads(record.read_text())
+    assert (record.name, told["submission_id"], told["exit_code"]) == ("nightly%2F7.json", "nightly/7", 2)
+    assert told["command"] == ["run", "jobs/absent.toml", "--out", str(out)]
+    assert told["began"] <= told["ended"]
+
+
+def test_a_job_that_is_stopped_before_its_verb_hears_signals_ends_with_75(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes a request and never answers
+        silent.settimeout(60)
+        env = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "RAY_JOB_CONFIG_JSON_ENV_VAR": as_job("first"),
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "AWS_ACCESS_KEY_ID": "for-nobody",
+            "AWS_SECRET_ACCESS_KEY": "for-nobody",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        command = [sys.executable, "jobs/report.py", "s3://shards/sweep", "--out", str(out)]
+        with subprocess.Popen(command, cwd=REPOSITORY, env=env, stderr=subprocess.PIPE, text=True) as job:
+            connection, _ = silent.accept()
+            with connection:
+                job.terminate()
+                _, said = job.communicate(timeout=60)
+    assert job.returncode == 75
+    assert said.splitlines() == ["stopped on the way: the same job goes on"]
+    assert json.loads((out / "jobs" / "first.json").read_text())["exit_code"] == 75
+
+
+def test_no_record_lies_among_shards_where_it_would_count_as_damage(tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    out.mkdir()
+    bare = {"SCALING_RAY_OUT": f"{out}/"}
+    done = absent_spec(out, "jobs/shards.py", RAY_JOB_CONFIG_JSON_ENV_VAR=as_job("first"), **bare)
+    assert done.returncode == 2
+    assert list(out.iterdir()) == []
+    assert json.loads((tmp_path / "shards.jobs" / "first.json").read_text())["exit_code"] == 2
+
+
+def test_a_record_that_cannot_be_kept_is_one_line_and_changes_no_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "jobs").write_text("in the way")
+    done = absent_spec(tmp_path, RAY_JOB_CONFIG_JSON_ENV_VAR=as_job("first"))
+    assert done.returncode == 2
+    told, unkept = done.stderr.splitlines()
+    assert told.startswith("scaling-ray: spec:") and unkept.startswith("the job's exit code 2 is not kept: --out:")
 
 
 @pytest.mark.parametrize("name", ["shards", "sweep", "report"])
@@ -257,6 +359,66 @@ def test_a_submitted_sweep_runs_to_its_report_and_is_done_the_second_time(head: 
     again = head.submit(*entry_point)
     assert again.returncode == 0, again.stdout + again.stderr
     assert results == {path: path.stat().st_mtime_ns for path in out.glob("sweep/runs/*/result.json")}
+    ids = [str(job["submission_id"]) for job in head.jobs()[-2:]]
+    assert records(out) == dict.fromkeys(ids, 0) and len(set(ids)) == 2
+
+
+def records(out: Path) -> dict[str, int]:
+    """Submission id -> exit code, by the files that jobs left in their output."""
+    told = [json.loads(path.read_text()) for path in (out / "jobs").glob("*.json")]
+    return {each["submission_id"]: each["exit_code"] for each in told}
+
+
+@on_a_head
+def test_a_stopped_job_saves_leaves_its_exit_code_and_goes_on_when_submitted_again(head: Head, tmp_path: Path) -> None:
+    from scaling_ray.planted.plant import plant
+
+    spec = tmp_path / "long.toml"
+    spec.write_text(LONG_SPEC)
+    census = plant(tmp_path / "census", n_cells=600, n_genes=200)
+    out = tmp_path / "out"
+    entry_point = ["python", "jobs/sweep.py", str(spec), "--census", str(census), "--out", str(out)]
+
+    submitted = head.submit(*entry_point, options=("--no-wait", "--submission-id=night-1"))
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    deadline = time.monotonic() + JOB_SECONDS
+    while not list(out.glob("sweep/runs/*/attempts/*/metrics.jsonl")):
+        assert time.monotonic() < deadline, head.job("logs", "night-1").stdout
+        assert head.jobs()[-1]["status"] in {"PENDING", "RUNNING"}, head.job("logs", "night-1").stdout
+        time.sleep(0.2)
+    stopped = head.job("stop", "night-1")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert head.jobs()[-1]["status"] == "STOPPED"
+    assert records(out) == {"night-1": 75}
+    logs = head.job("logs", "night-1").stdout
+    assert "scaling-ray: " in logs and "Traceback" not in logs
+    assert not list(out.glob("sweep/runs/*/result.json"))
+
+    refused = head.submit(*entry_point, options=("--submission-id=night-1",))
+    assert refused.returncode != 0 and "already exists" in refused.stdout + refused.stderr
+    again = head.submit(*entry_point, options=("--submission-id=night-2",))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert records(out) == {"night-1": 75, "night-2": 0}
+    with (out / "sweep" / "results.csv").open() as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["status"] == "done" and int(row["cells_seen"]) == 160_000
+
+
+@on_a_head
+def test_a_submitted_sweep_leaves_everything_on_s3(head: Head, s3_server: S3Server, tmp_path: Path) -> None:
+    from scaling_ray.planted.plant import plant
+
+    spec = tmp_path / "tiny.toml"
+    spec.write_text(TINY_SPEC)
+    census = plant(tmp_path / "census", n_cells=600, n_genes=200)
+    done = head.submit(
+        *("python", "jobs/sweep.py", str(spec), "--census", str(census), "--out", "s3://shards/job/out"),
+        options=("--submission-id=on-s3",),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    objects = s3_server.objects("shards", "job/out/")
+    assert {"sweep/results.parquet", "report/report.html"} <= objects.keys()
+    assert json.loads(objects["jobs/on-s3.json"])["exit_code"] == 0
 
 
 @on_a_head
