@@ -1,7 +1,7 @@
 """What a file of cells is believed to hold, and why: the counts, the genes, the donors, what is dropped.
 
-``find_counts`` looks at every value of a file once. ``believe`` joins what it saw with the genes and the obs columns
-into one table for people; nothing is imported here.
+``believe`` joins the counts that ``census.matrices`` found with the genes and the obs columns into one table for
+people; nothing is imported here.
 """
 
 from __future__ import annotations
@@ -13,21 +13,14 @@ import numpy as np
 import pandas as pd
 
 from scaling_ray.census.columns import ObsColumns, batches_of_donors, map_obs
-from scaling_ray.census.counts import TOLERANCE, ValueStats, as_counts, fault_of, why_no_counts
+from scaling_ray.census.counts import TOLERANCE
 from scaling_ray.census.donors import is_nobody
-from scaling_ray.census.features import Genes, kinds_of, resolve_genes
+from scaling_ray.census.features import Genes, resolve_genes
 from scaling_ray.census.h5ad import CellFile
+from scaling_ray.census.matrices import FoundCounts, doubts_of_totals, genes_of
 from scaling_ray.errors import BadInput
 
-LEAST_LIBRARY = 0.5
-"""Share of the total in an obs column that a cell's counts must have (median); below it they are cut to a panel."""
-_WHOLE_LIBRARY = 0.98
 _FEW_GENES = 5_000
-_TOTALS = (
-    *("raw_sum", "total_counts", "n_counts", "ncount_rna", "numi", "n_umi", "n_umis", "total_umis", "total_umi"),
-    *("umi_count", "umi_counts", "umis", "nread", "n_reads", "ncounts", "totalcounts"),
-)
-"""Names of obs columns (folded to small letters) that hold a cell's total, as common programs write it."""
 
 Row = tuple[str, str]
 
@@ -50,17 +43,6 @@ class Rules:
     cut_counts: bool = False
     title: str | None = None
     source: str | None = None
-
-
-@dataclass(frozen=True)
-class FoundCounts:
-    """The place of a file's raw counts. kinds (F,): "" for a gene; stats: of the F features that are genes."""
-
-    place: str
-    looked_at: dict[str, str]
-    var: pd.DataFrame
-    kinds: np.ndarray
-    stats: ValueStats
 
 
 @dataclass
@@ -91,78 +73,6 @@ class Belief:
 def lines_of(rows: list[Row], warnings: list[str]) -> list[str]:
     """The rows of a table, aligned, warnings last."""
     return [f"  {what:<10} {text}" for what, text in [*rows, *(("WARNING", text) for text in warnings)]]
-
-
-def find_counts(cells: CellFile, layer: str | None = None, *, trust_counts: bool = False) -> FoundCounts:
-    """The matrix of raw counts, every value of every candidate looked at.
-
-    Args:
-        cells: an open file.
-        layer: ``X``, ``raw.X`` or the name of a layer, where more than one place holds raw counts.
-        trust_counts: take whole numbers as counts although together they look like none.
-
-    Raises:
-        BadInput: no raw counts (with the reason for each place), or differing candidates.
-    """
-    if layer is not None and layer not in cells.places:
-        if layer in cells.unread:
-            raise BadInput("--layer", layer, f"of {cells.name} {cells.unread[layer]}")
-        raise BadInput("--layer", layer, f"is not in {cells.name}; it has {', '.join(cells.places)}")
-    reasons: dict[str, str] = dict(cells.unread)
-    good: dict[str, FoundCounts] = {}
-    for place in [layer] if layer is not None else cells.places:
-        var = cells.var(place)
-        if cells.shape(place) != (len(cells.obs), len(var)):
-            sizes = f"does not fit {len(cells.obs)} cells and {len(var)} genes"
-            raise BadInput(f"{cells.name}:{place}", cells.shape(place), sizes)
-        kinds = kinds_of(var)
-        stats, reason = _looked_at(cells, place, np.flatnonzero(kinds == ""))
-        if reason:
-            reasons[place] = reason
-        else:
-            good[place] = FoundCounts(place, reasons, var, kinds, stats)
-    if not good:
-        why = "; ".join(f"{place}: {reason}" for place, reason in reasons.items()) or "the file has no matrix"
-        raise BadInput(cells.name, "no raw counts", f"{why}. Store raw counts in X, raw.X or a layer")
-    first, *others = good
-    differing = [place for place in others if not _same(cells, good[first], good[place])]
-    if differing:
-        raise BadInput(
-            "--layer", [first, *differing], f"hold different raw counts in {cells.name}; say which one with --layer"
-        )
-    why = "" if trust_counts else why_no_counts(good[first].stats)
-    if why:
-        raise BadInput(
-            f"{cells.name}:{first}", "no raw counts", f"{why}. Give raw counts, or --trust-counts if these are"
-        )
-    return good[first]
-
-
-def genes_of(cells: CellFile, place: str, columns: np.ndarray) -> ValueStats:
-    """What some columns of a matrix hold; its values have no fault."""
-    stats = ValueStats(len(columns))
-    for _, block in cells.chunks(place):
-        stats.add(block, columns)
-    return stats
-
-
-def _looked_at(cells: CellFile, place: str, columns: np.ndarray) -> tuple[ValueStats, str]:
-    """(statistics, the reason why a place holds no raw counts or the empty text). Reads until the first fault."""
-    stats = ValueStats(len(columns))
-    for _, block in cells.chunks(place):
-        block.sum_duplicates()
-        wrong = fault_of(block.data)
-        if wrong:
-            return stats, wrong
-        stats.add(block, columns)
-    return stats, stats.rounding_fault() or ("" if stats.sum_counts else "holds no count at all")
-
-
-def _same(cells: CellFile, first: FoundCounts, second: FoundCounts) -> bool:
-    if cells.shape(first.place) != cells.shape(second.place) or first.stats.sum_counts != second.stats.sum_counts:
-        return False
-    pairs = zip(cells.chunks(first.place), cells.chunks(second.place), strict=True)
-    return all((as_counts(a) != as_counts(b)).nnz == 0 for (_, a), (_, b) in pairs)
 
 
 def believe(
@@ -285,7 +195,7 @@ def _tell_libraries(found: Belief, cells: CellFile, rules: Rules) -> None:
             f"{np.median(stats.nonzero[found.kept]):,.0f} genes seen; {stats.zero_share:.1%} zeros",
         )
     )
-    _check_totals(found, cells, rules)
+    found.warnings += doubts_of_totals(found.file, stats, cells.obs, rules.cut_counts)
     genes = len(found.genes.column)
     place, features = found.counts.place, len(found.counts.kinds)
     of_raw = cells.shape("raw.X")[1] if "raw.X" in cells.places and place != "raw.X" else 0
@@ -301,32 +211,3 @@ def _tell_libraries(found: Belief, cells: CellFile, rules: Rules) -> None:
         found.warnings.append(
             f"{(totals < 100).mean():.0%} of cells have fewer than 100 counts: droplets not filtered?"
         )
-
-
-def _check_totals(found: Belief, cells: CellFile, rules: Rules) -> None:
-    """Compare each cell's total with the obs column that says it."""
-    stats = found.counts.stats
-    for column in cells.obs.columns:
-        if str(column).lower().replace(" ", "_").replace(".", "_") not in _TOTALS:
-            continue
-        told = pd.to_numeric(cells.obs[column], errors="coerce").to_numpy(np.float64)
-        usable = found.kept & np.isfinite(told) & (told > 0)
-        if not usable.any():
-            continue
-        # with antibodies in the file, a total may count them too
-        shares = [float(np.median(each[usable] / told[usable])) for each in (stats.totals, stats.totals_of_all)]
-        share = min(shares, key=lambda value: abs(value - 1))
-        if share < LEAST_LIBRARY and not rules.cut_counts:
-            raise BadInput(
-                f"{found.file}: library sizes",
-                f"{share:.1%} of {column}",
-                f"the counts of {len(found.genes.column):,} genes sum to {np.median(stats.totals[usable]):,.0f} a cell "
-                f"and {column} says {np.median(told[usable]):,.0f} (medians): cut to a panel. Give all genes, or "
-                "--cut-counts to take these as whole libraries",
-            )
-        if abs(share - 1) > 1 - _WHOLE_LIBRARY:
-            found.warnings.append(
-                f"counts sum to {share:.1%} of obs column {column} (medians {np.median(stats.totals[usable]):,.0f} and "
-                f"{np.median(told[usable]):,.0f}): library sizes are those of the counts here"
-            )
-        return

@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scaling_ray.census.beliefs import Belief, FoundCounts, Rules, believe, find_counts
+from scaling_ray.census.beliefs import Belief, Rules, believe
 from scaling_ray.census.columns import DONOR_IS_FILE, has_column
 from scaling_ray.census.features import known_names
 from scaling_ray.census.h5ad import CellFile
 from scaling_ray.census.joining import File, Joined, counts_of, join
 from scaling_ray.census.layout import OBS_STRING_COLUMNS, TWIN_OF, CensusWriter, Dataset, existing
+from scaling_ray.census.matrices import FoundCounts, find_counts
 from scaling_ray.census.readers import cell_file_name, open_cells
 from scaling_ray.errors import BadInput
 from scaling_ray.storage import file_sha256

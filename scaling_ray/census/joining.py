@@ -16,10 +16,11 @@ import pandas as pd
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 
-from scaling_ray.census.beliefs import Belief, Row, Rules, genes_of, lines_of
+from scaling_ray.census.beliefs import Belief, Row, Rules, lines_of
 from scaling_ray.census.counts import as_counts
 from scaling_ray.census.donors import is_nobody, one_spelling, respelled
 from scaling_ray.census.h5ad import CellFile
+from scaling_ray.census.matrices import genes_of
 from scaling_ray.census.twins import fingerprints, repeats_within, shared_masks, twins
 from scaling_ray.errors import BadInput
 

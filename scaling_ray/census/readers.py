@@ -157,7 +157,16 @@ def _old_h5ad(path: Path, plain: Path) -> LoadedCells:
 def _loom(path: Path, plain: Path) -> LoadedCells:
     if find_spec("loompy") is None:
         raise BadInput("file", str(path), "is a .loom file; pip install 'scaling-ray[loom]' reads it")
-    return _loaded(path, ".loom", lambda: anndata.io.read_loom(plain, X_name="", sparse=True))
+    return _loaded(path, ".loom", lambda: _read_loom(plain))
+
+
+def _read_loom(plain: Path) -> anndata.AnnData:
+    adata = anndata.io.read_loom(plain, X_name="", sparse=True)
+    # anndata writes the names of both axes as columns, and reads those of other programs as names
+    for table, column in ((adata.obs, "obs_names"), (adata.var, "var_names")):
+        if column in table:
+            table.index = table[column].astype(str).to_numpy()
+    return adata
 
 
 def _tenx_h5(path: Path, plain: Path, file: h5py.File) -> LoadedCells:
