@@ -163,7 +163,11 @@ def _donor_column(file: str, given: pd.DataFrame, folded: dict[str, str], donor:
     usual = next((folded[s] for s in _SYNONYMS["donor_id"] if s in folded), None)
     if donor and usual is None:
         like = ", ".join(like_donors(given)) or ", ".join(map(str, given.columns[:12])) or "no column"
-        raise BadInput("--donor", ", ".join(donor), f"is no obs column of {file}; it has {like}")
+        raise BadInput(
+            "--donor",
+            ", ".join(donor),
+            f"is no obs column of {file}; it has {like} (--donor @file: one donor per file)",
+        )
     return usual
 
 

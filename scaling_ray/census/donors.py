@@ -77,14 +77,14 @@ def _as_label(value: object) -> str:
 
 
 def one_spelling(labels: Iterable[str]) -> dict[str, str]:
-    """Label -> the spelling that its person gets: the most common one, of equally common ones the first in order.
+    """Label -> the spelling that its person gets: the most common one, of equally common ones the shortest.
 
     Args:
         labels: one for each cell (or data set); repeats count.
     """
     counts = Counter(labels)
     chosen: dict[str, str] = {}
-    for label, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+    for label, _ in sorted(counts.items(), key=lambda item: (-item[1], len(item[0]), item[0])):
         chosen.setdefault(label if is_nobody(label) else donor_key(label), label)
     return {label: chosen[label if is_nobody(label) else donor_key(label)] for label in counts}
 

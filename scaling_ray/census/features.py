@@ -45,7 +45,8 @@ _KINDS: dict[str, tuple[str, ...]] = {
 _PATTERNS: dict[str, re.Pattern[str]] = {
     "peaks": re.compile(r"chr[\w.]+[:_-]\d+[-_]\d+|(\d{1,2}|[XYM]|MT)[:_-]\d{3,}[-_]\d{3,}", re.IGNORECASE),
     "antibodies": re.compile(r"(adt|hto)[_-].+|.+[_-](adt|hto|total(seq)?[abcd]?)", re.IGNORECASE),
-    "spike-ins": re.compile(r"ERCC[-_]?\d+", re.IGNORECASE),
+    # five digits: ERCC1 to ERCC8 are genes
+    "spike-ins": re.compile(r"ERCC[-_]\d{5}", re.IGNORECASE),
     "rows of HTSeq's summary": re.compile(r"__(no_feature|ambiguous|too_low_aQual|not_aligned|alignment_not_unique)"),
 }
 

@@ -47,8 +47,9 @@ class StoredCells:
 
     def _places(self) -> list[str]:
         places = ["X"] if "X" in self.root and self._kind(self.root["X"]) != "null" else []
-        places += ["raw.X"] if "raw" in self.root and "X" in self.root["raw"] else []
-        if "layers" in self.root:
+        # what an AnnData lacks is written as nothing, or as an element of nothing
+        places += ["raw.X"] if self._holds("raw") and "X" in self.root["raw"] else []
+        if self._holds("layers"):
             for name in sorted(self.root["layers"]):
                 node = self.root["layers"][name]
                 if hasattr(node, "shape") or self._kind(node) in ("csr_matrix", "csc_matrix"):
@@ -57,6 +58,9 @@ class StoredCells:
                     inner = ", ".join(f"{name}/{each}" for each in list(node)[:3])
                     self.unread[name] = f"is no matrix but a group (of {inner or 'nothing'}); no name may hold '/'"
         return places
+
+    def _holds(self, key: str) -> bool:
+        return key in self.root and hasattr(self.root[key], "keys")
 
     @staticmethod
     def _kind(node: Any) -> str:

@@ -11,14 +11,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from scaling_ray.census.beliefs import Belief, Rules, believe
+from scaling_ray.census.beliefs import Rules, believe
 from scaling_ray.census.columns import DONOR_IS_FILE, has_column
 from scaling_ray.census.features import known_names
 from scaling_ray.census.h5ad import CellFile
@@ -33,18 +33,6 @@ BELIEFS_NAME = "import.json"
 """Beside the Census: the table of its import, for whoever asks later."""
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class _Believed:
-    """Files with their beliefs, all open, and what they are together."""
-
-    files: list[File]
-    joined: Joined
-
-    @property
-    def beliefs(self) -> list[Belief]:
-        return [belief for _, belief in self.files]
 
 
 def import_h5ad(
@@ -132,10 +120,10 @@ def _content_sha256(path: Path) -> str:
 @contextmanager
 def _believed(
     files: list[Path], names: list[str], rules: Rules, say: Say, keep_going: bool = False
-) -> Iterator[_Believed | None]:
+) -> Iterator[Joined | None]:
     """The files, open and believed, every table told; None where ``keep_going`` met a refusal, raised at the end."""
     refused: dict[int, BadInput] = {}
-    found: _Believed | None = None
+    found: Joined | None = None
     with ExitStack() as stack:
         opened: dict[int, tuple[CellFile, FoundCounts]] = {}
         for at, path in enumerate(files):
@@ -162,8 +150,8 @@ def _believed(
             for line in [path.name, f"  REFUSED    {refused[at]}"] if at in refused else believed[-1][1].table():
                 say(line)
         if believed and not refused:
-            found = _Believed(believed, join(believed, rules))
-            for line in found.joined.table():
+            found = join(believed, rules)
+            for line in found.table():
                 say(line)
         yield found
     if refused:
@@ -177,9 +165,9 @@ def _check_donor_flags(tables: list[pd.DataFrame], rules: Rules) -> None:
             raise BadInput("--donor", name, f"is no obs column of any file; the first has {held}")
 
 
-def _write(out: Path, found: _Believed | None, rules: Rules, about: dict[str, object], say: Say) -> Path:
-    assert found is not None
-    joined, beliefs = found.joined, found.beliefs
+def _write(out: Path, joined: Joined | None, rules: Rules, about: dict[str, object], say: Say) -> Path:
+    assert joined is not None
+    beliefs = [belief for _, belief in joined.files]
     presence = np.zeros((len(beliefs), len(joined.feature_id)), bool)
     for row, column in enumerate(joined.column):
         presence[row, column] = True
@@ -208,7 +196,7 @@ def _write(out: Path, found: _Believed | None, rules: Rules, about: dict[str, ob
         twins=joined.twin_of is not None,
     ) as writer:
         done = 0
-        for at, (file, column) in enumerate(zip(found.files, joined.column, strict=True)):
+        for at, (file, column) in enumerate(zip(joined.files, joined.column, strict=True)):
             frame = joined.obs[at]
             if joined.twin_of is not None:
                 frame[TWIN_OF] = joined.twin_of[starts[at] : starts[at + 1]]

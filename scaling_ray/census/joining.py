@@ -35,11 +35,12 @@ File = tuple[CellFile, Belief]
 class Joined:
     """The files as one table of N cells and G genes.
 
-    feature_id, feature_name (G,); column: for each file the gene of each of its own genes, (G of the file,); obs: for
-    each file its kept cells; organism; twin_of (N,) joinid of the copy that counts, None where no cell has a second
-    copy; rows, warnings: what was believed across files.
+    files: with the genes and cells that go in; feature_id, feature_name (G,); column: for each file the gene of each of
+    its own genes, (G of the file,); obs: for each file its kept cells; organism; twin_of (N,) joinid of the copy that
+    counts, None where no cell has a second copy; rows, warnings: what was believed across files.
     """
 
+    files: list[File]
     organism: str
     feature_id: np.ndarray
     feature_name: np.ndarray
@@ -94,6 +95,7 @@ def join(files: Sequence[File], rules: Rules) -> Joined:
         for gene, name in zip(belief.genes.feature_id, belief.genes.feature_name, strict=True)
     }
     joined = Joined(
+        list(files),
         next(iter(organisms)),
         genes.to_numpy(),
         np.array([name_of[gene] for gene in genes], dtype=object),

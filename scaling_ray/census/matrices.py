@@ -90,7 +90,9 @@ def _looked_at(cells: CellFile, place: str, columns: np.ndarray) -> tuple[ValueS
     """(statistics, the reason why a place holds no raw counts or the empty text). Reads until the first fault."""
     stats = ValueStats(len(columns))
     for _, block in cells.chunks(place):
+        entries = block.nnz
         block.sum_duplicates()
+        stats.repeated += entries - block.nnz
         wrong = fault_of(block.data)
         if wrong:
             return stats, wrong
