@@ -158,10 +158,11 @@ def embed_h5ad(
             remedy = f"has {matched} of the model's {genes} genes, and {min_genes:.0%} are asked for (--min-genes)"
             raise BadInput("file", file.name, f"{remedy}; best by {ids_from}")
         output_directory(out if "://" in str(out) else target.parent)
+        doubts = _doubts(record, counts, cells, cut_counts)
         progress(f"{file.name}: raw counts from {counts.place}; {ids_from}")
         share = f"{matched / genes:.1%}; the others go in as unmeasured"
         progress(f"{file.name}: {matched:,} of the model's {genes:,} genes ({share})")
-        for doubt in _doubts(record, counts, cells, cut_counts):
+        for doubt in doubts:
             progress(f"{file.name}: WARNING {doubt}")
         try:
             with published_file(target) as building:
