@@ -180,8 +180,8 @@ def _foretold(spec: SweepSpec, census: str, progress: Progress) -> list[str]:
         f"they can show what size buys over {params[-1] / params[0]:,.0f}-fold parameters"
         + (f" and what cells buy over {sizes[-1] / sizes[0]:,.1f}-fold data" if len(sizes) > 1 else "")
         + "; a law is refused where these do not determine it, and nothing is claimed far beyond them",
-        f"about {seconds / 60:,.0f} minutes on {spec.resources.cpus} CPUs of this machine, at most: runs that stop "
-        "improving end early",
+        f"about {max(1, round(seconds / 60)):,} minutes on {spec.resources.cpus} CPUs of this machine where nothing "
+        "else runs on them; less where runs stop improving early",
     ]
     return lines
 

@@ -8,16 +8,19 @@ from typing import Any
 import anndata
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as sp
 from test_census_door import Imported, cells, dense, write
 
 from scaling_ray.census.source import Census
 from scaling_ray.errors import BadInput
+from scaling_ray.shards.convert import build_shards
 from scaling_ray.shards.format import SPLITS
 from scaling_ray.shards.prepare import choose
+from scaling_ray.shards.read import read_split
 from scaling_ray.shards.select import select_cells
-from scaling_ray.spec import DataSpec
+from scaling_ray.spec import DataSpec, parse_spec
 
 EVERYTHING: dict[str, Any] = {"value_filter": None}
 
@@ -152,3 +155,41 @@ def test_a_value_of_keep_that_no_cell_has_is_an_error_beside_one_that_matches() 
     assert set(selection_of(["D1", "D2", "D3", "D4"], keep={"donor_id": ["D1", "D2", "D3"]})) == {"D1", "D2", "D3"}
     with pytest.raises(BadInput, match=r"data.keep.donor_id: \['D8'\]: is no value.*did you mean D"):
         selection_of(["D1", "D2", "D3", "D4"], keep={"donor_id": ["D1", "D2", "D3", "D8"]})
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore:.*zarr:UserWarning")
+def test_shards_of_mouse_cells_from_two_containers_hold_the_counts_of_anndata(tmp_path: Path) -> None:
+    """From .zarr and .h5ad to shards: mouse genes, copies of cells, and every count as anndata reads it."""
+    adata, other = cells(n=200, genes=60, donors=6), cells(seed=3, n=100, genes=60, donors=6)
+    for each in (adata, other):
+        each.var_names = [name.replace("ENSG", "ENSMUSG") for name in each.var_names]
+    adata.obs["donor_id"] = [f"mouse {donor[1:]}" for donor in adata.obs["donor_id"]]
+    other.obs["donor_id"] = [f"Mouse-0{donor[1:]}" for donor in other.obs["donor_id"]]
+    both = anndata.concat([again(adata, slice(40))[:50].copy(), other[:, :40].copy()])
+    adata.write_zarr(tmp_path / "first.zarr")
+    found = Imported([tmp_path / "first.zarr", write(both, tmp_path / "second.h5ad")], tmp_path / "census")
+    assert found.organism == "mus_musculus" and found.twin_of is not None
+    spec = parse_spec(
+        'name = "mice"\n[data]\nvalue_filter = "soma_joinid >= 0"\ndrop_duplicates = false\ngenes = 60\n'
+        'gene_rule = "by_mean"\n[grid]\nsizes = ["XXS"]\ngenes = [60]\ncells = ["all"]\nseeds = [1]\n'
+        "[lr]\nrates = [1e-2]\n",
+        "mice",
+    )
+    manifest = build_shards(spec, str(tmp_path / "census"), tmp_path / "shards")
+    genes = pq.read_table(tmp_path / "shards" / "genes.parquet")["feature_id"].to_pylist()
+    tables = [anndata.io.read_zarr(tmp_path / "first.zarr"), anndata.read_h5ad(tmp_path / "second.h5ad")]
+    want = np.concatenate([table.to_df().reindex(columns=genes, fill_value=0).to_numpy() for table in tables])
+    barcodes = np.concatenate([table.obs_names for table in tables])
+    side: dict[str, set[str]] = {}
+    seen = 0
+    for split in SPLITS:
+        read = read_split(tmp_path / "shards", manifest, split, 60)
+        np.testing.assert_array_equal(read.counts, want[read.cell])
+        np.testing.assert_array_equal(read.raw_sum, want[read.cell].sum(1))
+        for cell in read.cell:
+            side.setdefault(barcodes[cell], set()).add(split)
+        seen += len(read.cell)
+    assert seen == len(want) == 350 and all(len(splits) == 1 for splits in side.values())
+    groups = [set(manifest.splits[split].groups) for split in SPLITS]
+    assert sum(map(len, groups)) == 6 == len(set.union(*groups))

@@ -87,7 +87,8 @@ class ValueStats:
         else:
             self.sum_given += float(block.data.sum(dtype=np.float64))
         counts = as_counts(block)
-        seen = counts if columns is None else sp.csr_matrix(counts[:, columns])
+        every = columns is None or len(columns) == block.shape[1]
+        seen = counts if every else sp.csr_matrix(counts[:, columns])
         values = seen.data.astype(np.float64)
         self.sum_counts += float(counts.data.sum(dtype=np.float64))
         self.square_counts += float((values**2).sum())

@@ -21,7 +21,7 @@ from scaling_ray.census.counts import as_counts
 from scaling_ray.census.donors import is_nobody, one_spelling, respelled
 from scaling_ray.census.h5ad import CellFile
 from scaling_ray.census.matrices import genes_of
-from scaling_ray.census.twins import fingerprints, repeats_within, shared_masks, twins
+from scaling_ray.census.twins import BANDS, fingerprints, repeats_within, shared_masks, twins
 from scaling_ray.errors import BadInput
 
 _LEAST_SHARED_CELLS = 0.01
@@ -162,7 +162,7 @@ def _pairs(files: Sequence[File], joined: Joined) -> Pairs:
     for at, file in enumerate(files):
         others = [other for other in range(len(files)) if other != at]
         wanted = [masks[at, other] for other in others] or [np.ones(len(file[1].genes.column), bool)]
-        made = fingerprints(counts_of(file), file[1].genes.feature_id, wanted)
+        made = fingerprints(counts_of(file), file[1].genes.feature_id, wanted, BANDS if others else 1)
         prints.append(dict(zip(others or [at], made, strict=True)))
         again = repeats_within(made[0])
         if again:

@@ -47,7 +47,7 @@ def shared_masks(feature_ids: Sequence[np.ndarray]) -> dict[tuple[int, int], np.
 
 
 def fingerprints(
-    blocks: Iterable[sp.csr_matrix], feature_id: np.ndarray, shared: Sequence[np.ndarray]
+    blocks: Iterable[sp.csr_matrix], feature_id: np.ndarray, shared: Sequence[np.ndarray], bands: int = BANDS
 ) -> list[Fingerprints]:
     """One for each mask of shared genes, out of one pass.
 
@@ -55,12 +55,13 @@ def fingerprints(
         blocks: (B, G) counts in whole numbers, in the order of cells.
         feature_id: (G,).
         shared: (G,) bool each.
+        bands: of genes; one where only whole cells are compared, which takes 12 bytes a cell and not 384.
     """
     keys = np.array([_key(gene) for gene in feature_id], dtype=np.uint64)
-    band = (keys % np.uint64(BANDS)).astype(np.int64)
+    band = (keys % np.uint64(bands)).astype(np.int64)
     # a column for each band; masks apply to the entries, which are hashed once
     to_band = sp.csr_matrix(
-        (np.ones(len(keys), np.uint64), (np.arange(len(keys)), band)), shape=(len(keys), BANDS), dtype=np.uint64
+        (np.ones(len(keys), np.uint64), (np.arange(len(keys)), band)), shape=(len(keys), bands), dtype=np.uint64
     )
     parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in shared]
     for block in blocks:
@@ -74,10 +75,10 @@ def fingerprints(
             part.append((sums.toarray(), seen.toarray().astype(np.int32)))
     found = []
     for part in parts:
-        bands = np.concatenate([np.zeros((0, BANDS), np.uint64), *(sums for sums, _ in part)])
-        band_genes = np.concatenate([np.zeros((0, BANDS), np.int32), *(seen for _, seen in part)])
-        whole = bands.sum(axis=1, dtype=np.uint64)
-        found.append(Fingerprints(whole, bands, band_genes.sum(axis=1), band_genes))
+        of_bands = np.concatenate([np.zeros((0, bands), np.uint64), *(sums for sums, _ in part)])
+        band_genes = np.concatenate([np.zeros((0, bands), np.int32), *(seen for _, seen in part)])
+        whole = of_bands.sum(axis=1, dtype=np.uint64)
+        found.append(Fingerprints(whole, of_bands, band_genes.sum(axis=1), band_genes))
     return found
 
 
