@@ -118,6 +118,20 @@ def test_different_cells_are_no_twins(tmp_path: Path) -> None:
     assert found.twin_of is None and "twins" not in found.said and found.obs["is_primary_data"].all()
 
 
+def test_the_same_barcodes_with_other_counts_are_warned_of(tmp_path: Path) -> None:
+    """Spliced counts of cells whose whole counts are there too: no twins by counts, and a warning with numbers."""
+    adata = cells(n=200)
+    random = np.random.default_rng(6)
+    letters = np.array(list("ACGT"))
+    barcodes = ["".join(letters[random.integers(0, 4, 16)]) for _ in range(200)]
+    other = adata.copy()
+    other.X = sp.csr_matrix(random.binomial(dense(adata).astype(int), 0.5).astype(np.float32))
+    adata.obs_names = [f"{code}-1" for code in barcodes]
+    other.obs_names = [f"run2_{code}" for code in barcodes]
+    found = Imported([write(adata, tmp_path / "a.h5ad"), write(other, tmp_path / "b.h5ad")], tmp_path / "census")
+    assert "a.h5ad and b.h5ad share 200 barcodes and 0 cells by their counts" in found.said
+
+
 # The split itself, of any Census.
 
 

@@ -7,6 +7,7 @@ copies one counts and the others are marked as no primary data.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ from scaling_ray.errors import BadInput
 _LEAST_SHARED_CELLS = 0.01
 """Share of the smaller donor's cells that two donors must have in common to be one person."""
 _FEW_SHARED_GENES = 0.5
+_MANY_BARCODES = 0.1
+_SEQUENCE = re.compile(r"[ACGT]{12,}")
 
 File = tuple[CellFile, Belief]
 
@@ -170,6 +173,7 @@ def _pairs(files: Sequence[File], joined: Joined) -> Pairs:
     for one in range(len(files)):
         for other in range(one + 1, len(files)):
             left, right, near = twins(prints[one][other], prints[other][one])
+            _tell_barcodes(joined, one, other, [files[at][1].file for at in (one, other)], len(left))
             if not len(left):
                 continue
             found.append((one, other, left, right))
@@ -180,6 +184,24 @@ def _pairs(files: Sequence[File], joined: Joined) -> Pairs:
                 ("twins", f"{len(left):,} cells are in both {names} (counts of {genes:,} shared genes agree{differ})")
             )
     return found
+
+
+def _tell_barcodes(joined: Joined, one: int, other: int, names: list[str], known: int) -> None:
+    """Warn where files share many more barcodes than cells: the same cells may have been counted in another way."""
+    codes = [{_barcode(name) for name in joined.obs[at]["observation_joinid"]} for at in (one, other)]
+    common = len(codes[0] & codes[1])
+    # of two 10x samples of 10,000 cells one or two in a hundred barcodes agree by chance
+    if common - known > max(20, _MANY_BARCODES * min(map(len, codes))):
+        joined.warnings.append(
+            f"{names[0]} and {names[1]} share {common:,} barcodes and {known:,} cells by their counts: if they are the "
+            "same cells counted in two ways, import one of the files"
+        )
+
+
+def _barcode(name: str) -> str:
+    """The sequence in a cell's name, where it has one: what stands around it differs between files."""
+    found = _SEQUENCE.search(name)
+    return found[0] if found else name
 
 
 def _one_donor_each(joined: Joined, pairs: Pairs) -> None:
