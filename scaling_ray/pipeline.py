@@ -159,7 +159,8 @@ def _foretold(spec: SweepSpec, census: str, progress: Progress) -> list[str]:
     train = splits["train"]
     few = [cells for cells in spec.grid.cells if cells != "all" and cells > train]
     if few:
-        raise BadInput("grid.cells", few, f"is more than the {train:,} training cells; write a spec with fewer")
+        remedy = "write a spec with fewer (scaling-ray init cells --out MINE.toml) and name it before --cells"
+        raise BadInput("grid.cells", few, f"is more than the {train:,} training cells; {remedy}")
     device = device_here() if spec.resources.device == "auto" else None
     _, runs = make_plan(spec, device)
     progress("measuring how fast this machine trains each size, a moment each")
