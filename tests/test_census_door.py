@@ -17,6 +17,7 @@ import scipy.io
 import scipy.sparse as sp
 
 from scaling_ray.census.beliefs import Rules
+from scaling_ray.census.gene_names import SPECIES, ids_by_name, table_source
 from scaling_ray.census.importer import import_h5ad
 from scaling_ray.census.source import Census
 from scaling_ray.cli import main
@@ -589,3 +590,16 @@ def test_flags_of_reading_need_cells(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "--cells" in capsys.readouterr().err
     assert main(["run", "--cells", "a.h5ad", "cells.toml", "--out", str(tmp_path)]) == 2
     assert "name it before --cells" in capsys.readouterr().err
+
+
+def test_the_pinned_tables_say_where_they_are_from_and_hold_each_id_once() -> None:
+    for organism, prefix in SPECIES.items():
+        table = ids_by_name(organism)
+        assert len(table) > 40_000 and len(set(table.values())) == len(table)
+        assert all(
+            feature_id.startswith(prefix) and len(feature_id) == len(prefix) + 11 for feature_id in table.values()
+        )
+        assert table_source(organism).startswith("GENCODE release ")
+    # on X and on Y: the id on X; of several genes: none
+    assert ids_by_name("homo_sapiens")["CD99"] == "ENSG00000002586"
+    assert "Y_RNA" not in ids_by_name("homo_sapiens")
