@@ -1,5 +1,6 @@
 # make demo   scaling-ray run on planted cells: shards, sweep, law, report; the report's path is the last line printed
-# make cells  the same on your own raw counts: make cells H5AD=FILE.h5ad OUT=DIR
+# make cells  the same on your own raw counts: make cells H5AD=FILE OUT=DIR; further flags of `scaling-ray run --cells`
+#             in OPTIONS='--donor SampleID --layer counts', several files in FILES='A.h5ad B.h5ad' in the place of H5AD
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
 # make bench  measures the data plane (half an hour), the training step and the laws into reports/benchmarks/;
 #             make bench-data, bench-train, bench-laws, bench-results for one, BENCH='--only stream' for a part of it;
@@ -32,9 +33,8 @@ demo: setup
 	@$(BIN)/scaling-ray run jobs/demo.toml --out '$(abspath $(DEMO))'
 
 cells: setup
-	@test -n '$(H5AD)' -a -n '$(OUT)' || { echo "usage: make cells H5AD=FILE.h5ad OUT=DIR" >&2; exit 2; }
-	@$(BIN)/scaling-ray census import '$(H5AD)' --out '$(abspath $(OUT))/census'
-	@$(BIN)/scaling-ray run jobs/cells.toml --census '$(abspath $(OUT))/census' --out '$(abspath $(OUT))'
+	@test -n '$(H5AD)$(FILES)' -a -n '$(OUT)' || { echo "usage: make cells H5AD=FILE OUT=DIR [OPTIONS='--donor COLUMN']" >&2; exit 2; }
+	@$(BIN)/scaling-ray run jobs/cells.toml --cells $(if $(FILES),$(FILES),'$(H5AD)') --out '$(abspath $(OUT))' $(OPTIONS)
 
 test: setup
 	@$(BIN)/python -m pytest -m "not slow and not network and not gpu"

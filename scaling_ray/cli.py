@@ -24,12 +24,56 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help with defaults, where there is one to tell."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
 
 
 def place(text: str) -> str | Path:
     """A directory, or an ``s3://`` URI as it stands."""
     return text if "://" in text else Path(text)
+
+
+CELL_FILES = ".h5ad, .zarr, .h5mu, .loom, 10x .h5, or a 10x folder of matrix.mtx (.gz of each too)"
+
+
+def reading_flags(parser: argparse.ArgumentParser, when: str = "") -> None:
+    """The flags that say how files of cells are read; none of them is needed where a file says it itself."""
+    parser.add_argument(
+        "--layer", default=None, help=f"{when}where the counts are: X, raw.X or a layer's name (found if left out)"
+    )
+    parser.add_argument(
+        "--donor",
+        metavar="COLUMN",
+        action="append",
+        default=[],
+        help=f"{when}obs column of donors (found if left out); repeatable, the first that a file has; @file: one each",
+    )
+    parser.add_argument(
+        "--organism",
+        choices=("homo_sapiens", "mus_musculus"),
+        default=None,
+        help=f"{when}keep the genes of this species only (told from the ids if left out)",
+    )
+    parser.add_argument(
+        "--genes",
+        choices=("union", "intersection"),
+        default="union",
+        help=f"{when}genes of several files: all that any has, or those that all have (libraries are then of those)",
+    )
+    parser.add_argument(
+        "--gene-ids",
+        choices=("mapped", "given"),
+        default="mapped",
+        help=f"{when}given: take ids as they stand, drop no version and map no name; needs --organism",
+    )
+    parser.add_argument(
+        "--trust-counts", action="store_true", help=f"{when}take whole numbers as counts that look like none"
+    )
+    parser.add_argument(
+        "--cut-counts", action="store_true", help=f"{when}take the counts of a panel as whole libraries"
+    )
+    parser.add_argument("--title", default=None, help=f"{when}what the cells are called in the Census and in reports")
+    parser.add_argument("--source", default=None, help=f"{when}citation or address of the cells")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +115,22 @@ def build_parser() -> argparse.ArgumentParser:
         "the whole path: Census, shards, sweep and report below OUT; the same command again goes on",
         needs=("train", "cluster", "census"),
     )
-    whole.add_argument("spec", metavar="SPEC.toml", help=spec_help)
+    whole.add_argument("spec", metavar="SPEC.toml", nargs="?", default=None, help=f"{spec_help}; with --cells: `cells`")
+    whole.add_argument(
+        "--cells",
+        type=Path,
+        nargs="+",
+        default=None,
+        metavar="FILE",
+        help=f"your own raw counts, imported first: {CELL_FILES}",
+    )
+    whole.add_argument(
+        "--split",
+        choices=("donor_id", "dataset_id", "cell"),
+        default=None,
+        help="with --cells: what stays together in train, validation or test (the spec's if left out)",
+    )
+    reading_flags(whole, "with --cells: ")
     whole.add_argument(
         "--out", type=place, required=True, help="directory or s3:// URI for everything: census, shards, sweep, report"
     )
@@ -95,15 +154,23 @@ def build_parser() -> argparse.ArgumentParser:
     plant.add_argument("--genes", type=int, default=None, help="number of genes (2,000; with --law its markers and 8)")
     plant.add_argument("--seed", type=int, default=0, help="seed of model and cells")
     importing = verb(
-        census, "import", verbs.census_import, "raw counts from .h5ad files into the Census layout", needs=("census",)
+        census,
+        "import",
+        verbs.census_import,
+        "raw counts of one or more files into the Census layout",
+        needs=("census",),
     )
-    importing.add_argument(
-        "files", type=Path, nargs="+", metavar="FILE.h5ad", help="files with raw counts, one data set each"
+    checking = verb(
+        census,
+        "check",
+        verbs.census_check,
+        "say what an import would believe of files, and why; import nothing",
+        needs=("census",),
     )
+    for reading in (importing, checking):
+        reading.add_argument("files", type=Path, nargs="+", metavar="FILE", help=f"{CELL_FILES}; one data set each")
+        reading_flags(reading)
     importing.add_argument("--out", type=Path, required=True, help="directory of the Census")
-    importing.add_argument(
-        "--layer", default=None, help="where the counts are: X, raw.X or a layer's name (found if left out)"
-    )
 
     shards = group("shards", "make and check shards")
     build = verb(
@@ -266,7 +333,7 @@ def build_parser() -> argparse.ArgumentParser:
         needs=("train", "census"),
     )
     embed.add_argument("model", type=Path, metavar="MODEL", help="directory that `scaling-ray export` made")
-    embed.add_argument("file", type=Path, metavar="FILE.h5ad", help="cells with raw counts")
+    embed.add_argument("file", type=Path, metavar="FILE", help=f"cells with raw counts: {CELL_FILES}")
     embed.add_argument(
         "--out",
         required=True,
@@ -281,6 +348,10 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument(
         "--min-genes", type=float, default=0.5, metavar="FRACTION", help="share of the model's genes FILE must have"
     )
+    embed.add_argument(
+        "--cut-counts", action="store_true", help="take counts that are cut to a panel as whole libraries"
+    )
+    embed.add_argument("--trust-counts", action="store_true", help="take whole numbers as counts that look like none")
     bench = group("bench", "measure this machine")
     stream = verb(
         bench,

@@ -13,11 +13,14 @@ from scaling_ray.errors import BadInput
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("torch", "safetensors"),
     "cluster": ("ray",),
-    "census": ("tiledbsoma", "cellxgene_census", "anndata", "h5py", "pandas", "requests", "safetensors", "skmisc"),
+    "census": (
+        *("tiledbsoma", "cellxgene_census", "anndata", "h5py", "pandas", "requests", "safetensors", "scanpy", "skmisc"),
+        "zarr",
+    ),
     "track": ("mlflow",),
     "s3": ("boto3", "botocore"),
 }
-"""Extra -> the modules that the package imports from it."""
+"""Extra -> the modules that the package imports from it. No verb needs the extra ``loom``: a .loom file asks for it."""
 
 
 def missing_modules(extra: str) -> list[str]:

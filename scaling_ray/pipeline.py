@@ -5,18 +5,23 @@ Each step leaves its results in a folder of its own and is skipped where they ar
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scaling_ray.errors import BadInput, BudgetSpent, RunsFailed
 from scaling_ray.report.build import build_report
 from scaling_ray.shards.format import MANIFEST
-from scaling_ray.spec import SweepSpec, load_spec
-from scaling_ray.storage import LocalPlace, Place, open_place
+from scaling_ray.spec import SweepSpec, load_spec, parse_spec
+from scaling_ray.storage import LocalPlace, Place, open_place, output_directory, write_atomic
 from scaling_ray.sweep.run import run_sweep
+
+if TYPE_CHECKING:
+    from scaling_ray.census.beliefs import Rules
 
 Progress = Callable[[str], None]
 
@@ -71,6 +76,118 @@ def run_pipeline(
         progress(page)
         raise failed
     return page
+
+
+def run_cells(
+    files: Sequence[Path],
+    spec_path: str | Path,
+    out: str | Path,
+    *,
+    rules: Rules,
+    split_by: str | None = None,
+    progress: Progress = lambda line: None,
+) -> str:
+    """Run a sweep on somebody's own cells: they are imported to ``out``/census, and the rest is ``run_pipeline``.
+
+    Before the first run it says what the grid can answer on these cells, and how long it takes here, at rates measured
+    for a moment. ``out``/cells.toml is the spec that is run: the given one with the title, source and split of this
+    call.
+
+    Args:
+        files: of cells, in any format that ``census.readers`` names.
+        spec_path: the sweep's TOML file.
+        out: a directory.
+        rules: how the files are read.
+        split_by: donor_id, dataset_id or cell, in the place of the spec's own.
+        progress: called with one line of text now and then.
+
+    Raises:
+        BadInput, RunsFailed, Preempted: as ``run_pipeline`` and ``import_h5ad``.
+    """
+    from scaling_ray.census.importer import import_h5ad
+
+    place = open_place(out)
+    if not isinstance(place, LocalPlace):
+        raise BadInput("--out", str(out), "is no local directory; census import to one, then run --census")
+    text = Path(spec_path).read_text(encoding="utf-8")
+    text = with_data(text, {"title": rules.title, "source": rules.source, "split_by": split_by}, str(spec_path))
+    own = output_directory(place.path) / "cells.toml"
+    census = import_h5ad(files, place.path / "census", rules=rules, progress=progress)
+    write_atomic(own, text)
+    if place.below("shards").size(MANIFEST) is None:
+        for line in _foretold(load_spec(own), str(census), progress):
+            progress(line)
+    return run_pipeline(own, out, census=str(census), progress=progress)
+
+
+def with_data(text: str, values: Mapping[str, str | None], where: str) -> str:
+    """A spec's text with some keys of its table [data] set; keys whose value is None stay as they are."""
+    given = {key: value for key, value in values.items() if value is not None}
+    lines = text.splitlines()
+    if given:
+        if "[data]" not in [line.strip() for line in lines]:
+            lines += ["", "[data]"]
+        at = [line.strip() for line in lines].index("[data]") + 1
+        end = next((n for n in range(at, len(lines)) if lines[n].lstrip().startswith("[")), len(lines))
+        kept = [line for line in lines[at:end] if line.partition("=")[0].strip() not in given]
+        # json writes a text as TOML's basic strings do
+        lines[at:end] = [*(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in given.items()), *kept]
+    changed = "\n".join(lines) + "\n"
+    found = parse_spec(changed, where).data
+    assert all(getattr(found, key) == value for key, value in given.items()), "the spec's text was not understood"
+    return changed
+
+
+MEASURED_SECONDS = 1.5
+"""For each kind of run, to foretell how long a sweep takes."""
+START_SECONDS = 60.0
+"""Of Ray, of the first process of each kind, of references and report: what a sweep takes whatever its runs are."""
+
+
+def _foretold(spec: SweepSpec, census: str, progress: Progress) -> list[str]:
+    """What a grid can answer on the cells of a Census, and how long it takes on this machine."""
+    from scaling_ray.execution import device_here
+    from scaling_ray.shards.estimate import estimate
+    from scaling_ray.sweep.plan import make_plan, rate_name
+    from scaling_ray.train.bench import bench_run
+
+    try:
+        data = estimate(spec, census)
+    except BadInput as error:
+        if error.field != "data.split_by":
+            raise
+        remedy = f"{error.remedy} (here: --donor COLUMN names the donors, --split cell does without)"
+        raise BadInput(error.field, error.value, remedy) from error
+    splits = data["splits"]
+    train = splits["train"]
+    few = [cells for cells in spec.grid.cells if cells != "all" and cells > train]
+    if few:
+        remedy = "write a spec with fewer (scaling-ray init cells --out MINE.toml) and name it before --cells"
+        raise BadInput("grid.cells", few, f"is more than the {train:,} training cells; {remedy}")
+    device = device_here() if spec.resources.device == "auto" else None
+    _, runs = make_plan(spec, device)
+    progress("measuring how fast this machine trains each size, a moment each")
+    rates: dict[str, float] = {}
+    for run in runs:
+        name = rate_name(run, run.execution.stack)
+        if name not in rates:
+            rates[name] = bench_run(run, MEASURED_SECONDS, run.execution.stack)["cells_per_second"]
+    plan, runs = make_plan(spec, device, rates=rates)
+    params = sorted({run.params for run in runs})
+    sizes = sorted({train if cells == "all" else cells for cells in spec.grid.cells})
+    seconds = 3600 * (data["hours"] + plan["totals"]["hours"]) + START_SECONDS
+    lines = [
+        f"{data['cells']:,} cells: {train:,} to train on, {splits['val']:,} to choose by, {splits['test']:,} to test "
+        f"on, split by {spec.data.split_by}",
+        f"{len(runs)} runs: {len(spec.grid.sizes)} sizes from {params[0]:,} to {params[-1]:,} parameters, "
+        f"{' and '.join(f'{cells:,}' for cells in sizes)} training cells, {len(spec.grid.seeds)} seeds",
+        f"they can show what size buys over {params[-1] / params[0]:,.0f}-fold parameters"
+        + (f" and what cells buy over {sizes[-1] / sizes[0]:,.1f}-fold data" if len(sizes) > 1 else "")
+        + "; a law is refused where these do not determine it, and nothing is claimed far beyond them",
+        f"about {max(1, round(seconds / 60)):,} minutes on {spec.resources.cpus} CPUs of this machine where nothing "
+        "else runs on them; less where runs stop improving early",
+    ]
+    return lines
 
 
 def _make_shards(target: str, place: Place, spec: SweepSpec, census: str | Path | None, progress: Progress) -> None:

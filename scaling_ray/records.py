@@ -175,9 +175,11 @@ class ModelRecord(Record):
     ``feature_ids`` and ``feature_names`` are in the order of the model's genes. ``val_loss`` and ``test_loss`` are the
     run's own, in ``loss_unit`` per masked gene; a run that chose a rate has no test loss. ``umi_fraction`` is the share
     of a cell's molecules that the network saw in training. ``census`` says which Census the training cells are from.
+    ``library_median``: counts of a training cell over all genes; None in a model whose sweep did not keep it.
     """
 
     version: Literal[2] = 2
+    library_median: float | None = None
     run_id: str
     size: str
     width: int

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from scaling_ray.errors import BadInput, DamagedFiles
 
 if TYPE_CHECKING:
+    from scaling_ray.census.beliefs import Rules
     from scaling_ray.spec import SweepSpec
 
 
@@ -57,12 +58,60 @@ def init(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """The whole path, from cells to a report."""
+    if options.cells is not None:
+        return _run_cells(options)
+    for name, default in _READING.items():
+        if getattr(options, name) != default:
+            raise BadInput(f"--{name.replace('_', '-')}", getattr(options, name), "goes with --cells FILE")
+    if options.split is not None:
+        raise BadInput("--split", options.split, "goes with --cells FILE; a spec says it as data.split_by")
+    if options.spec is None:
+        raise BadInput("SPEC.toml", None, "name a spec, or your own files of cells with --cells FILE")
     _spec_of(options)
     from scaling_ray.pipeline import run_pipeline
 
     given = {"census": options.census, "shards": options.shards, "cluster": options.cluster}
     print(run_pipeline(options.spec, options.out, progress=say, **given))
     return 0
+
+
+def _run_cells(options: argparse.Namespace) -> int:
+    """The whole path from somebody's own files."""
+    for name in ("census", "shards"):
+        if getattr(options, name) is not None:
+            raise BadInput(f"--{name}", getattr(options, name), "does not go with --cells; name one of them")
+    misplaced = [str(file) for file in options.cells if file.suffix == ".toml"]
+    if misplaced:
+        raise BadInput("--cells", misplaced[0], "is a spec; name it before --cells")
+    if options.spec is None:
+        options.spec = "cells"
+    _spec_of(options)
+    from scaling_ray.pipeline import run_cells
+
+    rules, split = _reading_rules(options), options.split
+    print(run_cells(options.cells, options.spec, options.out, rules=rules, split_by=split, progress=say))
+    return 0
+
+
+_READING: dict[str, Any] = {
+    "layer": None,
+    "donor": [],
+    "organism": None,
+    "genes": "union",
+    "gene_ids": "mapped",
+    "trust_counts": False,
+    "cut_counts": False,
+    "title": None,
+    "source": None,
+}
+"""The flags that say how files of cells are read, with the values of those that nobody gave."""
+
+
+def _reading_rules(options: argparse.Namespace) -> Rules:
+    from scaling_ray.census.beliefs import Rules
+
+    given = {name: getattr(options, name) for name in _READING}
+    return Rules(**given | {"donor": tuple(options.donor)})
 
 
 def census_plant(options: argparse.Namespace) -> int:
@@ -77,10 +126,18 @@ def census_plant(options: argparse.Namespace) -> int:
 
 
 def census_import(options: argparse.Namespace) -> int:
-    """Import .h5ad files into a Census."""
+    """Import files of cells into a Census."""
     from scaling_ray.census.importer import import_h5ad
 
-    print(import_h5ad(options.files, options.out, layer=options.layer, progress=say))
+    print(import_h5ad(options.files, options.out, rules=_reading_rules(options), progress=say))
+    return 0
+
+
+def census_check(options: argparse.Namespace) -> int:
+    """Say what an import would believe of files."""
+    from scaling_ray.census.importer import check_files
+
+    check_files(options.files, _reading_rules(options), print)
     return 0
 
 
@@ -306,6 +363,8 @@ def embed(options: argparse.Namespace) -> int:
         layer=options.layer,
         device=options.device,
         min_genes=options.min_genes,
+        cut_counts=options.cut_counts,
+        trust_counts=options.trust_counts,
         progress=say,
     )
     print(options.out)

@@ -28,11 +28,19 @@ REAL_CELLS = Path(
 def cells(
     n: int = 40, ids: Sequence[str] = ("ENSG01", "ENSG02", "ENSG03", "ENSG04", "ENSG05"), seed: int = 0, **obs: object
 ) -> anndata.AnnData:
-    """n cells of sparse raw counts."""
+    """n cells of sparse raw counts, none of them without a count."""
     counts = sp.random(n, len(ids), 0.4, format="csr", random_state=seed, dtype=np.float32)
     counts.data = np.ceil(counts.data * 9).astype(np.float32)
+    counts = (counts + sp.eye_array(n, len(ids), dtype=np.float32) + _in_the_last(n, len(ids))).tocsr()
+    counts = sp.csr_matrix(counts)
     table = pd.DataFrame(obs, index=[f"c{seed}-{i}" for i in range(n)])
     return anndata.AnnData(counts, obs=table, var=pd.DataFrame(index=list(ids)))
+
+
+def _in_the_last(n: int, genes: int) -> sp.csr_array:
+    """A count of the last gene in every cell that the diagonal leaves out."""
+    rows = np.arange(min(genes, n), n)
+    return sp.csr_array((np.ones(len(rows), np.float32), (rows, np.full(len(rows), genes - 1))), shape=(n, genes))
 
 
 def write(adata: anndata.AnnData, path: Path) -> Path:
@@ -50,7 +58,7 @@ def imported(files: list[Path], out: Path, **options: Any) -> tuple[Any, ...]:
 
 def log(adata: anndata.AnnData) -> sp.csr_matrix:
     """A normalised matrix beside the counts."""
-    return adata.X.log1p()
+    return sp.csr_matrix(adata.X).log1p()
 
 
 def in_x(adata: anndata.AnnData) -> anndata.AnnData:

@@ -10,6 +10,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.io
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
@@ -19,8 +20,9 @@ from test_network import GENES, Reference, network_of
 from scaling_ray.census.source import Census
 from scaling_ray.cli import main
 from scaling_ray.embed import EMBEDDING
-from scaling_ray.model.exported import save_model
+from scaling_ray.model.exported import read_record, save_model
 from scaling_ray.model.network import MaskedGeneTransformer
+from scaling_ray.neighbours import NEIGHBOURS, Sample, compare_with_components
 from scaling_ray.sizes import Shape
 
 WIDE, WIDTH_ONE = Shape(12, 2, 3, 4), Shape(1, 1, 1, 1)
@@ -275,3 +277,125 @@ def test_real_cells_get_the_embedding_of_the_plain_encoder(tmp_path: Path) -> No
     want = expected(network, counts, some.obs["raw_sum"].to_numpy(np.float64), np.arange(GENES) < GENES - 5)
     np.testing.assert_allclose(found.obsm[EMBEDDING], want, rtol=1e-4, atol=1e-5)
     assert found.uns["scaling_ray"]["genes_matched"] == GENES - 5
+
+
+def said_by(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
+
+
+def names_of(ids: list[str]) -> list[str]:
+    return [f"NAME-{gene[-5:]}" for gene in ids]
+
+
+def rename(model: Path, names: list[str], **facts: Any) -> Path:
+    """The model with gene names of its own, and other facts."""
+    record = read_record(model)
+    changed = record.model_copy(update={"feature_names": names, **facts})
+    (model / "model.json").write_text(changed.to_json())
+    return model
+
+
+def test_names_are_matched_by_the_model_and_by_the_pinned_table(
+    cells: anndata.AnnData, panel: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, network = save(tmp_path / "model", network_of(WIDE), panel)
+    want = embed(model, write(cells, tmp_path / "in.h5ad"), tmp_path / "out.h5ad").obsm[EMBEDDING]
+    rename(model, names_of(panel))
+    named = cells.copy()
+    named.var = pd.DataFrame(index=names_of(list(cells.var_names)))
+    capsys.readouterr()
+    found = embed(model, write(named, tmp_path / "named.h5ad"), tmp_path / "out.h5ad")
+    assert np.array_equal(found.obsm[EMBEDDING], want)
+    said = said_by(capsys)
+    assert "gene names from the var index" in said and "50 of the model's 50 genes (100.0%;" in said
+    # a model of real genes that kept no names: the table knows them
+    ids = ["ENSG00000141510", "ENSG00000075624", *panel[2:]]
+    other, _ = save(tmp_path / "other", network, ids)
+    real = cells[:, panel].copy()
+    real.var = pd.DataFrame(index=["TP53", "ACTB", *names_of(panel[2:])])
+    found = embed(other, write(real, tmp_path / "real.h5ad"), tmp_path / "out.h5ad", "--min-genes", "0")
+    assert found.uns["scaling_ray"]["genes_matched"] == 2
+
+
+def test_a_matrix_folder_is_embedded_as_the_same_cells_in_h5ad(
+    cells: anndata.AnnData, panel: list[str], tmp_path: Path
+) -> None:
+    model, _ = save(tmp_path / "model", network_of(WIDE), panel)
+    want = embed(model, write(cells, tmp_path / "in.h5ad"), tmp_path / "out.h5ad").obsm[EMBEDDING]
+    folder = tmp_path / "mtx"
+    folder.mkdir()
+    scipy.io.mmwrite(folder / "matrix.mtx", cells.X.T.astype(int))
+    (folder / "features.tsv").write_text("\n".join(f"{gene}.3\t?\tGene Expression" for gene in cells.var_names))
+    (folder / "barcodes.tsv").write_text("\n".join(cells.obs_names))
+    found = embed(model, folder, tmp_path / "from-mtx.h5ad")
+    assert np.array_equal(found.obsm[EMBEDDING], want)
+    assert list(found.obs_names) == list(cells.obs_names) and (found.X != cells.X).nnz == 0
+
+
+def test_antibodies_are_no_part_of_a_cells_library(cells: anndata.AnnData, panel: list[str], tmp_path: Path) -> None:
+    model, _ = save(tmp_path / "model", network_of(WIDE), panel)
+    want = embed(model, write(cells, tmp_path / "in.h5ad"), tmp_path / "out.h5ad").obsm[EMBEDDING]
+    tagged = anndata.AnnData(
+        sp.csr_matrix(sp.hstack([cells.X, np.full((90, 3), 500.0)]), dtype=np.float32),
+        obs=cells.obs,
+        var=pd.DataFrame(
+            {"feature_types": ["Gene Expression"] * cells.n_vars + ["Antibody Capture"] * 3},
+            index=[*cells.var_names, "CD3", "CD4", "CD8"],
+        ),
+    )
+    found = embed(model, write(tagged, tmp_path / "tagged.h5ad"), tmp_path / "out.h5ad")
+    assert np.array_equal(found.obsm[EMBEDDING], want)
+
+
+def test_counts_cut_to_a_panel_are_warned_of_or_refused(
+    cells: anndata.AnnData, panel: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = save(tmp_path / "model", network_of(WIDE), panel)
+    totals = np.asarray(cells.X.sum(1)).ravel()
+    rename(model, panel, library_median=float(np.median(totals)))
+    out = tmp_path / "out.h5ad"
+    embed(model, write(cells, tmp_path / "whole.h5ad"), out)
+    assert "WARNING a cell here" not in said_by(capsys)
+    cut = cells[:, panel].copy()
+    embed(model, write(cut, tmp_path / "cut.h5ad"), out)
+    assert f"and one that the model was trained on {np.median(totals):,.0f}" in said_by(capsys)
+    cut.obs["n_counts"] = totals
+    told = write(cut, tmp_path / "told.h5ad")
+    assert "cut to a panel" in refusal(capsys, model, told, "--out", out)
+    embed(model, told, out, "--cut-counts")
+    assert "% of obs column n_counts" in said_by(capsys)
+
+
+def test_the_summary_compares_with_principal_components(
+    cells: anndata.AnnData, panel: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = save(tmp_path / "model", network_of(WIDE), panel)
+    about = embed(model, write(cells, tmp_path / "in.h5ad"), tmp_path / "out.h5ad").uns["scaling_ray"]
+    assert "principal components of the same genes" in said_by(capsys)
+    assert 0 <= about["pca_neighbour_agreement"] <= 1
+    assert about["pca_neighbour_chance"] == pytest.approx(NEIGHBOURS / 89)
+    few = embed(model, write(cells[:20].copy(), tmp_path / "few.h5ad"), tmp_path / "out.h5ad")
+    assert "pca_neighbour_agreement" not in few.uns["scaling_ray"] and "too few to compare" in said_by(capsys)
+
+
+def test_neighbours_agree_where_they_are_the_same_and_only_there() -> None:
+    random = np.random.default_rng(0)
+    kind = random.integers(0, 4, 400)
+    values = (5 * np.eye(4, 20)[kind] + random.standard_normal((400, 20))).astype(np.float32)
+    sample = Sample(np.arange(400), values)
+    labels = ("cell_type", kind.astype(str).astype(object))
+    turned = (values @ np.linalg.qr(random.standard_normal((20, 20)))[0]).astype(np.float32)
+    good = compare_with_components(sample, turned, labels)
+    assert good.agreement is not None and good.agreement > 0.99
+    assert good.same_by_embedding == pytest.approx(good.same_by_components, abs=0.01)
+    assert not any("WARNING" in line for line in good.lines())
+    noise = random.standard_normal((400, 12)).astype(np.float32)
+    bad = compare_with_components(sample, noise, labels)
+    assert bad.agreement is not None and bad.chance is not None
+    assert bad.agreement == pytest.approx(bad.chance, abs=0.02)
+    assert bad.same_by_embedding == pytest.approx(0.25, abs=0.05)
+    assert "WARNING principal components keep cell_type better" in bad.lines()[-1]
+    assert (
+        "WARNING this embedding and principal components hardly agree"
+        in (compare_with_components(sample, noise, None).lines()[-1])
+    )

@@ -319,3 +319,23 @@ def test_what_is_no_whole_model_is_refused(trained: Path, tmp_path: Path) -> Non
     load_model(out)
     with pytest.raises(BadInput, match="scaling-ray export"):
         load_model(tmp_path / "nowhere")
+
+
+def test_the_files_of_a_model_have_the_mode_of_any_other_file(sweep: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    assert export(sweep, RUNS["corrected"].run_id, out) == 0
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert {file.stat().st_mode for file in out.iterdir()} == {plain.stat().st_mode}
+
+
+def test_a_model_knows_the_library_of_its_training_cells(sweep: Path, shards: Path, tmp_path: Path) -> None:
+    median = float(np.median(synthetic_cells(200, STORED_GENES, unmeasured=20).raw_sum))
+    run_id = RUNS["corrected"].run_id
+    assert export(sweep, run_id, tmp_path / "kept") == 0
+    assert load_model(tmp_path / "kept")[1].library_median == median
+    (sweep / "libraries.json").unlink()
+    assert export(sweep, run_id, tmp_path / "shards", "--shards", str(shards)) == 0
+    assert load_model(tmp_path / "shards")[1].library_median == median
+    assert export(sweep, run_id, tmp_path / "neither") == 0
+    assert load_model(tmp_path / "neither")[1].library_median is None

@@ -23,7 +23,7 @@ from scaling_ray.extras import EXTRAS, missing_modules, require_extras
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIGHT_MODULES = {"numpy", "scipy", "pyarrow", "pydantic", "jinja2", "markupsafe", "resvg_py"}
 LIGHT_VERBS = ("init", "plan", "fit", "audit", "report", "status", "shards verify", "doctor")
-BLOCKED = sorted({module for modules in EXTRAS.values() for module in modules} | {"deepspeed", "s3fs", "scanpy"})
+BLOCKED = sorted({module for modules in EXTRAS.values() for module in modules} | {"deepspeed", "s3fs"})
 
 
 def imported_at_once(path: Path) -> Iterator[str]:
@@ -100,7 +100,7 @@ def test_the_scan_sees_what_is_heavy() -> None:
 def test_every_extra_is_declared_and_known_to_the_doctor() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     declared = project["optional-dependencies"]
-    assert set(declared) == {*EXTRAS, "all", "dev"}
+    assert set(declared) == {*EXTRAS, "all", "dev", "loom"}
     assert declared["all"] == [f"scaling-ray[{','.join(EXTRAS)}]"]
     assert set(USES) == set(EXTRAS)
     assert {*LIGHT_PACKAGES, "markupsafe"} == {name.split(">")[0] for name in project["dependencies"]}

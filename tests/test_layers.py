@@ -38,8 +38,11 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "shards/order.py": ("torch", "ray"),
     "shards/read.py": ("ray",),
     "doctor.py": ("torch", "ray"),
-    # embedding cells reads .h5ad files on a machine that need not have a Census
-    "census/h5ad.py": ("torch", *SOMA),
+    # embedding cells reads files on a machine that need not have a Census
+    **{
+        f"census/{name}.py": ("torch", *SOMA)
+        for name in ("h5ad", "readers", "counts", "matrices", "features", "donors")
+    },
     "results/": ("torch", "ray", "mlflow"),
     # a report is made from files, without a GPU and without a cluster
     "report/": ("torch", "ray", "mlflow"),
@@ -59,6 +62,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("verbs.py",),
     ("pipeline.py", "specs/"),
     ("embed.py",),
+    ("neighbours.py",),
     ("sweep/",),
     ("report/", "tracking/"),
     ("train/",),

@@ -27,6 +27,11 @@ from scaling_ray.errors import BadInput
 CENSUS_SCHEMA_VERSION = "2.4.0"
 DATASET_SCHEMA_VERSION = "7.0.0"
 ORGANISM = "homo_sapiens"
+ORGANISMS: dict[str, tuple[str, str]] = {
+    "homo_sapiens": ("Homo sapiens", "NCBITaxon:9606"),
+    "mus_musculus": ("Mus musculus", "NCBITaxon:10090"),
+}
+"""Name of an organism's experiment -> its label and its term."""
 RECORD_NAME = "census.json"
 SAFE_READS: dict[str, Any] = {"sm.query.sparse_global_order.preprocess_tile_merge": 0}
 """TileDB's merge of tile orders before a read races with itself and now and then ends the process with SIGSEGV (in
@@ -73,6 +78,9 @@ _OBS_SCHEMA = pa.schema(
         ("n_measured_vars", pa.int64()),
     ]
 )
+TWIN_OF = "twin_of"
+"""Obs column of an imported Census in which some cells stand several times: the joinid of the copy that counts, for
+every other cell its own. Beside the schema's columns; a Census without such cells has none."""
 _SUMMARISED = (
     "cell_type",
     "assay",
@@ -172,6 +180,8 @@ class CensusWriter:
             that each range is written with one and the same dictionary.
         build_tag: ISO date or name, written as the Census build date.
         schema_version: Census schema that its summary names.
+        organism: a name of ``ORGANISMS``.
+        twins: whether obs has the column ``TWIN_OF``.
     """
 
     def __init__(
@@ -185,12 +195,16 @@ class CensusWriter:
         categories: Mapping[str, Sequence[str]],
         build_tag: str,
         schema_version: str = CENSUS_SCHEMA_VERSION,
+        organism: str = ORGANISM,
+        twins: bool = False,
     ) -> None:
         if presence.shape != (len(datasets), len(var)):
             raise ValueError(f"presence: {presence.shape}: expected {(len(datasets), len(var))}")
         self.out = Path(out)
         self._var, self._datasets, self._presence = var.reset_index(drop=True), list(datasets), presence.astype(bool)
         self._n_cells, self._build_tag, self._schema_version = n_cells, build_tag, schema_version
+        self._organism = organism
+        self._obs_schema = _OBS_SCHEMA.append(pa.field(TWIN_OF, pa.int64())) if twins else _OBS_SCHEMA
         self._categories = {name: pa.array(list(categories[name]), pa.large_string()) for name in OBS_STRING_COLUMNS}
         self._codes = {name: pd.Index(values.to_pylist()).astype(object) for name, values in self._categories.items()}
         self._dataset_row = {d.dataset_id: i for i, d in enumerate(datasets)}
@@ -209,8 +223,8 @@ class CensusWriter:
         with root as census:
             census.add_new_collection("census_info")
             data = census.add_new_collection("census_data")
-            experiment = data.add_new_collection(ORGANISM, soma.Experiment)
-            experiment.add_new_dataframe("obs", schema=_OBS_SCHEMA, domain=[(0, max(self._n_cells - 1, 0))])
+            experiment = data.add_new_collection(self._organism, soma.Experiment)
+            experiment.add_new_dataframe("obs", schema=self._obs_schema, domain=[(0, max(self._n_cells - 1, 0))])
             experiment.add_new_collection("ms")
             rna = experiment.ms.add_new_collection("RNA", soma.Measurement)
             layers = rna.add_new_collection("X")
@@ -223,7 +237,7 @@ class CensusWriter:
             rna.add_new_sparse_ndarray("feature_dataset_presence_matrix", type=pa.bool_(), shape=self._presence.shape)
         # Handles are opened anew for writing: a dictionary column written through the handle that created
         # its frame loses its categories, and value filters then match nothing.
-        base = f"{uri}/census_data/{ORGANISM}"
+        base = f"{uri}/census_data/{self._organism}"
         self._obs = soma.DataFrame.open(f"{base}/obs", "w")
         self._x = soma.SparseNDArray.open(f"{base}/ms/RNA/X/raw", "w")
         return self
@@ -244,8 +258,8 @@ class CensusWriter:
         """Adds the next B cells.
 
         Args:
-            obs: B rows with the string columns of the schema, ``is_primary_data`` and ``observation_joinid``;
-                joinids and the sums over counts are filled in here.
+            obs: B rows with the string columns of the schema, ``is_primary_data`` and ``observation_joinid``, and
+                ``TWIN_OF`` where the Census has it; joinids and the sums over counts are filled in here.
             counts: (B, G) raw counts without explicit zeros.
         """
         n = len(obs)
@@ -279,7 +293,9 @@ class CensusWriter:
         columns["raw_mean_nnz"] = pa.array(mean)
         columns["raw_variance_nnz"] = pa.array(variance)
         columns["n_measured_vars"] = pa.array(measured)
-        self._obs.write(pa.table([columns[f.name] for f in _OBS_SCHEMA], schema=_OBS_SCHEMA))
+        if TWIN_OF in self._obs_schema.names:
+            columns[TWIN_OF] = pa.array(obs[TWIN_OF].to_numpy(np.int64))
+        self._obs.write(pa.table([columns[f.name] for f in self._obs_schema], schema=self._obs_schema))
         if counts.nnz:
             self._write_counts(joinids[row], counts.indices.astype(np.int64), counts.data.astype(np.float32))
         self._tally(obs, counts, dataset_rows)
@@ -318,7 +334,7 @@ class CensusWriter:
             raise ValueError(f"publish: {self._written} cells written: {self._n_cells} were announced")
         self._close()
         root = str(self.partial)
-        base = f"{root}/census_data/{ORGANISM}"
+        base = f"{root}/census_data/{self._organism}"
         self._write_presence(f"{base}/ms/RNA/feature_dataset_presence_matrix")
         with soma.Measurement.open(f"{base}/ms/RNA", "w") as rna:
             _write_frame(rna, "var", self._var_table())
@@ -373,16 +389,15 @@ class CensusWriter:
             "dataset_schema_version": DATASET_SCHEMA_VERSION,
             "total_cell_count": str(self._n_cells),
             "unique_cell_count": str(self._primary),
-            "number_donors_homo_sapiens": str(len(self._donors)),
-            "number_donors_mus_musculus": "0",
-        }
+        } | {f"number_donors_{name}": str(len(self._donors) if name == self._organism else 0) for name in ORGANISMS}
         counts = [("all", "na", "na", self._n_cells, self._primary)]
         counts += [(*key, int(tally[0]), int(tally[1])) for key, tally in sorted(self._cell_counts.items())]
         sets = self._datasets
+        label, term = ORGANISMS[self._organism]
         return {
             "summary": _strings(label=list(summary), value=list(summary.values())),
             "summary_cell_counts": _strings(
-                organism=["Homo sapiens"] * len(counts),
+                organism=[label] * len(counts),
                 category=[c[0] for c in counts],
                 label=[c[1] for c in counts],
                 ontology_term_id=[c[2] for c in counts],
@@ -400,9 +415,7 @@ class CensusWriter:
                 dataset_title=[d.title for d in sets],
                 dataset_h5ad_path=[f"{d.dataset_id}.h5ad" for d in sets],
             ).append_column("dataset_total_cell_count", pa.array(self._dataset_cells)),
-            "organisms": _strings(
-                organism_ontology_term_id=["NCBITaxon:9606"], organism_label=["Homo sapiens"], organism=[ORGANISM]
-            ),
+            "organisms": _strings(organism_ontology_term_id=[term], organism_label=[label], organism=[self._organism]),
         }
 
     def _assert_filters_work(self, uri: str) -> None:

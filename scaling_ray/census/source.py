@@ -25,7 +25,7 @@ import requests
 import scipy.sparse as sp
 import tiledbsoma as soma
 
-from scaling_ray.census.layout import RECORD_NAME, SAFE_READS, check_whole
+from scaling_ray.census.layout import ORGANISM, RECORD_NAME, SAFE_READS, TWIN_OF, check_whole
 from scaling_ray.errors import BadInput
 from scaling_ray.storage import patiently
 
@@ -49,13 +49,16 @@ class Census:
         tile_cells: row extent of a tile of X; ranges aligned to it read no tile twice.
     """
 
-    def __init__(self, root: soma.Collection, uri: str, organism: str) -> None:
-        self._root, self.uri, self.organism = root, uri, organism
+    def __init__(self, root: soma.Collection, uri: str, organism: str | None) -> None:
+        self._root, self.uri = root, uri
         if not {"census_info", "census_data"} <= set(root):
             root.close()
             raise BadInput("census", uri, f"is a SOMA collection but no Census; {_WAYS}")
-        if organism not in root["census_data"]:
-            held = sorted(root["census_data"])
+        held = sorted(root["census_data"])
+        if organism is None:
+            organism = held[0] if len(held) == 1 else ORGANISM
+        self.organism = organism
+        if organism not in held:
             root.close()
             raise BadInput("organism", organism, f"is not in this Census; it holds {held}")
         experiment = root["census_data"][organism]
@@ -81,7 +84,7 @@ class Census:
     def open(
         cls,
         uri_or_version: str | Path,
-        organism: str = "homo_sapiens",
+        organism: str | None = None,
         *,
         threads: int = 1,
         buffer_bytes: int = 64 * 2**20,
@@ -93,7 +96,7 @@ class Census:
 
         Args:
             uri_or_version: local path, ``file://`` or ``s3://`` URI, or a release name.
-            organism: name of the experiment inside ``census_data``.
+            organism: name of the experiment inside ``census_data``; None: the only one, of several homo_sapiens.
             threads: compute threads of TileDB; the default suits a task that was given one CPU.
             buffer_bytes: read buffer per column; one read holds a small multiple of it in memory, beside its
                 result.
@@ -137,7 +140,7 @@ class Census:
             raise BadInput("census", where, f"cannot be read ({_first_line(error)}); {_WAYS}") from error
 
     @classmethod
-    def _open_release(cls, version: str, organism: str, config: dict[str, Any]) -> Census:
+    def _open_release(cls, version: str, organism: str | None, config: dict[str, Any]) -> Census:
         try:
             context = cellxgene_census.get_default_soma_context(tiledb_config=config)
             root = cellxgene_census.open_soma(census_version=version, context=context)
@@ -224,6 +227,18 @@ class Census:
         joinid = np.concatenate([np.empty(0, np.int64), *(table["soma_joinid"].to_numpy() for table in tables)])
         nnz = np.concatenate([np.empty(0, np.int64), *(table["nnz"].to_numpy() for table in tables)])
         return nnz[np.argsort(joinid, kind="stable")]
+
+    def twin_of(self, value_filter: str | None = None) -> np.ndarray | None:
+        """The joinid of the copy that counts for each cell (``census.layout.TWIN_OF``), (N,) by rising soma_joinid.
+
+        None where no cell of the Census has a second copy.
+        """
+        if TWIN_OF not in self._obs.keys():
+            return None
+        tables = list(self._obs_tables(["soma_joinid", TWIN_OF], value_filter))
+        joinid = np.concatenate([np.empty(0, np.int64), *(table["soma_joinid"].to_numpy() for table in tables)])
+        twin = np.concatenate([np.empty(0, np.int64), *(table[TWIN_OF].to_numpy() for table in tables)])
+        return twin[np.argsort(joinid, kind="stable")]
 
     def obs(self, columns: Sequence[str] | None = None, value_filter: str | None = None) -> pd.DataFrame:
         """Cell metadata, sorted by ``soma_joinid`` (always included), as plain numpy and object columns.

@@ -29,6 +29,8 @@ def save_model(directory: Path, weights: dict[str, Tensor], facts: dict[str, Any
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
     record = ModelRecord(**facts, weights_sha256=file_sha256(directory / WEIGHTS))
     (directory / RECORD).write_text(record.to_json(), encoding="utf-8")
+    # safetensors makes files for their owner alone; a model is read by whoever may read the directory
+    (directory / WEIGHTS).chmod((directory / RECORD).stat().st_mode)
     return record
 
 

@@ -131,7 +131,8 @@ def choose(census: Census, data: DataSpec) -> tuple[Selection, NDArray[np.int64]
     """The selection, the non-zeros of each chosen cell, and the data_hash of the shards that the split comes from."""
     carried, split_from = carried_groups(data)
     joinid, columns = census.obs_codes(columns_needed(data), data.value_filter)
-    selection = select_cells(joinid, columns, data, census.n_cells, carried)
+    twin_of = census.twin_of(data.value_filter)
+    selection = select_cells(joinid, columns, data, census.n_cells, carried, twin_of)
     nnz = census.nnz(data.value_filter)[np.searchsorted(joinid, selection.joinid)]
     return selection, nnz, split_from
 

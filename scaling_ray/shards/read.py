@@ -145,6 +145,12 @@ def read_split(where: Path | str | Place, manifest: ShardManifest, split: str, g
     return decode_cells(pa.concat_tables(tables), genes, manifest.genes, read_measured(shards, manifest, genes))
 
 
+def read_raw_sums(where: Path | str | Place, file: str) -> Ints:
+    """(N,) counts of each cell of one shard file over all genes of the Census."""
+    found: Ints = _ShardFile(open_place(where, "shards"), file).table(["raw_sum"])["raw_sum"].to_numpy()
+    return found
+
+
 def read_labels(where: Path | str | Place, manifest: ShardManifest, split: str) -> pa.Table:
     """Each cell of a split (int64) with its data set, donor and cell type by name, as dictionary columns."""
     shards, names = open_place(where, "shards"), ("dataset_id", "donor_id", "cell_type")

@@ -2,16 +2,23 @@
 
 Splits come first, so that genes can be ranked on training cells. Everything is integers: a hundred million cells take
 about 50 bytes each.
+
+No person and no cell stands on two sides of a split: spellings of one donor are one group, groups that hold copies of
+the same cells are one group, copies of a cell are one cell, and cells whose donor nobody knows train.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
 
+from scaling_ray.census.donors import donor_key, is_nobody
 from scaling_ray.errors import BadInput
 from scaling_ray.shards.format import CODE_COLUMNS, SPLITS
 from scaling_ray.shards.order import keyed_hash, keyed_permutation
@@ -126,6 +133,7 @@ def select_cells(
     data: DataSpec,
     census_cells: int,
     carried: Mapping[str, str] | None = None,
+    twin_of: Ints | None = None,
 ) -> Selection:
     """Filter, cap, split and permute the cells that passed the value filter.
 
@@ -135,9 +143,10 @@ def select_cells(
         data: the rules.
         census_cells: cells of the whole Census.
         carried: group -> split of an older assignment.
+        twin_of: (N,) joinid of the copy that counts for each cell; None where no cell has a second copy.
 
     Raises:
-        BadInput: a rule that leaves nothing, naming it.
+        BadInput: a rule that leaves nothing or asks for a value that no cell has, naming it; too few groups to split.
     """
     if not len(joinid):
         raise BadInput("data.value_filter", data.value_filter, "matches no cell of this Census; correct it")
@@ -145,7 +154,7 @@ def select_cells(
     dropped = {"value_filter": census_cells - len(joinid)}
     chosen = np.arange(len(joinid))
     for name, wanted in data.keep.items():
-        kept = _has_one_of(*columns[name], wanted)[chosen]
+        kept = _has_one_of(name, *columns[name], wanted)[chosen]
         dropped[f"keep.{name}"] = int((~kept).sum())
         chosen = chosen[kept]
         if not len(chosen):
@@ -155,15 +164,15 @@ def select_cells(
         dropped["cap_cells"] = int((~kept).sum())
         chosen = chosen[kept]
     joinid = joinid[chosen]
+    twins = joinid if twin_of is None else twin_of[chosen]
     coded = {name: _recoded(columns[name][0][chosen], columns[name][1]) for name in CODE_COLUMNS}
     fractions = data.fractions.model_dump()
     if data.split_by == "cell":
-        split = _split_cells(joinid, fractions, salt)
+        split = _split_cells(twins, fractions, salt)
         groups: dict[str, list[str]] = {name: [] for name in SPLITS}
     else:
         codes, labels = coded[data.split_by]
-        sizes = dict(zip(labels, np.bincount(codes, minlength=len(labels)).tolist(), strict=True))
-        assigned = split_groups(sizes, fractions, salt, carried)
+        assigned = _split_labels(codes, labels, data, salt, carried or {}, twins if twin_of is not None else None)
         split = np.array([SPLITS.index(assigned[label]) for label in labels], dtype=np.int8)[codes]
         groups = {name: sorted(group for group, place in assigned.items() if place == name) for name in SPLITS}
     position = np.empty(len(joinid), dtype=np.int64)
@@ -181,9 +190,76 @@ def select_cells(
     )
 
 
-def _has_one_of(codes: NDArray[np.int32], labels: list[str], wanted: list[str]) -> NDArray[np.bool_]:
+def _split_labels(
+    codes: NDArray[np.int32],
+    labels: list[str],
+    data: DataSpec,
+    salt: int,
+    carried: Mapping[str, str],
+    twins: Ints | None,
+) -> dict[str, str]:
+    """Label -> split. Labels that must not part are placed as one group, under the first of them."""
+    first = _together(codes, labels, data.split_by, twins)
+    sizes: dict[str, int] = {}
+    for label, cells in zip(labels, np.bincount(codes, minlength=len(labels)).tolist(), strict=True):
+        sizes[first[label]] = sizes.get(first[label], 0) + cells
+    kept = dict(carried)
+    for label in labels:
+        if label not in carried:
+            continue
+        if kept.setdefault(first[label], carried[label]) != carried[label]:
+            raise BadInput(
+                "data.split_from",
+                label,
+                f"is the same {'person' if data.split_by == 'donor_id' else 'data set'} as {first[label]!r} and was in "
+                "another split there; split anew",
+            )
+    if data.split_by == "donor_id":
+        nobody = [label for label in sizes if is_nobody(label)]
+        unknown = sum(sizes[label] for label in nobody)
+        people = {label: cells for label, cells in sizes.items() if not is_nobody(label)}
+        if nobody and len(people) < 2:
+            raise BadInput(
+                "data.split_by",
+                sorted(sizes),
+                f"{unknown:,} cells have no donor ({', '.join(nobody)}) and {len(people)} "
+                "donors are left to validate and test on; name the column of donors, or set split_by = 'cell'",
+            )
+        # somebody's cells in training only: they may be of any donor, but no test is on people whom nobody knows
+        kept = {label: "train" for label in nobody} | kept
+    assigned = split_groups(sizes, data.fractions.model_dump(), salt, kept)
+    return {label: assigned[first[label]] for label in labels}
+
+
+def _together(codes: NDArray[np.int32], labels: list[str], column: str, twins: Ints | None) -> dict[str, str]:
+    """Label -> the first label of its group: spellings of one donor, and labels that hold copies of the same cells."""
+    group = np.arange(len(labels))
+    if column == "donor_id":
+        keys = [label if is_nobody(label) else donor_key(label) for label in labels]
+        _, group = np.unique(keys, return_inverse=True)
+    if twins is not None:
+        nobody = np.array([column == "donor_id" and is_nobody(label) for label in labels], dtype=bool)
+        known = ~nobody[codes]
+        _, cell = np.unique(twins[known], return_inverse=True)
+        of_cell = np.zeros(len(cell), np.int64)
+        of_cell[cell[::-1]] = group[codes[known]][::-1]  # the group of each cell's first copy
+        links = np.stack([of_cell[cell], group[codes[known]]])
+        shape = (len(labels), len(labels))
+        graph = sp.coo_matrix((np.ones(links.shape[1], bool), (links[0], links[1])), shape=shape)
+        _, joined = connected_components(graph, directed=False)
+        group = joined[group]
+    _, first = np.unique(group, return_index=True)
+    _, inverse = np.unique(group, return_inverse=True)
+    return {label: labels[int(first[at])] for label, at in zip(labels, inverse, strict=True)}
+
+
+def _has_one_of(name: str, codes: NDArray[np.int32], labels: list[str], wanted: list[str]) -> NDArray[np.bool_]:
     """Whether each cell has a wanted value: its whole label, or one of several values in its label."""
     named = set(wanted)
+    there = set(labels).union(*(label.split(MANY_VALUES) for label in labels))
+    if (absent := [value for value in wanted if value not in there]) and len(absent) < len(wanted):
+        near = difflib.get_close_matches(absent[0], sorted(there), n=3) or sorted(there)[:5]
+        raise BadInput(f"data.keep.{name}", absent, f"is no value of this column; did you mean {', '.join(near)}?")
     good = [label in named or bool(named & set(label.split(MANY_VALUES))) for label in labels]
     return np.array(good, dtype=bool)[codes]
 
@@ -213,14 +289,15 @@ def _recoded(codes: NDArray[np.int32], labels: list[str]) -> Coded:
     return place[codes], [labels[int(index)] for index in used]
 
 
-def _split_cells(joinid: Ints, fractions: dict[str, float], salt: int) -> NDArray[np.int8]:
-    if len(joinid) < len(fractions):
-        raise BadInput(
-            "data.split_by", "cell", f"gives {len(joinid)} cells for {len(fractions)} splits; use more cells"
-        )
-    order = keyed_permutation(salt, joinid)
-    held_out = [max(1, round(fractions[name] * len(joinid))) for name in SPLITS[1:]]
-    split = np.zeros(len(joinid), dtype=np.int8)
+def _split_cells(twins: Ints, fractions: dict[str, float], salt: int) -> NDArray[np.int8]:
+    """Splits of cells; copies of a cell, which have one number in ``twins`` (N,), take one split."""
+    cells, inverse = np.unique(twins, return_inverse=True)
+    if len(cells) < len(fractions):
+        raise BadInput("data.split_by", "cell", f"gives {len(cells)} cells for {len(fractions)} splits; use more cells")
+    order = keyed_permutation(salt, cells)
+    held_out = [max(1, round(fractions[name] * len(cells))) for name in SPLITS[1:]]
+    split = np.zeros(len(cells), dtype=np.int8)
     split[order[: held_out[0]]] = 1
     split[order[held_out[0] : sum(held_out)]] = 2
-    return split
+    found: NDArray[np.int8] = split[inverse]
+    return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -21,18 +23,28 @@ from scaling_ray.records import RunResult, ShardManifest
 from scaling_ray.results.sweep_files import ATTEMPTS, CHECKPOINTS, GENES, TEST_SPLIT, RunFiles, SweepFiles, write_table
 from scaling_ray.runs import RunSpec, differing
 from scaling_ray.shards.format import read_manifest
-from scaling_ray.shards.read import read_labels
+from scaling_ray.shards.read import read_labels, read_raw_sums
 from scaling_ray.storage import Place, open_place, output_directory, partial_directory, publish_directory
 from scaling_ray.train.attempt import BEST
 from scaling_ray.train.checkpoint import Checkpoint, Checkpoints, newest, read_checkpoint
 from scaling_ray.train.engine import load_weights, model_tensors
 from scaling_ray.train.sharded import UNREADABLE
 
+LIBRARIES = "libraries.json"
+"""In a sweep's directory: the sizes of its training cells, by which an embedding knows cells that were cut."""
+
 
 def keep_genes(sweep: Place, manifest: ShardManifest, shards: Place) -> None:
-    """Copy the shards' table of genes beside the sweep's copy of their manifest: a model needs it."""
+    """Copy what a model needs of the shards: their table of genes, and the size of a training cell's library."""
     if any(entry.path == GENES for entry in manifest.tables):
         sweep.write(GENES, _shards_genes(shards))
+        sweep.write(LIBRARIES, (json.dumps({"median": _library_median(shards, manifest)}) + "\n").encode())
+
+
+def _library_median(shards: Place, manifest: ShardManifest) -> float:
+    """Median counts of a training cell over all genes, from one shard file: cells are permuted, so a fair sample."""
+    first = manifest.splits["train"].files[0].path
+    return float(np.median(read_raw_sums(shards, first)))
 
 
 def keep_test_labels(sweep: Place, manifest: ShardManifest, shards: Place) -> None:
@@ -75,6 +87,7 @@ def export_model(sweep: Path | str, run_id: str, out: Path | str, shards: Path |
     facts: dict[str, Any] = run.model_dump(include={"run_id", "size", "width", "layers", "heads", "feedforward"})
     facts |= run.train.model_dump(include={"recipe", "mask_fraction", "umi_fraction", "objective"})
     facts["precision"] = run.execution.precision
+    facts["library_median"] = _kept_library(files, manifest, shards)
     facts |= result.model_dump(include={"lr", "loss_unit", "val_loss", "test_loss", "data_hash"})
     facts |= {
         "seed": run.seed,
@@ -184,6 +197,13 @@ def _genes(sweep: SweepFiles, manifest: ShardManifest, shards: Path | str | None
         remedy = "is not the one the manifest names (sha256 differs); name whole shards with --shards"
         raise BadInput(GENES, str(shards or sweep), remedy)
     return pq.read_table(pa.BufferReader(data), columns=["feature_id", "feature_name"])
+
+
+def _kept_library(sweep: SweepFiles, manifest: ShardManifest, shards: Path | str | None) -> float | None:
+    kept = sweep.place.read_if_there(LIBRARIES)
+    if kept is not None:
+        return float(json.loads(kept)["median"])
+    return None if shards is None else _library_median(open_place(shards, "--shards"), manifest)
 
 
 def _shards_genes(shards: Place) -> bytes:
