@@ -13,10 +13,12 @@ from pathlib import Path
 
 from scaling_ray.errors import BadInput, RunsFailed
 from scaling_ray.report.build import build_report
+from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.shards.format import MANIFEST
 from scaling_ray.spec import SweepSpec, load_spec
 from scaling_ray.storage import LocalPlace, Place, open_place
 from scaling_ray.sweep.run import run_sweep
+from scaling_ray.tracking.report import track_report
 
 Progress = Callable[[str], None]
 
@@ -64,6 +66,9 @@ def run_pipeline(
         failed = error
     progress("writing the report")
     page = str(build_report(sweep, place.below("report").uri))
+    where = track_report(SweepFiles.at(sweep), place.below("report").uri, progress)
+    if where is not None:
+        progress(f"verdict and report are in MLflow: {where}")
     if failed:
         progress(page)
         raise failed

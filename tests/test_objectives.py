@@ -130,7 +130,7 @@ def test_two_updates_alone_and_stacked_go_from_spec_to_row_and_mlflow(
     from mlflow.tracking import MlflowClient
 
     from scaling_ray.tracking.ledger import tracking_uri
-    from scaling_ray.tracking.mlflow import Tracker
+    from scaling_ray.tracking.tracker import Tracker
 
     manifest = ShardManifest(
         name="tiny",
