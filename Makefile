@@ -37,7 +37,7 @@ cells: setup
 	@$(BIN)/scaling-ray run jobs/cells.toml --census '$(abspath $(OUT))/census' --out '$(abspath $(OUT))'
 
 test: setup
-	@$(BIN)/python -m pytest -m "not slow and not network and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not network and not gpu and not browser"
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not network and not gpu"

@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
@@ -62,7 +63,10 @@ class Server:
     def __init__(self, uri: str) -> None:
         check_database(uri)
         self.uri = uri
-        self._client = MlflowClient(tracking_uri=uri)
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+        except MlflowException as error:
+            raise why_unusable(uri, error) or error from error
 
     def experiment(self, name: str, tags: Mapping[str, str], artifacts: str | None = None) -> str:
         """The id of an experiment, created (with its artifacts at a URI) where there is none; it gets missing tags."""
@@ -151,7 +155,7 @@ class Server:
         """Log what a run was trained on; the same again changes nothing."""
         dataset = Dataset(
             name=name,
-            digest=digest[:36],
+            digest=digest[:32],
             source_type="shards",
             source=json.dumps(source),
             schema=json.dumps(schema),
