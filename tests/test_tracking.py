@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tracked_sweeps import BASE_MS, Swept, begin_sweep, finish_run, finished_sweep, start_of, token_of, write_rows
@@ -63,7 +64,7 @@ def tracker_of(swept: Swept) -> Tracker:
     return Tracker(swept.files, swept.spec, swept.manifest)
 
 
-def client_of(swept: Swept) -> mlflow_client:
+def client_of(swept: Swept) -> Any:
     return mlflow_client(tracking_uri(swept.files))
 
 

@@ -47,7 +47,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Swept, str]
 @pytest.fixture(scope="module")
 def page(told: tuple[Swept, str]) -> Iterator[Any]:
     """A page of a browser without a past, one window for all tests of this module."""
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install 'scaling-ray[browser]'")
+    driver = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is missing: pip install 'scaling-ray[browser]'"
+    )
     with driver.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=BROWSER, headless=True, args=FLAGS)
         opened = browser.new_page(viewport={"width": 1900, "height": 1000})
@@ -64,9 +66,7 @@ def keep_picture(page: Any, name: str) -> None:
         page.screenshot(path=str(Path(folder) / f"mlflow-{name}.png"))
 
 
-def test_the_link_opens_a_table_with_names_and_loss_and_the_best_run_on_top(
-    page: Any, told: tuple[Swept, str]
-) -> None:
+def test_the_link_opens_a_table_with_names_and_loss_and_the_best_run_on_top(page: Any, told: tuple[Swept, str]) -> None:
     swept, link = told
     page.goto(link)
     page.get_by_role("link", name="W32 5000 s1", exact=True).wait_for()

@@ -338,15 +338,20 @@ def postgres_server() -> Iterator[str]:
     as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"] if os.getuid() == 0 else []
     # A folder that the user postgres can reach: pytest's own are closed to others.
     folder = Path(subprocess.check_output([*as_user, "mktemp", "-d", "/tmp/pg-XXXXXX"], text=True).strip())
-    quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": "/"}
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
     try:
-        subprocess.run([*as_user, programs / "initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust"], **quiet)
-        control = [*as_user, programs / "pg_ctl", "-D", folder / "data", "-w", "-t", "120"]
-        subprocess.run([*control, "-o", options, "-l", folder / "log", "start"], **quiet)
+        data = str(folder / "data")
+        _quietly([*as_user, str(programs / "initdb"), "-D", data, "-U", "postgres", "-A", "trust"])
+        control = [*as_user, str(programs / "pg_ctl"), "-D", data, "-w", "-t", "120"]
+        _quietly([*control, "-o", options, "-l", str(folder / "log"), "start"])
         try:
             yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/postgres"
         finally:
-            subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
+            _quietly([*control, "-m", "immediate", "stop"])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _quietly(command: list[str]) -> None:
+    """Run a command that must work; pg_ctl's server keeps what it is given open, so that is nothing."""
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/")

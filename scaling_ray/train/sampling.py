@@ -1,8 +1,8 @@
-"""Samples of what a process takes of its machine (CPU, memory, GPU), as rows of its run's metrics.jsonl.
+"""What a training process takes of its machine (CPU, memory, GPU), as rows of its run's metrics.jsonl.
 
-A thread takes a sample every so often and keeps it; the training process writes what was taken with its next row, so
-that a metrics.jsonl has one writer and one thread. Reads /proc and torch's own counters: where there is neither, a
-sample says less.
+A thread samples every so often and keeps the latest; the training thread writes it beside its next row, so that a
+metrics.jsonl has one writer and one thread. Reads /proc and torch's own counters: where they are missing, a sample says
+less.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from typing import Any
 import torch
 
 _STAT, _MEMORY, _MACHINE = Path("/proc/self/stat"), Path("/proc/self/statm"), Path("/proc/meminfo")
-_TICKS = os.sysconf("SC_CLK_TCK")
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS_PER_SECOND, _PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 _GIB = 2**30
 
 
 class Sampler:
-    """Keeps the samples that were taken since ``take`` was last called.
+    """Samples this process.
 
     Args:
         seconds: between two samples.
@@ -32,42 +31,37 @@ class Sampler:
 
     def __init__(self, seconds: float = 10.0) -> None:
         self._seconds = seconds
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
-        self._waiting: list[dict[str, Any]] = []
-        self._last = (time.monotonic(), _cpu_seconds())
+        self._latest: dict[str, float] | None = None
+        self._before = (time.monotonic(), _cpu_seconds())
 
     def start(self) -> None:
         """Begin to sample."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; samples that nobody took stay."""
+        """End the thread; a sample that nobody took stays."""
         self._stop.set()
         self._thread.join()
 
-    def take(self, optimizer_steps: int, cells_seen: int) -> list[dict[str, Any]]:
-        """Rows of kind "system" for the samples since the last call, as of this point of training.
+    def row(self, optimizer_steps: int, cells_seen: int) -> dict[str, Any] | None:
+        """The latest sample as a row of kind "system" at this point of training; None where it was taken already.
 
-        ``cpu_percent`` is of one CPU (two busy threads: 200), since the sample before; memory is in GiB.
+        ``cpu_percent`` is of one CPU since the sample before, so two busy threads make 200; memory is in GiB.
         """
-        with self._lock:
-            found, self._waiting = self._waiting, []
-        where = {"kind": "system", "optimizer_steps": optimizer_steps, "cells_seen": cells_seen}
-        return [where | sample for sample in found[-1:]]
-
-    def sample(self) -> dict[str, float]:
-        """One sample, now."""
-        now, used = time.monotonic(), _cpu_seconds()
-        (then, before), self._last = self._last, (now, used)
-        found = {"cpu_percent": 100 * (used - before) / max(now - then, 1e-6)} | _memory()
-        return found | _gpu()
+        # One assignment each: the thread may put a newer sample in between, which is then the next row's.
+        latest, self._latest = self._latest, None
+        if latest is None:
+            return None
+        return {"kind": "system", "optimizer_steps": optimizer_steps, "cells_seen": cells_seen} | latest
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):
-            sample = self.sample()
-            with self._lock:
-                self._waiting.append(sample)
+            now, used = time.monotonic(), _cpu_seconds()
+            (then, before), self._before = self._before, (now, used)
+            share = {"cpu_percent": 100 * (used - before) / max(now - then, 1e-6)}
+            self._latest = share | _memory() | _gpu()
 
 
 @contextmanager
@@ -85,17 +79,17 @@ def sampled(seconds: float | None) -> Iterator[Sampler | None]:
 
 
 def _cpu_seconds() -> float:
-    """CPU seconds of this process and its threads."""
+    """CPU seconds of this process with its threads."""
     try:
         fields = _STAT.read_text().rpartition(")")[2].split()
     except OSError:
         return time.process_time()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND
 
 
 def _memory() -> dict[str, float]:
     try:
-        resident = int(_MEMORY.read_text().split()[1]) * _PAGE / _GIB
+        resident = int(_MEMORY.read_text().split()[1]) * _PAGE_BYTES / _GIB
         lines = dict(line.split(":", 1) for line in _MACHINE.read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024 / _GIB
     except (OSError, KeyError, IndexError, ValueError):
@@ -104,7 +98,7 @@ def _memory() -> dict[str, float]:
 
 
 def _gpu() -> dict[str, float]:
-    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+    if not torch.cuda.is_initialized():
         return {}
     free, whole = torch.cuda.mem_get_info()
     found = {
@@ -113,5 +107,5 @@ def _gpu() -> dict[str, float]:
     }
     try:
         return found | {"gpu_percent": float(torch.cuda.utilization())}
-    except (ModuleNotFoundError, RuntimeError):  # needs NVIDIA's library beside torch
+    except (ModuleNotFoundError, RuntimeError):  # it needs NVIDIA's own library beside torch
         return found
