@@ -417,3 +417,16 @@ def test_no_line_per_run_is_printed_and_the_end_says_where_to_look(
 def test_a_password_in_a_tracking_uri_is_shown_to_nobody() -> None:
     assert shown_uri("https://user:secret@mlflow.example/base") == "https://mlflow.example/base"
     assert shown_uri("sqlite:////tmp/mlruns.db") == "sqlite:////tmp/mlruns.db"
+
+
+def test_runs_that_ended_before_an_error_stay_on_the_server(swept: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = tracker_of(swept)
+    tracker.sync(swept.runs)
+    finish_run(swept, 4)
+    with monkeypatch.context() as broken:
+        broken.setattr(mlflow_client, "log_batch", lambda *_, **__: (_ for _ in ()).throw(OSError("away")))
+        with pytest.raises(OSError, match="away"):
+            tracker.sync(swept.runs)
+    tracker.sync(swept.runs)
+    tracker.close(failed=True)
+    assert differences(swept.files, swept.spec, swept.manifest, swept.runs) == []

@@ -206,8 +206,11 @@ class Tracker:
                     self._server.end(self._ids[f"{self.key}/{run_id}"], KILLED, end_ms)
             end_ms = max((end for _, end in self._ends.values()), default=self._parent.start_ms)
             self._server.end(self._parent.run_id, FAILED if failed else FINISHED, end_ms)
+            # By the files, not by what this tracker remembers: it forgets at every error.
+            places = [self._sweep.place, *(self._sweep.run(name).place for name in self._sweep.run_ids())]
+            recorded = {tracked.mlflow_run_id for place in places if (tracked := read_tracked(place)) is not None}
             for seen in self._server.runs(self._experiment, SWEEP_TAG, self.key):
-                if seen.run_id not in self._ids.values():
+                if seen.run_id not in recorded:
                     self._server.delete(seen.run_id)
         except Exception:
             self._forget()
