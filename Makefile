@@ -37,7 +37,7 @@ cells: setup
 	@$(BIN)/scaling-ray run jobs/cells.toml --cells $(if $(FILES),$(FILES),'$(H5AD)') --out '$(abspath $(OUT))' $(OPTIONS)
 
 test: setup
-	@$(BIN)/python -m pytest -m "not slow and not network and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not network and not gpu and not browser"
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not network and not gpu"

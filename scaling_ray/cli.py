@@ -311,7 +311,38 @@ def build_parser() -> argparse.ArgumentParser:
         "log to MLflow what a sweep's files hold and MLflow does not",
         needs=("track",),
     )
-    replay.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
+    replay.add_argument(
+        "--report",
+        type=place,
+        default=None,
+        metavar="DIR",
+        help="the sweep's report, for the parent run (if left out: the folder report beside the sweep, where one is)",
+    )
+    check = verb(
+        track,
+        "check",
+        verbs.track_check,
+        "compare MLflow with a sweep's files: a line for each difference, exit code 1 where there is one",
+        needs=("track",),
+    )
+    models = verb(
+        track,
+        "models",
+        verbs.track_models,
+        "log to MLflow the model that validation chose for each setting: safetensors and a description, no pickle",
+        needs=("track", "train"),
+    )
+    models.add_argument(
+        "--run", action="append", default=[], metavar="RUN_ID", help="the model of this run instead; repeatable"
+    )
+    for tracking in (replay, check, models):
+        tracking.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=sweep_help)
+        tracking.add_argument(
+            "--to",
+            default=None,
+            metavar="URI",
+            help="the tracking server (if left out: MLFLOW_TRACKING_URI, else where the sweep is tracked already)",
+        )
     export = verb(
         top,
         "export",

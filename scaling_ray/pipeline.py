@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 
 from scaling_ray.errors import BadInput, BudgetSpent, RunsFailed
 from scaling_ray.report.build import build_report
+from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.shards.format import MANIFEST
 from scaling_ray.spec import SweepSpec, load_spec, parse_spec
 from scaling_ray.storage import LocalPlace, Place, open_place, output_directory, write_atomic
 from scaling_ray.sweep.run import run_sweep
+from scaling_ray.tracking.report import track_report
 
 if TYPE_CHECKING:
     from scaling_ray.census.beliefs import Rules
@@ -72,6 +74,9 @@ def run_pipeline(
         failed = error
     progress("writing the report")
     page = str(build_report(sweep, place.below("report").uri))
+    where = track_report(SweepFiles.at(sweep), place.below("report").uri, progress)
+    if where is not None:
+        progress(f"verdict and report are in MLflow: {where}")
     if failed:
         progress(page)
         raise failed

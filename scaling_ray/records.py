@@ -222,10 +222,11 @@ class ModelRecord(Record):
 
 
 class RunFailure(Record):
-    """Why a run has no result: its class, the message, and the attempt."""
+    """Why a run has no result: its class, the message, the attempt, and when, in milliseconds since 1970."""
 
     version: Literal[2] = 2
     run_id: str
     failure: FailureClass
     message: str
     attempts: int
+    ended_ms: int | None = None

@@ -277,10 +277,16 @@ def audit(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Write a sweep's report."""
+    """Write a sweep's report, and log it where the sweep is tracked."""
     from scaling_ray.report.build import build_report
+    from scaling_ray.results.sweep_files import SweepFiles
+    from scaling_ray.tracking.report import track_report
 
-    print(build_report(options.sweep, options.out, beside=options.beside))
+    page = build_report(options.sweep, options.out, beside=options.beside)
+    where = track_report(SweepFiles.at(options.sweep), options.out, say)
+    if where is not None:
+        say(f"in MLflow: {where}")
+    print(page)
     return 0
 
 
@@ -332,14 +338,63 @@ def track_replay(options: argparse.Namespace) -> int:
     """Log to MLflow what it lacks."""
     from scaling_ray.results.sweep_files import LEASE, SweepFiles
     from scaling_ray.runs import runs_of
-    from scaling_ray.storage import fenced
-    from scaling_ray.tracking.mlflow import known_uri, replay
+    from scaling_ray.storage import fenced, open_place
+    from scaling_ray.tracking.ledger import known_uri
+    from scaling_ray.tracking.report import report_beside
+    from scaling_ray.tracking.story import read_report
+    from scaling_ray.tracking.tracker import replay
 
     sweep = SweepFiles.at(options.sweep)
-    spec, manifest, uri = sweep.spec(), sweep.known_manifest(), known_uri(sweep)
+    spec, manifest, uri = sweep.spec(), sweep.known_manifest(), options.to or known_uri(sweep)
+    report = options.report or report_beside(sweep)
+    told = None if report is None else read_report(open_place(report, "--report"), sweep)
+    if told is None and options.report is not None:
+        raise BadInput("--report", str(report), "holds no report; name the --out of a `scaling-ray report`")
     with sweep.place.lease(LEASE, say) as lease:
-        replay(SweepFiles(fenced(sweep.place, lease)), spec, manifest, runs_of(spec))
-    print(uri)
+        where = replay(SweepFiles(fenced(sweep.place, lease)), spec, manifest, runs_of(spec), uri, told)
+    if where is None:
+        say("no run has begun: there is nothing to log yet")
+        return 0
+    if told is None:
+        say(f"no report beside the sweep; `scaling-ray report {sweep} --out DIR` adds its verdict to the parent run")
+    print(where)
+    return 0
+
+
+def track_check(options: argparse.Namespace) -> int:
+    """Compare MLflow with a sweep's files."""
+    from scaling_ray.results.sweep_files import SweepFiles
+    from scaling_ray.runs import runs_of
+    from scaling_ray.tracking.check import differences
+
+    sweep = SweepFiles.at(options.sweep)
+    spec = sweep.spec()
+    found = differences(sweep, spec, sweep.known_manifest(), runs_of(spec), options.to)
+    for line in found:
+        print(line)
+    if not found:
+        print(f"{sweep}: MLflow holds what the files hold")
+    return int(bool(found))
+
+
+def track_models(options: argparse.Namespace) -> int:
+    """Log trained models to MLflow."""
+    import tempfile
+
+    from scaling_ray.model.exported import read_record
+    from scaling_ray.results.read import read_rows
+    from scaling_ray.results.sweep_files import LEASE, SweepFiles
+    from scaling_ray.sweep.export import export_model
+    from scaling_ray.tracking.models import chosen_runs, log_model
+
+    sweep = SweepFiles.at(options.sweep)
+    wanted = options.run or chosen_runs(read_rows(sweep.place))
+    with sweep.place.lease(LEASE, say), tempfile.TemporaryDirectory(prefix="scaling-ray-") as folder:
+        for run_id in wanted:
+            directory = export_model(options.sweep, run_id, Path(folder) / run_id)
+            logged = log_model(sweep, run_id, directory, read_record(directory), options.to)
+            say(f"{run_id}: {'logged' if logged else 'is there already'}")
+    print(f"{len(wanted)} models")
     return 0
 
 

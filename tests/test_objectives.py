@@ -14,7 +14,7 @@ from torch import Tensor
 from scaling_ray.errors import BadInput
 from scaling_ray.model.objectives import SquaredError, objective_named, register
 from scaling_ray.recipe import OBJECTIVES, ObjectiveFacts
-from scaling_ray.records import ShardManifest
+from scaling_ray.records import ShardManifest, SplitEntry
 from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.results.write import ResultsTable
 from scaling_ray.runs import RunSpec
@@ -130,8 +130,11 @@ def test_two_updates_alone_and_stacked_go_from_spec_to_row_and_mlflow(
     from mlflow.tracking import MlflowClient
 
     from scaling_ray.tracking.ledger import tracking_uri
-    from scaling_ray.tracking.mlflow import Tracker
+    from scaling_ray.tracking.tracker import Tracker
 
+    train = SplitEntry(
+        cells=len(TRAIN), fraction=1.0, groups=["a"], donor_cells=[len(TRAIN)], content_sha256="0" * 64, files=[]
+    )
     manifest = ShardManifest(
         name="tiny",
         data_hash="d" * 64,
@@ -143,7 +146,7 @@ def test_two_updates_alone_and_stacked_go_from_spec_to_row_and_mlflow(
         census={},
         planted=False,
         dropped={},
-        splits={},
+        splits={"train": train},
         tables=[],
         codes={},
         made_with={},
@@ -155,7 +158,7 @@ def test_two_updates_alone_and_stacked_go_from_spec_to_row_and_mlflow(
         assert recorded is not None
         told = client.get_run(recorded).data
         assert told.metrics["test_loss"] == row.test_loss
-        assert (told.params["objective"], told.params["loss_unit"]) == (Poisson.facts.name, "nats")
+        assert (told.tags["objective"], told.tags["loss_unit"]) == (Poisson.facts.name, "nats")
 
 
 def test_a_checkpoint_of_it_goes_on_with_the_same_bits(tmp_path: Path) -> None:

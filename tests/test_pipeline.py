@@ -42,7 +42,7 @@ def test_from_a_census_to_a_report_and_nothing_twice(
     assert lines[-1].startswith("scaling-ray: 1 of 2 runs have no result; first law-W4")
     assert lines[-2].endswith(str(page)), "runs that finished are worth their report"
     assert page.is_file()
-    assert {path.name for path in out.iterdir()} == {"shards", "sweep", "report", "mlruns.db"}
+    assert {path.name for path in out.iterdir()} == {"shards", "sweep", "report", "mlruns.db", "mlartifacts"}
     with (out / "sweep" / "results.csv").open() as stream:
         ended = {(row["lr"], row["status"], row["failure"]) for row in csv.DictReader(stream)}
     assert ended == {("0.01", "done", ""), ("1e+30", "failed", "diverged")}

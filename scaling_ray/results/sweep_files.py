@@ -152,7 +152,8 @@ class RunFiles:
     def record_failure(self, run: RunSpec, failure: FailureClass, message: str) -> None:
         """Leave ``failure.json``; a later success supersedes it."""
         count = attempts_begun(self.place)
-        record = RunFailure(run_id=run.run_id, failure=failure, message=message, attempts=count)
+        now = time.time_ns() // 1_000_000
+        record = RunFailure(run_id=run.run_id, failure=failure, message=message, attempts=count, ended_ms=now)
         self.place.write(FAILURE, record.to_json().encode())
 
     def clear_failure(self) -> None:

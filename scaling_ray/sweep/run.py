@@ -219,7 +219,8 @@ def _can_track() -> bool:
 def _follower(state: SweepState, seconds: float) -> Any:
     if tracking_uri(state.files) is None or not _can_track():
         return None
-    from scaling_ray.tracking.mlflow import Follower, Tracker
+    from scaling_ray.tracking.follower import Follower
+    from scaling_ray.tracking.tracker import Tracker
 
     tracker = lambda: Tracker(state.files, state.spec, state.manifest)  # noqa: E731
     return Follower(tracker, lambda: state.runs, state.progress, seconds)

@@ -1,238 +1,242 @@
-"""Log runs to MLflow from their files alone: a parent run per sweep, a child per run.
-
-Only the driver that holds the sweep's lease writes. ``sync`` may be called at any time and again: it creates what is
-missing and logs rows a run does not have yet, so a replay after the fact is the same code as following live.
-"""
+"""A tracking server as the rest of this room sees it: find, create, log, end. The only file that knows MLflow."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import threading
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
+# Set before MLflow is imported. A dead server costs seconds, not minutes, and no line per run is printed.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.utils.git_utils import get_git_commit  # noqa: E402
 
-from scaling_ray.errors import BadInput, ScalingRayError  # noqa: E402
-from scaling_ray.records import ShardManifest  # noqa: E402
-from scaling_ray.results.sweep_files import MLFLOW, RUN_SPEC, RunFiles, SweepFiles, read_sealed, write_sealed  # noqa: E402
-from scaling_ray.runs import RunSpec  # noqa: E402
-from scaling_ray.spec import SweepSpec, content_hash  # noqa: E402
-from scaling_ray.storage import Place  # noqa: E402
-from scaling_ray.tracking.ledger import local_folder, record_tracked, tracking_uri  # noqa: E402
+import scaling_ray  # noqa: E402
+from scaling_ray.errors import ScalingRayError  # noqa: E402
+from scaling_ray.tracking.database import check_database, why_unusable  # noqa: E402
+from scaling_ray.tracking.ledger import shown_uri  # noqa: E402
+from scaling_ray.tracking.shown import Point  # noqa: E402
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
-PARENT_TAG = "mlflow.parentRunId"
-IDENTITY_TAG = "scaling_ray.identity"
-FINAL_METRICS = ("val_loss", "final_val_loss", "test_loss", "flops", "wall_seconds", "train_seconds", "best_cells_seen")
-BATCH = 500
+PARENT_TAG, NOTE_TAG = "mlflow.parentRunId", "mlflow.note.content"
+SWEEP_TAG, IDENTITY_TAG = "scaling_ray.sweep", "scaling_ray.identity"
+BATCH_METRICS, BATCH_PARAMS, PAGE = 500, 100, 500
 
 
-class Tracker:
-    """Keeps one sweep's MLflow runs in step with its files."""
+@dataclass(frozen=True)
+class Seen:
+    """A run as the server has it; times are in milliseconds since 1970, ``metrics`` are the latest of each key."""
 
-    def __init__(self, sweep: SweepFiles, spec: SweepSpec, manifest: ShardManifest) -> None:
-        self._sweep, self._spec, self._manifest = sweep, spec, manifest
-        self._uri = known_uri(sweep)
-        self._client = MlflowClient(tracking_uri=self._uri)
-        self._experiment: str | None = None
-        self._parent: str | None = None
-        self._logged: dict[str, dict[str, int]] = {}
-        self._finished: set[str] = set()
-        self._failed: dict[str, int] = {}
+    run_id: str
+    identity: str
+    name: str
+    status: str
+    start_ms: int
+    end_ms: int | None
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    has_dataset: bool
 
-    def sync(self, runs: list[RunSpec]) -> None:
-        """Log what the files hold and MLflow does not; raises MlflowException where the server refuses."""
-        if self._parent is None:
-            self._parent = self._ensure_run(self._sweep.place, self._spec.name, None)
-        begun = {name.split("/")[1] for name in self._sweep.place.names("runs/") if not name.endswith(RUN_SPEC)}
-        for run in runs:
-            if run.run_id in begun and run.run_id not in self._finished:
-                self._sync_run(run, self._sweep.run(run.run_id))
-        record_tracked(self._sweep, self._finished)
 
-    def close(self, failed: bool) -> None:
-        """Mark the parent run as ended."""
-        if self._parent is not None:
-            self._client.set_terminated(self._parent, "FAILED" if failed else "FINISHED")
+class Server:
+    """One tracking URI. Every method raises what MLflow's client raises, unless its docstring says otherwise.
 
-    def _sync_run(self, run: RunSpec, files: RunFiles) -> None:
-        run_id = self._ensure_run(files.place, run.run_id, self._parent)
-        if run.run_id not in self._logged:
-            inputs = self._client.get_run(run_id).inputs
-            if inputs is None or not inputs.dataset_inputs:
-                self._describe(run, run_id)
-            self._logged[run.run_id] = {
-                "train": self._last_step(run_id, "train_loss"),
-                "eval": self._last_step(run_id, "val_loss_curve"),
-            }
-        self._log_rows(run, files, run_id)
-        result = files.result()
-        if result is not None:
-            values = result.model_dump()
-            final = [
-                Metric(name, float(values[name]), result.ended_ms, result.optimizer_steps)
-                for name in FINAL_METRICS
-                if values[name] is not None
-            ]
-            tags = [RunTag("data_hash", result.data_hash), RunTag("stop_reason", result.stop_reason)]
-            self._client.log_batch(run_id, metrics=final, params=[Param("lr", repr(result.lr))], tags=tags)
-            self._client.set_terminated(run_id, "FINISHED")
-            self._finished.add(run.run_id)
-        elif (failure := files.failure()) is not None and self._failed.get(run.run_id) != failure.attempts:
-            self._failed[run.run_id] = failure.attempts
-            self._client.set_terminated(run_id, "FAILED")
+    Raises:
+        BadInput: a sqlite database that cannot be used.
+    """
 
-    def _describe(self, run: RunSpec, run_id: str) -> None:
-        shown = run.train.model_dump() | run.model_dump(
-            exclude={"train", "execution", "lr", "lr_candidates", "lr_factor", "run_id"}
-        )
-        shown |= run.execution.model_dump()
-        shown |= {"params": run.params, "cells": "all" if run.cells is None else run.cells}
-        shown |= {"loss_unit": run.train.loss_unit}
-        params = [Param(name, str(value)) for name, value in shown.items()]
-        self._client.log_batch(run_id, params=params)
+    def __init__(self, uri: str) -> None:
+        check_database(uri)
+        self.uri = uri
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+        except MlflowException as error:
+            raise why_unusable(uri, error) or error from error
+
+    def experiment(self, name: str, tags: Mapping[str, str], artifacts: str | None = None) -> str:
+        """The id of an experiment, created (with its artifacts at a URI) where there is none; it gets missing tags."""
+        try:
+            found = self._client.get_experiment_by_name(name)
+        except Exception as error:
+            raise why_unusable(self.uri, error) or error from error
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name, artifact_location=artifacts, tags=dict(tags)))
+            except MlflowException:
+                # Names are unique: an answer that was lost, or another sweep of this name that was first.
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
+                    raise
+        for key in tags.keys() - found.tags.keys():
+            self._client.set_experiment_tag(found.experiment_id, key, tags[key])
+        return str(found.experiment_id)
+
+    def known_experiment(self, name: str) -> str | None:
+        """The id of an experiment, None where there is none."""
+        found = self._client.get_experiment_by_name(name)
+        return None if found is None else str(found.experiment_id)
+
+    def tag_experiment(self, experiment: str, key: str, value: str) -> None:
+        """Set a tag of an experiment."""
+        if self._client.get_experiment(experiment).tags.get(key) != value:
+            self._client.set_experiment_tag(experiment, key, value)
+
+    def runs(self, experiment: str, tag: str, value: str) -> list[Seen]:
+        """Every run with a tag of this value that was not deleted, the earliest first."""
+        found: list[Seen] = []
+        token: str | None = None
+        while True:
+            page = self._client.search_runs(
+                [experiment],
+                f"tags.`{tag}` = '{value}'",
+                max_results=PAGE,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            found += [_seen(run) for run in page]
+            token = page.token
+            if not token:
+                return found
+
+    def run(self, run_id: str) -> Seen:
+        """A run by its id."""
+        return _seen(self._client.get_run(run_id))
+
+    def create(self, experiment: str, name: str, start_ms: int, tags: Mapping[str, str]) -> None:
+        """Create a run. Where the answer is lost there may be two; a search by identity shows them."""
+        self._client.create_run(experiment, start_time=start_ms, tags=dict(tags), run_name=name)
+
+    def delete(self, run_id: str) -> None:
+        """Delete a run, as MLflow deletes: it can be restored. One that is not there is no error."""
+        try:
+            self._client.delete_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+
+    def log(
+        self,
+        run_id: str,
+        points: Sequence[Sequence[Point]] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Log metrics, parameters and tags.
+
+        The points of one row reach the server together or not at all. Points that are there already, to the
+        millisecond, are kept once.
+        """
+        told = [Param(key, value) for key, value in (params or {}).items()]
+        marked = [RunTag(key, value) for key, value in (tags or {}).items()]
+        if told or marked:
+            self._client.log_batch(run_id, params=told[:BATCH_PARAMS], tags=marked)
+        for batch in _batches(points):
+            metrics = [Metric(point.key, point.value, point.timestamp_ms, point.step) for point in batch]
+            self._client.log_batch(run_id, metrics=metrics)
+
+    def log_dataset(
+        self, run_id: str, name: str, digest: str, source: Mapping[str, object], schema: object, profile: object
+    ) -> None:
+        """Log what a run was trained on; the same again changes nothing."""
         dataset = Dataset(
-            name=self._manifest.name,
-            digest=self._manifest.data_hash[:32],
+            name=name,
+            digest=digest[:32],
             source_type="shards",
-            source=json.dumps({"census": self._manifest.census, "data_hash": self._manifest.data_hash}),
-            profile=json.dumps({name: split.cells for name, split in self._manifest.splits.items()}),
+            source=json.dumps(source),
+            schema=json.dumps(schema),
+            profile=json.dumps(profile),
         )
         self._client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
-    def _log_rows(self, run: RunSpec, files: RunFiles, run_id: str) -> None:
-        logged = dict(self._logged[run.run_id])
-        metrics = []
-        for row in files.rows():
-            step = row["optimizer_steps"]
-            if row["kind"] not in logged or step <= self._logged[run.run_id][row["kind"]]:
-                continue
-            logged[row["kind"]] = step
-            for name, value in row.items():
-                if name in ("kind", "timestamp_ms", "optimizer_steps", "cells_seen"):
-                    continue
-                key = "val_loss_curve" if name == "val_loss" else name
-                metrics.append(Metric(key, float(value), row["timestamp_ms"], step))
-        for start in range(0, len(metrics), BATCH):
-            self._client.log_batch(run_id, metrics=metrics[start : start + BATCH])
-        # Set last: rows of a batch that failed are sent again with the same time and value, which MLflow keeps once.
-        self._logged[run.run_id] = logged
+    def end(self, run_id: str, status: str, end_ms: int) -> None:
+        """Mark a run as ended, at a time of its own."""
+        self._client.set_terminated(run_id, status, end_time=end_ms)
 
-    def _last_step(self, run_id: str, key: str) -> int:
-        return max((metric.step for metric in self._client.get_metric_history(run_id, key)), default=0)
+    def reopen(self, run_id: str) -> None:
+        """Mark a run as running again."""
+        self._client.update_run(run_id, status="RUNNING")
 
-    def _ensure_run(self, record: Place, name: str, parent: str | None) -> str:
-        """The id in the mlflow.json of ``record`` for this server; without one a run is found or created, and recorded.
+    def rename(self, run_id: str, name: str) -> None:
+        """Give a run another name."""
+        self._client.update_run(run_id, name=name)
 
-        Only the holder of the sweep's lease writes. A creation whose answer was lost leaves a second run with the same
-        identity: such strays are deleted.
-        """
-        recorded = read_sealed(record, MLFLOW)
-        if recorded is not None and recorded["uri"] == self._uri:
-            return str(recorded["mlflow_run_id"])
-        experiment = self._ensure_experiment()
-        # Two sweeps of one spec may lie in folders of one name: the whole place tells them apart.
-        identity = f"{content_hash(str(self._sweep))[:16]}/{name}" if parent is None else f"{parent}/{name}"
-        found = self._search(experiment, identity)
-        if not found:
-            tags = {IDENTITY_TAG: identity, "data_hash": self._manifest.data_hash}
-            if parent is not None:
-                tags[PARENT_TAG] = parent
-            self._client.create_run(experiment, tags=tags, run_name=name)
-            found = self._search(experiment, identity)
-        write_sealed(record, MLFLOW, {"mlflow_run_id": found[0], "uri": self._uri})
-        for stray in found[1:]:
-            self._client.delete_run(stray)
-        return found[0]
+    def history(self, run_id: str, key: str) -> list[Point]:
+        """Every value of a metric of a run."""
+        return [
+            Point(key, float(metric.value), int(metric.timestamp), int(metric.step))
+            for metric in self._client.get_metric_history(run_id, key)
+        ]
 
-    def _search(self, experiment: str, identity: str) -> list[str]:
-        runs = self._client.search_runs(
-            [experiment], f"tags.`{IDENTITY_TAG}` = '{identity}'", order_by=["attributes.start_time ASC"]
-        )
-        return [run.info.run_id for run in runs]
+    def write_artifacts(self, run_id: str, files: Mapping[str, bytes]) -> None:
+        """Put files below a run, in place of those of the same names."""
+        with tempfile.TemporaryDirectory(prefix="scaling-ray-") as folder:
+            for name, data in files.items():
+                path = Path(folder) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            self._client.log_artifacts(run_id, folder)
 
-    def _ensure_experiment(self) -> str:
-        if self._experiment is None:
-            name = f"scaling_ray/{self._spec.name}"
-            found = self._client.get_experiment_by_name(name)
-            if found is None:
-                place = None
-                if self._uri.startswith("sqlite:") and (sweep := local_folder(self._sweep.place)) is not None:
-                    place = (sweep.parent / "mlartifacts").resolve().as_uri()
-                self._experiment = self._client.create_experiment(name, artifact_location=place)
-            else:
-                self._experiment = found.experiment_id
-        return self._experiment
+    def artifacts(self, run_id: str, folder: str | None = None) -> set[str]:
+        """Names of the files and folders directly below a run, or a folder of it."""
+        return {entry.path for entry in self._client.list_artifacts(run_id, folder)}
 
 
-def known_uri(sweep: SweepFiles) -> str:
-    """The tracking URI of a sweep; raises BadInput where it has none."""
-    uri = tracking_uri(sweep)
-    if uri is None:
-        remedy = "is not set, and a sweep on S3 has no database beside it; name a tracking server in it"
-        raise BadInput("MLFLOW_TRACKING_URI", None, remedy)
-    return uri
+def _seen(run: Run) -> Seen:
+    tags = dict(run.data.tags)
+    return Seen(
+        run_id=run.info.run_id,
+        identity=tags[IDENTITY_TAG] if IDENTITY_TAG in tags else "",
+        name=run.info.run_name,
+        status=run.info.status,
+        start_ms=int(run.info.start_time),
+        end_ms=int(run.info.end_time) if run.info.end_time is not None else None,
+        params=dict(run.data.params),
+        tags=tags,
+        metrics=dict(run.data.metrics),
+        has_dataset=run.inputs is not None and bool(run.inputs.dataset_inputs),
+    )
 
 
-def replay(sweep: SweepFiles, spec: SweepSpec, manifest: ShardManifest, runs: list[RunSpec]) -> None:
-    """Log all that a sweep's files hold and MLflow does not; raises ScalingRayError where the server refuses."""
-    tracker = Tracker(sweep, spec, manifest)
-    try:
-        tracker.sync(runs)
-        tracker.close(failed=any(sweep.run(run.run_id).result() is None for run in runs))
-    except MlflowException as error:
-        raise ScalingRayError(f"{known_uri(sweep)}: {str(error).splitlines()[0]}") from error
+def _batches(rows: Sequence[Sequence[Point]]) -> Iterator[list[Point]]:
+    """Rows in batches that a server takes at once; only a row that is too long for one is cut."""
+    batch: list[Point] = []
+    for row in rows:
+        if batch and len(batch) + len(row) > BATCH_METRICS:
+            yield batch
+            batch = []
+        batch += row
+        while len(batch) > BATCH_METRICS:
+            yield list(islice(batch, BATCH_METRICS))
+            batch = batch[BATCH_METRICS:]
+    if batch:
+        yield batch
 
 
-class Follower:
-    """A thread that keeps a tracker in step while a sweep runs; whatever the server does, the sweep goes on."""
+def commit_here() -> str | None:
+    """The git commit of this package, None where it was installed without one."""
+    package = Path(scaling_ray.__file__).parent
+    # A repository further up is somebody else's.
+    return get_git_commit(str(package)) if (package.parent / ".git").exists() else None
 
-    def __init__(
-        self,
-        open_tracker: Callable[[], Tracker],
-        runs: Callable[[], list[RunSpec]],
-        warn: Callable[[str], None],
-        seconds: float = 5.0,
-    ) -> None:
-        self._open, self._runs, self._warn, self._seconds = open_tracker, runs, warn, seconds
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
-        self._problem: str | None = None
 
-    def start(self) -> None:
-        """Begin to follow."""
-        self._thread.start()
-
-    def finish(self, failed: bool, timeout_seconds: float = 120.0) -> None:
-        """Log the rest and stop; warns once about what could not be logged, and names the command that logs it."""
-        self._failed = failed
-        self._stop.set()
-        self._thread.join(timeout_seconds)
-        if self._thread.is_alive() or self._problem:
-            why = self._problem or f"no answer within {timeout_seconds:.0f} s"
-            self._warn(f"tracking is behind ({why}); `scaling-ray track replay` logs the rest")
-
-    def _follow(self) -> None:
-        tracker: Tracker | None = None
-        while True:
-            last = self._stop.wait(self._seconds)
-            try:
-                tracker = tracker or self._open()
-                tracker.sync(self._runs())
-                if last:
-                    tracker.close(self._failed)
-                self._problem = None
-            except Exception as error:  # noqa: BLE001 - whatever a tracking server does, the sweep goes on
-                self._problem = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            if last:
-                return
+def said_of(uri: str, error: Exception) -> ScalingRayError:
+    """Whatever a server or its client raised, as one line that names the server."""
+    if isinstance(error, ScalingRayError):
+        return error
+    lines = str(error).strip().splitlines() or [""]
+    return ScalingRayError(f"{shown_uri(uri)}: {type(error).__name__}: {lines[0][:200]}")
