@@ -153,7 +153,8 @@ def _foretold(spec: SweepSpec, census: str, progress: Progress) -> list[str]:
     """What a grid can answer on the cells of a Census, and how long it takes on this machine."""
     from scaling_ray.execution import device_here
     from scaling_ray.shards.estimate import estimate
-    from scaling_ray.sweep.plan import make_plan, rate_name
+    from scaling_ray.sweep.cost import RatesFile, rate_name
+    from scaling_ray.sweep.plan import make_plan
     from scaling_ray.train.bench import bench_run
 
     try:
@@ -177,7 +178,7 @@ def _foretold(spec: SweepSpec, census: str, progress: Progress) -> list[str]:
         name = rate_name(run, run.execution.stack)
         if name not in rates:
             rates[name] = bench_run(run, MEASURED_SECONDS, run.execution.stack)["cells_per_second"]
-    plan, runs = make_plan(spec, device, rates=rates)
+    plan, runs = make_plan(spec, device, rates=[RatesFile(None, rates)])
     params = sorted({run.params for run in runs})
     sizes = sorted({train if cells == "all" else cells for cells in spec.grid.cells})
     seconds = 3600 * (data["hours"] + plan["totals"]["hours"]) + START_SECONDS

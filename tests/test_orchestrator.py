@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from scaling_ray.results.read import read_rows
-from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.storage import open_place
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -204,14 +203,14 @@ def test_a_sweep_waits_for_nodes_and_says_so(tiny_shards: Path, tmp_path: Path) 
     assert "wait for nodes" in said and not events(out)
 
 
-def test_what_no_node_could_hold_is_named_and_the_others_train(tiny_shards: Path, tmp_path: Path) -> None:
-    more = "cpus = 4\n"
-    spec, out = write_spec(tmp_path / "spec.toml", singles=1, groups=1, cells_seen=4_000, more=more), tmp_path / "out"
+def test_what_no_node_can_ever_hold_is_refused_before_anything_starts(tiny_shards: Path, tmp_path: Path) -> None:
+    spec, out = write_spec(tmp_path / "spec.toml", singles=1, groups=1, cells_seen=4_000), tmp_path / "out"
     spec.write_text(spec.read_text().replace("TWO = 2", "TWO = 8"))
-    with FakeCluster(2) as cluster:
+    with FakeCluster(1) as cluster:
         cluster_file = tmp_path / "cluster.yaml"
         cluster_file.write_text(
-            "available_node_types:\n  head: {resources: {CPU: 0, trial_driver: 64}, max_workers: 0}\n"
+            "max_workers: 2\navailable_node_types:\n"
+            "  head: {resources: {CPU: 0, trial_driver: 64}, max_workers: 0}\n"
             "  worker: {resources: {CPU: 2}, max_workers: 2}\nhead_node_type: head\n"
         )
         line = ["sweep", str(spec), "--shards", str(tiny_shards), "--out", str(out), "--cluster", str(cluster_file)]
@@ -222,11 +221,9 @@ def test_what_no_node_could_hold_is_named_and_the_others_train(tiny_shards: Path
             text=True,
             timeout=300,
         )
-    assert done.returncode == 1, done.stderr
-    found = {row.size: (row.status, row.failure) for row in read_rows(open_place(out))}
-    assert found == {"ONE": ("done", None), "TWO": ("failed", "bad_input")}
-    failure = SweepFiles.at(out).run(next(r.run_id for r in read_rows(open_place(out)) if r.size == "TWO")).failure()
-    assert failure is not None and "needs 8 CPUs, the cluster can have 4" in failure.message
+    assert done.returncode == 2, done.stderr
+    assert "resources.workers.TWO: 8: each asks for 1 CPUs on one node" in done.stderr.splitlines()[-1]
+    assert not (out / "runs").exists()
 
 
 def test_a_budget_ends_a_sweep_at_a_checkpoint_and_more_goes_on(tiny_shards: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ One driver at a time holds the lease of the sweep's directory; every write of it
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from scaling_ray.spec import SweepSpec, load_spec
 from scaling_ray.storage import Place, fenced, open_place, output_place
 from scaling_ray.sweep.capacity import Capacity
 from scaling_ray.sweep.export import keep_genes, keep_test_labels
-from scaling_ray.sweep.plan import as_planned, check_disk, make_plan
+from scaling_ray.sweep.plan import SplitCells, as_planned, check_disk, make_plan
 from scaling_ray.sweep.probing import capacity_here, choose_device, probe_micro_batches, probe_name
 from scaling_ray.sweep.references import closed_form_task, floor_task
 from scaling_ray.sweep.scheduler import Scheduler
@@ -129,7 +130,7 @@ def _train(state: SweepState, cluster: Path | None) -> None:
         raise BadInput("--shards", str(state.shards), f"{problems[0]}; build the shards again")
     with ray_session(state.spec.resources.cpus), own_errors(), stop_on_sigterm(state.files), _followed(state):
         capacity = capacity_here(cluster)
-        _plan(state, capacity)
+        _plan(state, capacity, joined=bool(os.environ.get("RAY_ADDRESS")))
         most_genes = max(run.genes for run in state.runs)
         state.progress("reading shards into the object store")
         shared = [name for name in SPLITS if name != "train" or _train_is_resident(state, most_genes)]
@@ -140,19 +141,26 @@ def _train(state: SweepState, cluster: Path | None) -> None:
         references.wait(lambda: _check_stop(state))
 
 
-def _plan(state: SweepState, capacity: Capacity) -> None:
-    """Write plan.json, keeping what it said of runs it knew, and give every run the execution that it names."""
+def _plan(state: SweepState, capacity: Capacity, joined: bool) -> None:
+    """Write plan.json, keeping what it said of runs it knew, and give every run the execution that it names.
+
+    A private cluster is the machine that the spec describes; of one that was ``joined``, ``capacity`` says what it is.
+    """
     earlier = state.files.plan()
     known = {setting["run_id"] for setting in earlier["settings"]} if earlier is not None else set()
     new = [run for run in state.runs if run.run_id not in known]
-    plan, runs = make_plan(state.spec, choose_device(state.spec, capacity) if new else None, earlier)
+    there, target = state.manifest.splits, capacity if joined else None
+    cells = SplitCells(there["train"].cells, there["val"].cells, there["test"].cells)
+    device = choose_device(state.spec, capacity) if new else None
+    plan, runs = make_plan(state.spec, device, earlier, capacity=target, cells=cells)
     state.files.write_plan(plan)
     if state.spec.train.micro_batch == "probe":
         unknown = sorted({probe_name(run) for run in runs if run.run_id not in plan["probed"]})
         if unknown:
             state.progress(f"measuring micro-batches of {', '.join(unknown)}")
         # A measured micro-batch changes the bytes that are planned.
-        plan, runs = make_plan(state.spec, None, probe_micro_batches(state.files, runs, plan))
+        probed = probe_micro_batches(state.files, runs, plan)
+        plan, runs = make_plan(state.spec, None, probed, capacity=target, cells=cells)
         state.files.write_plan(plan)
     rates = {run.run_id: run.lr for run in state.runs}
     planned = as_planned(runs, plan)
