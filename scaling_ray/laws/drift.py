@@ -34,6 +34,7 @@ _PRIOR = 3.0
 """Log odds for one common variance. A trend of the noise that was found on few runs makes some settings look surer than
 they are: they are: such a variance is mixed with the common one by what the runs say of either."""
 _CHOSEN = 0.5  # of the freedom counts where the noise was given a trend or shrunk: that choice rests on the same runs
+BLIND = "the noise hides any drift smaller than all that was learned"
 _SURE = 1e6  # degrees of freedom of an interval that someone else has made
 _NORMAL_95 = 1.959963984540054
 
@@ -337,7 +338,7 @@ def _verdict(told: Judgement, drifted: bool, differs: bool, drop: float) -> tupl
     if differs:
         return CANNOT_TELL, "differs, and these runs do not say whether by more than the tolerance"
     if told.detectable is not None and told.detectable > drop:
-        return CANNOT_TELL, "the noise hides any drift smaller than all that was learned"
+        return CANNOT_TELL, BLIND
     return AGREES, "within noise"
 
 
@@ -371,12 +372,16 @@ def holm(p_values: Sequence[float], alpha: float = ALPHA) -> list[bool]:
 
 
 def overall(losses: Sequence[Judgement], others: Sequence[Judgement], missing: Sequence[str]) -> Verdict:
-    """The verdict of a comparison: drifted where anything did; agrees where every loss of the reference could be told.
+    """The verdict of a comparison: drifted where anything did, agrees where the losses of the reference could be told.
 
-    Contrasts and laws follow from the losses: that one of them cannot be told takes nothing from losses that agree.
+    Contrasts and laws follow from the losses: that one of them cannot be told takes nothing from losses that agree. A
+    setting whose seeds scatter over all that was learned says nothing, and leaves the verdict to the others as long as
+    these are more than half.
     """
     if any(each.verdict == DRIFTED for each in (*losses, *others)):
         return DRIFTED
-    if missing or not losses or any(each.verdict == CANNOT_TELL for each in losses):
+    blind = sum(each.reason == BLIND for each in losses)
+    untold = sum(each.verdict == CANNOT_TELL for each in losses)
+    if missing or untold > blind or 2 * blind >= len(losses):
         return CANNOT_TELL
     return AGREES
