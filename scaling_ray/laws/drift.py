@@ -159,7 +159,9 @@ def _noise(reference: Losses, found: Losses, axes: Mapping[str, Axes]) -> _Noise
     # The interval of the found mean is for a picture: it is that of runs, even where pairs decide.
     own = variance
     if paired:
-        both = np.array([np.sum((v - v.mean()) ** 2) for v in one]) + np.array([np.sum((v - v.mean()) ** 2) for v in two])
+        both = np.array([np.sum((v - v.mean()) ** 2) for v in one]) + np.array(
+            [np.sum((v - v.mean()) ** 2) for v in two]
+        )
         own, _ = _run_variance([axes[name] for name in names], one, both, 2 * freedoms)
     found_variance = own / np.array([values.size for values in two])
     residuals = [_residuals(side, reference if i == 0 else found, names) for i, side in enumerate(sides)]
@@ -224,7 +226,9 @@ def _contrasts(
             continue
         weights = np.stack([row for _, _, row in steps])  # (K, S)
         scale = _shared_by_seeds(noise, weights)
-        before, after = (weights @ np.array([getattr(loss, side) for loss in losses]) for side in ("reference", "found"))
+        before, after = (
+            weights @ np.array([getattr(loss, side) for loss in losses]) for side in ("reference", "found")
+        )
         for k, (low, high, row) in enumerate(steps):
             part = np.flatnonzero(row)
             error = own = None
@@ -343,7 +347,7 @@ def _verdict(told: Judgement, drifted: bool, differs: bool, drop: float) -> tupl
 
 
 def _p_values(each: Difference) -> tuple[float, float] | None:
-    """p of |difference| <= tolerance and of no difference; None where the noise is not known."""
+    """P of |difference| <= tolerance and of no difference; None where the noise is not known."""
     if each.identical:
         return 1.0, 1.0
     if each.error is None or each.freedom is None:

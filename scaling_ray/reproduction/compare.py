@@ -40,7 +40,8 @@ _Key = tuple[str, int | None, str, float | None]
 
 class Quantity(BaseModel):
     """One figure of both sides. ``low``..``high`` is the 95% interval of found less reference, ``found_error`` the
-    standard error of the found figure; ``detectable`` the smallest difference that would be called a drift."""
+    standard error of the found figure; ``detectable`` the smallest difference that would be called a drift.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -149,9 +150,7 @@ def _key(setting: Setting) -> _Key:
     return setting.size, setting.genes, setting.cells, setting.lr
 
 
-def _losses(
-    reference: SweepRecord, found: SweepRecord, tolerance: float
-) -> Iterator[tuple[Kind, str, Difference]]:
+def _losses(reference: SweepRecord, found: SweepRecord, tolerance: float) -> Iterator[tuple[Kind, str, Difference]]:
     """Losses and contrasts, panel by panel: noise is pooled within one loss."""
     for genes in dict.fromkeys(setting.genes for setting in reference.settings):
         before = [setting for setting in reference.settings if setting.genes == genes]
@@ -196,9 +195,7 @@ def _laws(
             if other.form == law.form and name in other.parameters:
                 two = other.parameters[name]
                 matters = tolerance if name in _IN_LOSS_UNITS else share * abs(one.value)
-                case = between_estimates(
-                    name, (one.value, one.low, one.high), (two.value, two.low, two.high), matters
-                )
+                case = between_estimates(name, (one.value, one.low, one.high), (two.value, two.low, two.high), matters)
                 yield "parameter", f"{name}{_panel(law.genes)}", case
         places = {(each.what, each.params, each.cells): each for each in other.predictions}
         for each in law.predictions:
@@ -210,9 +207,7 @@ def _laws(
                 yield "prediction", f"{each.what}{_panel(law.genes)}", case
 
 
-def _baselines(
-    reference: SweepRecord, found: SweepRecord, tolerance: float
-) -> Iterator[tuple[Kind, str, Difference]]:
+def _baselines(reference: SweepRecord, found: SweepRecord, tolerance: float) -> Iterator[tuple[Kind, str, Difference]]:
     there = {(each.genes, each.cells, each.seed): each for each in found.baselines}
     for one in reference.baselines:
         two = there.get((one.genes, one.cells, one.seed))
@@ -277,9 +272,7 @@ def _untold(reference: SweepRecord, found: SweepRecord) -> list[Quantity]:
         places = [{(p.what, p.params, p.cells): p for p in law.predictions} for law in (one, two)]
         for place in [key for key in places[0] if key not in places[1]]:
             reason = "the repetition gives none at this place"
-            quantities.append(
-                made("prediction", f"{place[0]}{_panel(genes)}", reason, places[0][place].value, None)
-            )
+            quantities.append(made("prediction", f"{place[0]}{_panel(genes)}", reason, places[0][place].value, None))
     return quantities
 
 
@@ -352,7 +345,9 @@ def _hint(
         return "the specs differ: repeat with the reference's spec first"
     if "data_hash" in words or moved:
         seen = " (the closed-form baselines moved with them)" if moved else " (the closed-form baselines did not move)"
-        return f"the cells differ{seen}: convert with the reference's version and the same Census, and compare data_hash"
+        return (
+            f"the cells differ{seen}: convert with the reference's version and the same Census, and compare data_hash"
+        )
     if "numerics" in words:
         return "the numerics version was raised on purpose: see its entry in CHANGELOG.md, then make the reference anew"
     if "commit" in words:

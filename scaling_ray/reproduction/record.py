@@ -40,7 +40,8 @@ class _Part(BaseModel):
 
 class Setting(_Part):
     """The losses of one setting, by seed. ``cells`` is what the grid asked for, "all" included; ``lr`` is part of the
-    setting only where the grid holds several rates."""
+    setting only where the grid holds several rates.
+    """
 
     size: str
     params: float
