@@ -1,4 +1,4 @@
-"""A sweep repeated and compared with a reference; the job ends as the verdict does (0 agrees, 3 drifted, 6 cannot tell).
+"""A sweep repeated and compared with a reference; ends as the verdict does: 0 agrees, 3 drifted, 6 cannot tell.
 
 ray job submit --working-dir . -- python jobs/reproduce.py SPEC.toml --against REF.json --out DIR
 """
