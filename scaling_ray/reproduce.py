@@ -193,7 +193,7 @@ def _notes(reference: SweepRecord, census: str | None) -> list[str]:
 
 
 def _keep(place: Place, entry: Entry, made: Reproduction, tick: Tick | None, progress: Progress) -> None:
-    entries = add_entry(place, entry)
+    entries = add_entry(place, made.name, entry)
     uri = tracking_uri(SweepFiles(place.below("sweep")))
     if uri is None or missing_modules("track"):
         progress("not tracked; set MLFLOW_TRACKING_URI for a reproduction on S3, and install MLflow")

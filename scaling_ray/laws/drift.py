@@ -21,8 +21,10 @@ from scipy.special import stdtr, stdtrit
 from scaling_ray.laws.fit import Floats, Points
 from scaling_ray.laws.noise import COMMON, MIN_FREEDOM, model_noise
 
-AGREES, DRIFTED, CANNOT_TELL = "agrees", "drifted", "cannot tell"
 Verdict = Literal["agrees", "drifted", "cannot tell"]
+AGREES: Verdict = "agrees"
+DRIFTED: Verdict = "drifted"
+CANNOT_TELL: Verdict = "cannot tell"
 ALPHA = 0.01
 """Chance of a drift that is none, over all quantities of one comparison."""
 ROUNDING = 1e-9
@@ -34,6 +36,7 @@ _PRIOR = 3.0
 """Log odds for one common variance. A trend of the noise that was found on few runs makes some settings look surer than
 they are: they are: such a variance is mixed with the common one by what the runs say of either."""
 _CHOSEN = 0.5  # of the freedom counts where the noise was given a trend or shrunk: that choice rests on the same runs
+UNKNOWN = "too few repeated settings to know the noise"
 BLIND = "the noise hides any drift smaller than all that was learned"
 _SURE = 1e6  # degrees of freedom of an interval that someone else has made
 _NORMAL_95 = 1.959963984540054
@@ -147,11 +150,11 @@ def _noise(reference: Losses, found: Losses, axes: Mapping[str, Axes]) -> _Noise
     if paired:
         pairs = [np.array([found[n][seed] - loss for seed, loss in reference[n].items()]) for n in names]
         counts = np.array([values.size for values in pairs], dtype=np.float64)
-        squares = np.array([np.sum((values - values.mean()) ** 2) for values in pairs])
+        squares = _squares(pairs)
         freedoms, per_run, sides = counts - 1, 1.0 / np.maximum(counts, 1), [pairs]
     else:
         n_one, n_two = (np.array([values.size for values in side], dtype=np.float64) for side in (one, two))
-        squares = np.array([np.sum((a - a.mean()) ** 2) + np.sum((b - b.mean()) ** 2) for a, b in zip(one, two)])
+        squares = _squares(one) + _squares(two)
         freedoms, per_run, sides = n_one + n_two - 2, 1.0 / n_one + 1.0 / n_two, [one, two]
     if not names or freedoms.sum() < MIN_FREEDOM:
         return _Noise(names, differing, None, None, 0.0, [], None, paired)
@@ -159,14 +162,17 @@ def _noise(reference: Losses, found: Losses, axes: Mapping[str, Axes]) -> _Noise
     # The interval of the found mean is for a picture: it is that of runs, even where pairs decide.
     own = variance
     if paired:
-        both = np.array([np.sum((v - v.mean()) ** 2) for v in one]) + np.array(
-            [np.sum((v - v.mean()) ** 2) for v in two]
-        )
+        both = _squares(one) + _squares(two)
         own, _ = _run_variance([axes[name] for name in names], one, both, 2 * freedoms)
     found_variance = own / np.array([values.size for values in two])
     residuals = [_residuals(side, reference if i == 0 else found, names) for i, side in enumerate(sides)]
     known = [each for each in residuals if each is not None]
     return _Noise(names, differing, variance * per_run, found_variance, freedom, known, variance, paired)
+
+
+def _squares(side: Sequence[Floats]) -> Floats:
+    """Sum of squares of the runs of each setting around their mean, (S,)."""
+    return np.array([np.sum((values - values.mean()) ** 2) for values in side])
 
 
 def _values(losses: Losses, names: Sequence[str]) -> list[Floats]:
@@ -226,9 +232,8 @@ def _contrasts(
             continue
         weights = np.stack([row for _, _, row in steps])  # (K, S)
         scale = _shared_by_seeds(noise, weights)
-        before, after = (
-            weights @ np.array([getattr(loss, side) for loss in losses]) for side in ("reference", "found")
-        )
+        before = weights @ np.array([loss.reference for loss in losses])
+        after = weights @ np.array([loss.found for loss in losses])
         for k, (low, high, row) in enumerate(steps):
             part = np.flatnonzero(row)
             error = own = None
@@ -244,7 +249,7 @@ def _contrasts(
                     None if error is None else noise.freedom,
                     own,
                     tolerance,
-                    identical=all(losses[i].identical for i in part),
+                    identical=all(losses[i].identical for i in part.tolist()),
                     paired=noise.paired,
                 )
             )
@@ -320,8 +325,8 @@ def judge_all(differences: Sequence[Difference], drop: float, alpha: float = ALP
     for i, each in enumerate(differences):
         test = tests[i]
         if test is None or each.error is None or each.freedom is None:
-            reason = "too few repeated settings to know the noise"
-            found.append(Judgement(each, CANNOT_TELL, None, None, None, None, reason))
+            told = (AGREES, "identical") if each.identical else (CANNOT_TELL, UNKNOWN)
+            found.append(Judgement(each, told[0], None, None, None, None, told[1]))
             continue
         reach = float(stdtrit(each.freedom, 0.975)) * each.error
         first = float(-stdtrit(each.freedom, alpha / len(tested) / 2)) * each.error
@@ -348,10 +353,10 @@ def _verdict(told: Judgement, drifted: bool, differs: bool, drop: float) -> tupl
 
 def _p_values(each: Difference) -> tuple[float, float] | None:
     """P of |difference| <= tolerance and of no difference; None where the noise is not known."""
-    if each.identical:
-        return 1.0, 1.0
     if each.error is None or each.freedom is None:
         return None
+    if each.identical:
+        return 1.0, 1.0
     size = abs(each.value)
     if each.error == 0:
         return float(size <= each.tolerance), 0.0

@@ -1,1 +1,1 @@
-"""A repetition of a sweep: what a sweep found as one small record, two of them compared, and the history of verdicts."""
+"""Repetitions of a sweep: what it found as one small record, two of them compared, and the history of verdicts."""

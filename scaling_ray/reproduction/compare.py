@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -26,7 +25,7 @@ from scaling_ray.laws.drift import (
     without_noise,
 )
 from scaling_ray.records import Record
-from scaling_ray.reproduction.record import Origin, Setting, SweepRecord, spec_digest
+from scaling_ray.reproduction.record import Origin, Setting, SweepRecord
 from scaling_ray.runs import differing
 from scaling_ray.spec import parse_spec
 
@@ -39,8 +38,10 @@ _Key = tuple[str, int | None, str, float | None]
 
 
 class Quantity(BaseModel):
-    """One figure of both sides. ``low``..``high`` is the 95% interval of found less reference, ``found_error`` the
-    standard error of the found figure; ``detectable`` the smallest difference that would be called a drift.
+    """One figure of both sides.
+
+    ``low``..``high`` is the 95% interval of found less reference, ``found_error`` the standard error of the found
+    figure, ``detectable`` the smallest difference that would be called a drift.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -345,9 +346,7 @@ def _hint(
         return "the specs differ: repeat with the reference's spec first"
     if "data_hash" in words or moved:
         seen = " (the closed-form baselines moved with them)" if moved else " (the closed-form baselines did not move)"
-        return (
-            f"the cells differ{seen}: convert with the reference's version and the same Census, and compare data_hash"
-        )
+        return f"the cells differ{seen}: convert with the reference's version and Census, and compare data_hash"
     if "numerics" in words:
         return "the numerics version was raised on purpose: see its entry in CHANGELOG.md, then make the reference anew"
     if "commit" in words:
@@ -403,12 +402,3 @@ def table_of(made: Reproduction) -> Iterator[str]:
     yield from (f"note: {each}" for each in made.notes)
     if made.hint:
         yield f"hint: {made.hint}"
-
-
-def spec_change(reference: Origin, found: Origin) -> str | None:
-    """A unified diff of the two specs, None where they are one or one is not known."""
-    if reference.spec is None or found.spec is None or reference.spec == found.spec:
-        return None
-    names = [f"reference {spec_digest(reference.spec)}", f"found {spec_digest(found.spec)}"]
-    one, two = (text.splitlines() for text in (reference.spec, found.spec))
-    return "\n".join(difflib.unified_diff(one, two, *names, lineterm=""))

@@ -96,13 +96,13 @@ def record_skip(place: Place, name: str, skip: Skip) -> None:
     place.create(f"{SKIPPED}{name}.json", (skip.model_dump_json() + "\n").encode())
 
 
-def add_entry(place: Place, entry: Entry) -> list[Entry]:
+def add_entry(place: Place, name: str, entry: Entry) -> list[Entry]:
     """Append a line (whole or not at all) and draw the page anew; returns all entries."""
     before = place.read_if_there(HISTORY) or b""
     whole = before[: before.rfind(b"\n") + 1]
     place.write(HISTORY, whole + entry.model_dump_json().encode() + b"\n")
     entries = read_history(place)
-    place.write(PAGE, page(entry.summary.split(":")[0], entries, read_skips(place)).encode())
+    place.write(PAGE, page(name, entries, read_skips(place)).encode())
     return entries
 
 
@@ -119,7 +119,7 @@ def page(name: str, entries: Sequence[Entry], skips: Sequence[Skip]) -> str:
     if entries:
         parts.append(f"<p><b>Last</b> ({_day(entries[-1].due_ms)}): {escape(entries[-1].summary)}.</p>")
     parts.append(f"<p>{len(entries)} made, {len(skips)} skipped, {len(gone)} missed.</p>")
-    times = [each.due_ms for each in (*entries, *skips)]
+    times = [entry.due_ms for entry in entries] + [skip.due_ms for skip in skips]
     for kind, title in _KINDS:
         names = list(dict.fromkeys(q.name for entry in entries for q in entry.quantities if q.kind == kind))
         charts = [_chart(kind, each, entries, skips, gone, times) for each in names]
@@ -146,7 +146,8 @@ _LEGEND = (
 def _missed(entries: Sequence[Entry], skips: Sequence[Skip]) -> list[int]:
     """Ticks that left nothing, where the schedule says how often they come."""
     every = next((entry.every_seconds for entry in reversed(entries) if entry.every_seconds), None)
-    return [] if every is None else missed([each.due_ms for each in (*entries, *skips)], int(every * 1000))
+    heard = [entry.due_ms for entry in entries] + [skip.due_ms for skip in skips]
+    return [] if every is None else missed(heard, int(every * 1000))
 
 
 def _chart(

@@ -6,7 +6,6 @@ Whatever tells where the figures come from (spec, data, numerics version, commit
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -39,8 +38,9 @@ class _Part(BaseModel):
 
 
 class Setting(_Part):
-    """The losses of one setting, by seed. ``cells`` is what the grid asked for, "all" included; ``lr`` is part of the
-    setting only where the grid holds several rates.
+    """The losses of one setting, by seed.
+
+    ``cells`` is what the grid asked for, "all" included; ``lr`` is part of it only where the grid holds several rates.
     """
 
     size: str
@@ -423,8 +423,3 @@ def processor_here() -> str:
         lines = []
     named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     return named or platform.processor() or platform.machine()
-
-
-def spec_digest(text: str | None) -> str | None:
-    """A short hash of a spec's text, None without one."""
-    return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:12]
