@@ -28,7 +28,7 @@ from scaling_ray.reproduction.history import (
     read_skips,
     record_skip,
 )
-from scaling_ray.reproduction.record import SweepRecord, record_sweep
+from scaling_ray.reproduction.record import SweepRecord, commit_here, record_sweep
 from scaling_ray.reproduction.ticks import milliseconds, stamp
 from scaling_ray.reproduction.webhook import Webhook
 from scaling_ray.results.sweep_files import SweepFiles
@@ -101,6 +101,7 @@ def reproduce(
         Preempted: stopped on the way; the same call goes on.
     """
     started_ms = milliseconds(datetime.now(UTC))
+    commit_here()  # before anything else: a checkout may move on while the runs train
     reference = SweepRecord.read(Path(against))
     spec = load_spec(spec_path)
     text = Path(spec_path).read_text(encoding="utf-8")

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY_SWEEP
 from test_jobs_submit import BIN, REPOSITORY, Head, head, on_a_head
+from test_reproduce import SPEC
 
 from scaling_ray.reproduction.history import read_history
 from scaling_ray.storage import open_place
@@ -26,8 +26,6 @@ from scaling_ray.storage import open_place
 __all__ = ["head"]
 
 SCHEDULE = REPOSITORY / "deploy" / "schedule"
-SPEC = TINY_SWEEP.replace('rule = "choose"\nrates = [3e-3, 1e-2]', 'rule = "fixed"\nrates = [2e-2]')
-SPEC = SPEC.replace("seeds = [1]", "seeds = [1, 2, 3]").replace("max_cells_seen = 640", "max_cells_seen = 3200")
 
 
 def cron_line() -> str:
@@ -203,7 +201,9 @@ def test_the_cronjob_keeps_ticks_apart_and_may_do_one_thing() -> None:
     folder = SCHEDULE / "kubernetes"
     spec = yaml.safe_load((folder / "cronjob.yaml").read_text())["spec"]
     assert spec["concurrencyPolicy"] == "Forbid" and spec["timeZone"] == "Etc/UTC"
-    assert spec["startingDeadlineSeconds"] > 100, "the controller looks every ten seconds, and gives up after 100 misses"
+    assert spec["startingDeadlineSeconds"] > 100, (
+        "the controller looks every ten seconds, and gives up after 100 misses"
+    )
     _, role, _ = yaml.safe_load_all((folder / "rbac.yaml").read_text())
     assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create"]}]
     job = yaml.safe_load((folder / "rayjob.yaml").read_text())["spec"]

@@ -11,6 +11,7 @@ import platform
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -397,8 +398,9 @@ def versions_here() -> dict[str, str]:
     return found
 
 
+@cache
 def commit_here() -> str | None:
-    """SCALING_RAY_COMMIT, or what git says of the checkout this package runs from ("+" where files differ), or None."""
+    """Of the first call of a process, which is before its runs: SCALING_RAY_COMMIT, or what git says of the checkout this package runs from ("+" where files differ), or None."""
     named = os.environ.get("SCALING_RAY_COMMIT")
     folder = Path(__file__).resolve().parents[2]
     if named or not (folder / ".git").exists():
