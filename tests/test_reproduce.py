@@ -1,4 +1,4 @@
-"""A sweep repeated for real: new seeds agree, another recipe drifts, half a sweep cannot tell, two at once leave one."""
+"""A sweep repeated for real: new seeds agree, another recipe drifts, half of one cannot tell, of two one is skipped."""
 
 from __future__ import annotations
 

@@ -400,7 +400,10 @@ def versions_here() -> dict[str, str]:
 
 @cache
 def commit_here() -> str | None:
-    """Of the first call of a process, which is before its runs: SCALING_RAY_COMMIT, or what git says of the checkout this package runs from ("+" where files differ), or None."""
+    """SCALING_RAY_COMMIT, or what git says of the checkout this package runs from ("+" where files differ), or None.
+
+    It is that of a process's first call: a checkout may move on while its runs train.
+    """
     named = os.environ.get("SCALING_RAY_COMMIT")
     folder = Path(__file__).resolve().parents[2]
     if named or not (folder / ".git").exists():
