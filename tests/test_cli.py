@@ -131,7 +131,7 @@ VERBS = {parser.prog.removeprefix("scaling-ray "): parser for parser in parsers(
 def test_the_verbs_are_these() -> None:
     assert sorted(VERBS) == sorted(
         "init, run, census plant, census import, shards build, shards verify, plan, sweep, fit, audit, report, "
-        "status, track replay, export, embed, bench stream, bench train, doctor".split(", ")
+        "reference, reproduce, status, track replay, export, embed, bench stream, bench train, doctor".split(", ")
     )
 
 

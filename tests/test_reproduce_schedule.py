@@ -201,9 +201,7 @@ def test_the_cronjob_keeps_ticks_apart_and_may_do_one_thing() -> None:
     folder = SCHEDULE / "kubernetes"
     spec = yaml.safe_load((folder / "cronjob.yaml").read_text())["spec"]
     assert spec["concurrencyPolicy"] == "Forbid" and spec["timeZone"] == "Etc/UTC"
-    assert spec["startingDeadlineSeconds"] > 100, (
-        "the controller looks every ten seconds"
-    )
+    assert spec["startingDeadlineSeconds"] > 100, "the controller looks every ten seconds"
     _, role, _ = yaml.safe_load_all((folder / "rbac.yaml").read_text())
     assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create"]}]
     job = yaml.safe_load((folder / "rayjob.yaml").read_text())["spec"]
