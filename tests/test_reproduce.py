@@ -159,6 +159,7 @@ def _check_mlflow(out: Path) -> None:
 
     client = MlflowClient(tracking_uri=f"sqlite:///{out / 'mlruns.db'}")
     experiment = client.get_experiment_by_name("scaling_ray/reproduce/tiny")
+    assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(run.info.run_name for run in runs) == ["20261102T000000Z", "20261123T000000Z", "history"]
     lines = next(run for run in runs if run.info.run_name == "history")
