@@ -2,8 +2,8 @@
 
 Each verb names the extras it needs where it is declared; ``main`` checks them before its handler imports anything.
 
-Exit codes: 0 ok or complete, 1 some runs failed or files damaged, 2 bad input, 5 another driver holds the directory,
-75 stopped on the way, call again.
+Exit codes: 0 ok, complete or agrees, 1 some runs failed or files damaged, 2 bad input, 3 drifted, 5 another driver
+holds the directory, 6 cannot tell, 75 stopped on the way, call again.
 """
 
 from __future__ import annotations
@@ -74,6 +74,13 @@ def reading_flags(parser: argparse.ArgumentParser, when: str = "") -> None:
     )
     parser.add_argument("--title", default=None, help=f"{when}what the cells are called in the Census and in reports")
     parser.add_argument("--source", default=None, help=f"{when}citation or address of the cells")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no whole numbers; write them as 11,12") from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -264,6 +271,77 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=place, required=True, help="directory or s3:// URI of the report")
     report.add_argument(
         "--beside", type=place, default=None, metavar="SWEEP_DIR", help="another sweep, of the other recipe, to compare"
+    )
+    keep = verb(top, "reference", verbs.reference, "keep what a sweep found as one small file, to repeat and compare")
+    keep.add_argument(
+        "sweep", type=place, metavar="SWEEP_DIR|TABLE", help=f"{sweep_help}, or a table that `scaling-ray fit` reads"
+    )
+    keep.add_argument("--out", type=Path, required=True, metavar="REF.json", help="JSON file to write")
+    keep.add_argument("--name", default=None, help="of the reference (that of the sweep, or of the table's file)")
+    keep.add_argument(
+        "--loss",
+        choices=("test_loss", "val_loss"),
+        default="test_loss",
+        help="the loss of a sweep that is compared (of a table: that its loss is compared with)",
+    )
+    keep.add_argument("--spec", default=None, help="of a table: the spec whose grid it holds, a file or an example")
+    keep.add_argument("--manifest", type=Path, default=None, help="of a table: the shards' manifest kept beside it")
+    keep.add_argument("--source", default=None, help="of a table: where its figures are from, in words")
+    keep.add_argument(
+        "--same",
+        metavar="COLUMN",
+        action="append",
+        default=[],
+        help="of a table: ignore a column that differs between repeats; repeatable",
+    )
+    again = verb(
+        top,
+        "reproduce",
+        verbs.reproduce,
+        "repeat a sweep and say whether it agrees with a reference (exit 0), drifted (3) or cannot tell (6)",
+        needs=("train", "cluster", "census"),
+    )
+    again.add_argument("spec", metavar="SPEC.toml", help=spec_help)
+    again.add_argument(
+        "--against", type=Path, required=True, metavar="REF.json", help="reference that `scaling-ray reference` made"
+    )
+    again.add_argument(
+        "--out", type=place, required=True, help="directory or s3:// URI for shards, sweeps, verdicts and their history"
+    )
+    again.add_argument(
+        "--census",
+        default=None,
+        help=f"{census_help}; if left out, OUT/census, planted if not there; "
+        "latest or stable: say what the newest release would change, and do nothing",
+    )
+    again.add_argument("--shards", default=None, help="directory or s3:// URI of shards; no Census is read then")
+    again.add_argument(
+        "--seeds", type=_seeds, default=None, metavar="N,N,...", help="seeds in place of the spec's, such as 11,12"
+    )
+    again.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="smallest difference that matters, as a share of the drop from the gene mean to the best setting",
+    )
+    again.add_argument(
+        "--tick",
+        default=None,
+        metavar="TIME",
+        help="when it was due by its schedule (2026-11-28 or 2026-11-28T03:17Z): each tick has its own sweep",
+    )
+    again.add_argument(
+        "--max-age", type=float, default=None, metavar="SECONDS", help="skip a tick that is older than this"
+    )
+    again.add_argument(
+        "--every", type=float, default=None, metavar="SECONDS", help="time between ticks, to show those missed"
+    )
+    again.add_argument(
+        "--webhook",
+        default=None,
+        metavar="URL",
+        help="https:// address that is told the verdict, signed with SCALING_RAY_WEBHOOK_SECRET",
     )
     status = verb(
         top, "status", verbs.status, "how a sweep stands: sizes x cells, rate, time left, what waits, what failed"

@@ -64,7 +64,7 @@ def run_pipeline(
         raise BadInput("--census", str(census), "is not read where --shards are given; name one of them")
     source = place.below("shards").uri if shards is None else str(shards)
     if shards is None:
-        _make_shards(source, place, spec, census, progress)
+        make_shards(source, place, spec, census, progress)
     sweep = place.below("sweep").uri
     failed: RunsFailed | BudgetSpent | None = None
     try:
@@ -196,7 +196,8 @@ def _foretold(spec: SweepSpec, census: str, progress: Progress) -> list[str]:
     return lines
 
 
-def _make_shards(target: str, place: Place, spec: SweepSpec, census: str | Path | None, progress: Progress) -> None:
+def make_shards(target: str, place: Place, spec: SweepSpec, census: str | Path | None, progress: Progress) -> None:
+    """Shards at ``target``, from ``census``, from the one at ``place``/census, or from cells planted for them."""
     # What reads a Census is imported only here: a call with shards needs none of it installed.
     from scaling_ray.census.layout import existing
     from scaling_ray.shards.convert import build_shards

@@ -290,6 +290,68 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def reference(options: argparse.Namespace) -> int:
+    """Keep what a sweep found as a reference."""
+    from scaling_ray.reproduction.record import record_sweep, record_table
+    from scaling_ray.storage import output_directory, write_atomic
+
+    output_directory(options.out.parent)
+    if str(options.sweep).startswith("s3://") or Path(options.sweep).is_dir():
+        for name in ("spec", "manifest", "source", "same"):
+            if getattr(options, name):
+                raise BadInput(f"--{name}", getattr(options, name), "is for tables; a sweep has its own")
+        record = record_sweep(options.sweep, options.loss, options.name)
+    else:
+        from scaling_ray.specs import spec_path
+
+        record = record_table(
+            options.sweep,
+            name=options.name or Path(options.sweep).stem,
+            spec=None if options.spec is None else spec_path(options.spec),
+            manifest=options.manifest,
+            loss=options.loss,
+            same=options.same,
+            source=options.source,
+        )
+    write_atomic(options.out, record.to_json())
+    runs = sum(len(setting.losses) for setting in record.settings)
+    say(f"{record.name}: {runs} runs in {len(record.settings)} settings, a drop of {record.drop():.4g}")
+    print(options.out)
+    return 0
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    """Repeat a sweep and compare it with a reference."""
+    spec = _spec_of(options)
+    from scaling_ray.reproduce import UNPINNED, Tick, reproduce, what_a_release_changes
+    from scaling_ray.reproduction.record import SweepRecord
+    from scaling_ray.reproduction.ticks import parse_tick
+
+    if options.census in UNPINNED:
+        for line in what_a_release_changes(spec, SweepRecord.read(options.against)):
+            print(line)
+        return 0
+    if options.tick is None:
+        for name in ("max_age", "every"):
+            if getattr(options, name) is not None:
+                raise BadInput(f"--{name.replace('_', '-')}", getattr(options, name), "belongs to a --tick; name both")
+    tick = None if options.tick is None else Tick(parse_tick(options.tick), options.max_age, options.every)
+    outcome = reproduce(
+        options.spec,
+        options.against,
+        options.out,
+        census=options.census,
+        shards=options.shards,
+        seeds=options.seeds,
+        tolerance=options.tolerance,
+        tick=tick,
+        webhook=options.webhook,
+        progress=say,
+    )
+    print(outcome.summary)
+    return outcome.exit_code
+
+
 def status(options: argparse.Namespace) -> int:
     """Say how a sweep stands, once or until it has ended."""
     from scaling_ray.results.standing import StandingReader

@@ -22,7 +22,7 @@ from scaling_ray.extras import EXTRAS, missing_modules, require_extras
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIGHT_MODULES = {"numpy", "scipy", "pyarrow", "pydantic", "jinja2", "markupsafe", "resvg_py"}
-LIGHT_VERBS = ("init", "plan", "fit", "audit", "report", "status", "shards verify", "doctor")
+LIGHT_VERBS = ("init", "plan", "fit", "audit", "report", "reference", "status", "shards verify", "doctor")
 BLOCKED = sorted({module for modules in EXTRAS.values() for module in modules} | {"deepspeed", "s3fs"})
 
 
@@ -160,6 +160,7 @@ def test_the_light_verbs_run_without_any_extra(tmp_path: Path) -> None:
         ["plan", "demo"],
         ["init", "mine", "--out", str(tmp_path / "mine.toml")],
         ["fit", str(table), "--out", str(tmp_path / "fit.json")],
+        ["reference", str(table), "--out", str(tmp_path / "reference.json")],
         ["audit", "--out", str(tmp_path / "audit")],
         ["doctor", "--write-to", str(tmp_path)],
     ):

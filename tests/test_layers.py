@@ -17,7 +17,7 @@ SOMA = ("tiledbsoma", "cellxgene_census", "tiledb")
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "ray": ("cluster.py", "shards/convert.py", "shards/stream.py", "train/worker.py", "sweep/scheduler.py"),
-    "mlflow": ("tracking/mlflow.py",),
+    "mlflow": ("tracking/mlflow.py", "tracking/history.py"),
     "deepspeed": ("train/zero.py",),
     **{name: ("census/",) for name in SOMA},
 }
@@ -46,6 +46,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "results/": ("torch", "ray", "mlflow"),
     # a report is made from files, without a GPU and without a cluster
     "report/": ("torch", "ray", "mlflow"),
+    # a reference is made, and two records are compared, from files alone
+    "reproduction/": ("torch", "ray", "mlflow"),
 }
 """File or folder -> modules that it may not import, anywhere in the file."""
 
@@ -60,10 +62,12 @@ NOBODY = ("scaling_ray.cli", "scaling_ray.verbs", "jobs")
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli.py", "__main__.py"),
     ("verbs.py",),
+    ("reproduce.py",),
     ("pipeline.py", "specs/"),
     ("embed.py",),
     ("neighbours.py",),
     ("sweep/",),
+    ("reproduction/",),
     ("report/", "tracking/"),
     ("train/",),
     ("results/",),

@@ -141,7 +141,11 @@ def events(out: Path) -> list[dict[str, Any]]:
 
 
 def ended_well(process: subprocess.Popen[str], seconds: float = 420.0) -> str:
-    _, said = process.communicate(timeout=seconds)
+    try:
+        _, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        raise
     assert process.returncode == 0, said[-3000:]
     return said
 
@@ -150,11 +154,11 @@ def test_groups_train_at_once_beside_single_runs(tiny_shards: Path, tmp_path: Pa
     spec, out = write_spec(tmp_path / "spec.toml", singles=4, groups=3, cells_seen=24_000), tmp_path / "out"
     with FakeCluster(4) as cluster:
         process = cluster.sweep(spec, tiny_shards, out)
-        most = 0
-        while process.poll() is None:
+        most, deadline = 0, time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
             most = max(most, sum("TWO" in unit for unit in in_flight(out)))
             time.sleep(0.5)
-        said = ended_well(process)
+        said = ended_well(process, 60)
     rows = read_rows(open_place(out))
     assert {row.status for row in rows} == {"done"}
     assert {row.workers for row in rows if row.size == "TWO"} == {2}

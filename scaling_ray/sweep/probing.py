@@ -13,8 +13,8 @@ from scaling_ray.runs import RunSpec
 from scaling_ray.spec import SweepSpec
 from scaling_ray.sweep.capacity import Capacity, NodeType
 
-IMAGINED_NODES = 64
-"""Nodes that a cluster of unknown limits is thought to have."""
+TO_COME, IMAGINED_NODES = "to come", 64
+"""Nodes that a cluster of unknown limits is thought to have; with GPUs for a spec that asks for them by name."""
 
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 """Where ``ray up`` leaves its file on a head."""
@@ -36,7 +36,7 @@ def capacity_here(cluster: Path | None) -> Capacity:
     if not joined or head is None or head.offers("CPU"):
         return Capacity(tuple(up))
     largest = {name: max(8.0, *(node.offers(name) for node in up)) for name in ("CPU", "GPU")}
-    return Capacity((*up, NodeType("to come", largest, IMAGINED_NODES)))
+    return Capacity((*up, NodeType(TO_COME, largest, IMAGINED_NODES)))
 
 
 def choose_device(spec: SweepSpec, capacity: Capacity) -> Device:
@@ -47,7 +47,7 @@ def choose_device(spec: SweepSpec, capacity: Capacity) -> Device:
     """
     if spec.resources.device != "auto":
         return spec.resources.device
-    gpus = capacity.total("GPU")
+    gpus = Capacity(tuple(node for node in capacity.nodes if node.name != TO_COME)).total("GPU")
     if gpus and not nodes_up().get("GPU"):
         return "cuda"
     found: Device = run_on_worker(_device_there, gpus > 0, cpus=1, gpus=1.0 if gpus else 0.0)
