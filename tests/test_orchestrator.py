@@ -67,9 +67,10 @@ class FakeCluster:
         self.nodes.append(self.answer())
 
     def close(self) -> None:
-        assert self.process.stdin is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(60)
+        self.process.stdout.close()
 
     def __enter__(self) -> FakeCluster:
         return self
