@@ -232,7 +232,7 @@ def test_what_no_node_can_ever_hold_is_refused_before_anything_starts(tiny_shard
 
 
 def test_a_budget_ends_a_sweep_at_a_checkpoint_and_more_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
-    spec, out = write_spec(tmp_path / "spec.toml", singles=3, groups=0, cells_seen=400_000), tmp_path / "out"
+    spec, out = write_spec(tmp_path / "spec.toml", singles=3, groups=0, cells_seen=60_000), tmp_path / "out"
     grid = spec.read_text()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
@@ -247,11 +247,11 @@ def test_a_budget_ends_a_sweep_at_a_checkpoint_and_more_goes_on(tiny_shards: Pat
             timeout=400,
         )
 
-    done = call("[budget]\nmax_cpu_hours = 0.005\n")
+    done = call("[budget]\nmax_cpu_hours = 0.003\n")
     assert done.returncode == 4, done.stderr
-    assert "budget.max_cpu_hours = 0.005 is spent" in done.stderr.splitlines()[-1]
+    assert "budget.max_cpu_hours = 0.003 is spent" in done.stderr.splitlines()[-1]
     assert any(row.status != "done" for row in read_rows(open_place(out)))
-    again = call("[budget]\nmax_cpu_hours = 0.005\n")
+    again = call("[budget]\nmax_cpu_hours = 0.003\n")
     assert again.returncode == 4, again.stderr
     done = call("")
     assert done.returncode == 0, done.stderr
