@@ -108,7 +108,7 @@ def test_a_sweep_on_s3_has_the_digits_of_one_on_a_disk_and_every_verb_reads_it(
 
     run_id = next(row.run_id for row in there if row.role == "law" and row.size == "W4")
     capsys.readouterr()
-    assert main(["status", uri]) == 0
+    assert main(["status", uri, "--runs"]) == 0
     assert capsys.readouterr().out.count("done") == len(there) + 1
     assert main(["fit", uri, "--out", str(tmp_path / "fit.json")]) == 0
     assert main(["report", uri, "--out", str(tmp_path / "report")]) == 0

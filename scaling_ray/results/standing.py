@@ -323,9 +323,11 @@ def _seconds_left(
     )
     if per_second > 0:
         return left / per_second, "recent rate"
+    # totals of a plan hold starts of processes too: what is left is a share of what all runs hold
     totals = plan["totals"] if plan is not None and "totals" in plan else {}
-    if "hours" in totals and "cpu_hours" in totals and totals["cpu_hours"]:
-        return left * 3600 * totals["hours"] / totals["cpu_hours"], "plan"
+    whole = sum(run.planned.cpu_hours or 0.0 for run in runs)
+    if "hours" in totals and whole:
+        return 3600 * totals["hours"] * left / whole, "plan"
     return None, None
 
 
