@@ -33,9 +33,9 @@ class Budget:
         self._cost_per_hour = _cost_per_hour(files)
         self._training: dict[str, tuple[Unit, float]] = {}
 
-    def began(self, unit: Unit, now: float) -> None:
-        """A unit holds its resources from now on (a second call changes nothing)."""
-        self._training.setdefault(unit.name, (unit, now))
+    def began(self, unit: Unit, since: float) -> None:
+        """A unit holds its resources since then (a second call changes nothing)."""
+        self._training.setdefault(unit.name, (unit, since))
 
     def ended(self, name: str, now: float) -> None:
         """A unit holds nothing any more."""

@@ -127,7 +127,8 @@ class Desk:
             self.budget.began(self._units[name], self._clock())
 
     def ended(self, name: str, seconds: float) -> None:
-        """A unit's runs have results or recorded failures."""
+        """A unit's runs have results or recorded failures, after so many seconds."""
+        self.budget.began(self._units[name], self._clock() - seconds)  # where it was too short to be seen
         self._left(name)
         for run in self._with_rates(name).runs:
             self._carefully(partial(self.state.announce, run, seconds))
