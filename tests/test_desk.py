@@ -1,4 +1,4 @@
-"""What a sweep decides of its units: which go next, what becomes of attempts that were cut off, when it ends. No Ray."""
+"""What a sweep decides of its units: which go next, what becomes of attempts that were cut off, its end. No Ray."""
 
 from __future__ import annotations
 
