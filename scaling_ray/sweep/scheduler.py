@@ -76,10 +76,12 @@ class Scheduler:
             tune.with_parameters(_trial, splits=self._splits, surroundings=surroundings),
             lambda config: tune.PlacementGroupFactory([config["holds"]]),
         )
+        # A process that Tune keeps for the next trial holds its CPUs, and a group's workers would wait for them for ever.
+        reuse = not any(unit.kind == "group" for unit in units)
         with scratch_of(self._state.files, "tune") as storage, _quiet_tune():
             tune.Tuner(
                 trainable,
-                tune_config=tune.TuneConfig(search_alg=_feed(self, driver), num_samples=-1, reuse_actors=True),
+                tune_config=tune.TuneConfig(search_alg=_feed(self, driver), num_samples=-1, reuse_actors=reuse),
                 run_config=tune.RunConfig(
                     name="trials",
                     storage_path=storage,
