@@ -76,7 +76,7 @@ class Scheduler:
             tune.with_parameters(_trial, splits=self._splits, surroundings=surroundings),
             lambda config: tune.PlacementGroupFactory([config["holds"]]),
         )
-        # A process that Tune keeps for the next trial holds its CPUs, and a group's workers would wait for them for ever.
+        # A process that Tune keeps for the next trial holds CPUs that a group's workers would wait for in vain.
         reuse = not any(unit.kind == "group" for unit in units)
         with scratch_of(self._state.files, "tune") as storage, _quiet_tune():
             tune.Tuner(
