@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from scaling_ray.cluster import Pending, own_errors, ray, ray_session  # before ray.tune: it sets what ray reads once
+from scaling_ray.cluster import (
+    Pending,
+    nodes_up,
+    own_errors,
+    ray,
+    ray_session,
+)  # before ray.tune: it sets what ray reads once
 from scaling_ray.errors import BadInput, Preempted, RunsFailed
 from scaling_ray.extras import missing_modules
 from scaling_ray.records import ShardManifest
@@ -151,6 +157,8 @@ def _plan(state: SweepState, capacity: Capacity, joined: bool) -> None:
     new = [run for run in state.runs if run.run_id not in known]
     there, target = state.manifest.splits, capacity if joined else None
     cells = SplitCells(there["train"].cells, there["val"].cells, there["test"].cells)
+    if new and not nodes_up().get("CPU"):
+        state.progress("no node with CPUs is up: the sweep waits for nodes, and looks what they are before it plans")
     device = choose_device(state.spec, capacity) if new else None
     plan, runs = make_plan(state.spec, device, earlier, capacity=target, cells=cells)
     state.files.write_plan(plan)
