@@ -11,6 +11,7 @@ from conftest import synthetic_cells, write_cells_as_shards
 
 from scaling_ray.errors import BudgetSpent, StorageFailed
 from scaling_ray.results.sweep_files import SweepFiles
+from scaling_ray.runs import runs_of
 from scaling_ray.shards.format import SPLITS, read_manifest
 from scaling_ray.spec import parse_spec
 from scaling_ray.storage import open_place
@@ -183,3 +184,16 @@ def test_who_waits_for_nodes_is_said_once_a_minute(tmp_path: Path) -> None:
     assert len(waits) == 2 and "1 CPUs (the nodes that are up have 0)" in waits[0]
     told = json.loads((tmp_path / "sweep" / "queue.json").read_text())
     assert [one["trains"] for one in told["in_flight"]] == [False] and told["waiting_units"] == 3
+
+
+def test_what_no_node_can_hold_fails_and_the_others_go_on(tmp_path: Path) -> None:
+    call = Call(tmp_path)
+    call.files.write_plan(make_plan(parse_spec(SPEC + "workers = { B = 4 }\n"), "cpu", capacity=Capacity.local(8))[0])
+    runs = runs_of(parse_spec(SPEC + "workers = { B = 4 }\n"))
+    state = SweepState(call.state.spec, call.state.manifest, call.state.shards, call.files, runs, call.said.append)
+    call.state, call.desk = state, Desk(state, state.units(), Capacity.local(2), {}, clock=lambda: call.now)
+    assert [call.start()[:5], call.start()[:5]] == ["law-A", "law-A"]
+    assert call.desk.next() is None
+    failures = [call.files.run(run.run_id).failure() for run in runs if run.size == "B"]
+    assert [failure.failure for failure in failures if failure is not None] == ["bad_input", "bad_input"]
+    assert all(failure and "needs 4 CPUs, the cluster can have 2" in failure.message for failure in failures)

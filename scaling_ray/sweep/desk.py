@@ -79,6 +79,7 @@ class Desk:
             for unit in units
         ]
         self.queue = Queue(items, capacity.each_node())
+        self._homeless = homeless(units, capacity)
         self.budget = Budget(state.spec, state.files, {run.run_id: run for run in state.runs})
         self.problem: ScalingRayError | None = None
         self._tries: Counter[tuple[str, Cause]] = Counter()
@@ -277,10 +278,10 @@ class Desk:
 
     def _drop_what_never_fits(self) -> None:
         """Units that the cluster could not place even empty fail; Ray would wait for ever, and say little."""
-        for name, why in self.queue.waiting().items():
-            if why == "room" and (sentence := never_fits(self._units[name], self.capacity)) is not None:
-                self.queue.drop(name)
-                self._fail(self._units[name], "bad_input", sentence)
+        waiting = self.queue.waiting() if self._homeless else {}
+        for name in [name for name in self._homeless if waiting.get(name) == "room"]:
+            self.queue.drop(name)
+            self._fail(self._units[name], "bad_input", self._homeless.pop(name))
 
     def _fail(self, unit: Unit, failure: Any, message: str) -> None:
         def record() -> None:
@@ -348,6 +349,20 @@ def never_fits(unit: Unit, capacity: Capacity) -> str | None:
             )
     share = " and ".join(f"{amount:g} {kind}s" for kind, amount in unit.worker.items())
     return f"{group} needs {share} on one node, and no kind of node has room; use fewer threads, or larger nodes"
+
+
+def homeless(units: Sequence[Unit], capacity: Capacity) -> dict[str, str]:
+    """The units that a cluster could never place, by name, and why; a shape is looked at once."""
+    shapes: dict[tuple[Any, ...], str | None] = {}
+    found = {}
+    for unit in units:
+        shape = (unit.runs[0].size, unit.workers, *unit.worker.items())
+        if shape not in shapes:
+            shapes[shape] = never_fits(unit, capacity)
+        sentence = shapes[shape]
+        if sentence is not None:
+            found[unit.name] = sentence
+    return found
 
 
 def planned_seconds(plan: dict[str, Any] | None) -> dict[str, float]:
