@@ -34,6 +34,7 @@ from scaling_ray.train.attempt import publish_winner
 from scaling_ray.train.driver import Signals
 from scaling_ray.train.engine import PlainEngine
 from scaling_ray.train.loop import RunData, run_to_result
+from scaling_ray.train.sampling import sampled
 from scaling_ray.train.stack_loop import stack_to_results
 from scaling_ray.train.watchdog import STALL_SECONDS, Watchdog, stall_note
 
@@ -106,8 +107,13 @@ def _train_here(runs: list[RunSpec], splits: dict[str, Any], around: Surrounding
     if place.exists(note):
         place.remove(note)
     is_local = local_folder(around.sweep.place) is not None
-    with Watchdog(STALL_SECONDS, lambda text: place.write(note, text.encode())) as watchdog:
-        signals = Signals(around.sweep.stop_requested, beat=watchdog.beat, ask_seconds=STOP_POLL_SECONDS[is_local])
+    with Watchdog(STALL_SECONDS, lambda text: place.write(note, text.encode())) as watchdog, sampled() as sampler:
+        signals = Signals(
+            around.sweep.stop_requested,
+            beat=watchdog.beat,
+            sample=sampler.row,
+            ask_seconds=STOP_POLL_SECONDS[is_local],
+        )
         Trial(around.sweep, around.shards, record, held, feed, signals).train(runs)
 
 

@@ -42,13 +42,15 @@ class Signals:
     ``asked_to_stop`` is called every ``ask_seconds``, on rank 0; where it is true, the state is saved and Preempted
     rises. ``asked_to_save`` may be collective: every rank calls it at the same updates, those at which rank 0's clock
     says so; where it is true on any rank, the state is saved and training goes on. ``report`` is called after every
-    evaluation, and ``beat`` whenever something was done, for a watchdog.
+    evaluation, and ``beat`` whenever something was done, for a watchdog. ``sample`` gives a row of what the process takes
+    of its machine, at an update and its cells seen, or None where there is nothing new.
     """
 
     asked_to_stop: Callable[[], bool] = _never
     asked_to_save: Callable[[], bool] = _never
     report: Callable[[Progress], None] = _nothing
     beat: Callable[[], None] = _nothing
+    sample: Callable[[int, int], dict[str, Any] | None] = _nothing
     ask_seconds: float = 1.0
 
 
@@ -172,6 +174,10 @@ def train(trainee: Trainee, signals: Signals) -> None:
             for r in running:
                 rate = trainee.lr(r, trainee.steps - 1)
                 attempts[r].metrics.write(train_row(trainee.members[r], rate, norms[r], speed))
+            taken = signals.sample(trainee.steps, trainee.steps * rules.cells_per_step)
+            if taken is not None:
+                for r in running:
+                    attempts[r].metrics.write(taken)
             since, counted = now, trainee.steps
         found = trainee.evaluate_curve([r for r in judged if r in running]) if is_evaluation else {}
         now = time.monotonic()

@@ -21,6 +21,9 @@ _STAT, _MEMORY, _MACHINE = Path("/proc/self/stat"), Path("/proc/self/statm"), Pa
 _TICKS_PER_SECOND, _PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 _GIB = 2**30
 
+SAMPLE_SECONDS = 10.0
+"""Time between two samples of a process that trains for a sweep."""
+
 
 class Sampler:
     """Samples this process.
@@ -29,7 +32,7 @@ class Sampler:
         seconds: between two samples.
     """
 
-    def __init__(self, seconds: float = 10.0) -> None:
+    def __init__(self, seconds: float = SAMPLE_SECONDS) -> None:
         self._seconds = seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
@@ -65,11 +68,8 @@ class Sampler:
 
 
 @contextmanager
-def sampled(seconds: float | None) -> Iterator[Sampler | None]:
-    """A sampler that runs while the block does; None, and nothing is sampled, where ``seconds`` is None."""
-    if seconds is None:
-        yield None
-        return
+def sampled(seconds: float = SAMPLE_SECONDS) -> Iterator[Sampler]:
+    """A sampler that runs while the block does."""
     sampler = Sampler(seconds)
     sampler.start()
     try:

@@ -30,6 +30,7 @@ from scaling_ray.train.choice import build_engine
 from scaling_ray.train.driver import Signals
 from scaling_ray.train.loop import RunData, run_to_result
 from scaling_ray.train.memory import is_out_of_memory
+from scaling_ray.train.sampling import sampled
 from scaling_ray.train.watchdog import STALL_SECONDS, Watchdog, stall_note
 
 NODE_DEATH_SECONDS = 30.0
@@ -155,8 +156,8 @@ def _work(config: dict[str, Any]) -> None:
     data, note = RunData(train, val, test, manifest.data_hash), stall_note(context.get_world_rank())
     name = f"{run.run_id}/{context.get_world_rank()}"
     watchdog = Watchdog(config["stall_seconds"], lambda text: files.place.write(note, text.encode()))
-    with Pulse(config["board"], name), watchdog:
-        signals = Signals(sweep.stop_requested, _once_per_notice(), beat=watchdog.beat)
+    with Pulse(config["board"], name), watchdog, sampled() as sampler:
+        signals = Signals(sweep.stop_requested, _once_per_notice(), beat=watchdog.beat, sample=sampler.row)
         run_to_result(run, data, engine, files, signals)
 
 
