@@ -37,11 +37,11 @@ def test_a_busy_process_takes_a_cpu_and_each_sample_is_told_once() -> None:
 
 def test_samples_stand_beside_the_rows_of_training(tmp_path: Path) -> None:
     run = small_run("max_cells_seen = 6400\ncells_per_step = 8")
-    cells = [synthetic_cells(n, first_id=1000 * n) for n in (100, 40, 30)]
+    train, val, test = (synthetic_cells(n, first_id=1000 * n) for n in (100, 40, 30))
     files = files_at(tmp_path)
     with sampled(0.02) as sampler:
         signals = Signals(sample=sampler.row)
-        run_to_result(run, RunData(*cells, "x"), PlainEngine(run, torch.device("cpu")), files, signals)
+        run_to_result(run, RunData(train, val, test, "x"), PlainEngine(run, torch.device("cpu")), files, signals)
     rows = files.rows()
     taken = [row for row in rows if row["kind"] == "system"]
     trained = {(row["optimizer_steps"], row["cells_seen"]) for row in rows if row["kind"] == "train"}
