@@ -42,8 +42,8 @@ class Signals:
     ``asked_to_stop`` is called every ``ask_seconds``, on rank 0; where it is true, the state is saved and Preempted
     rises. ``asked_to_save`` may be collective: every rank calls it at the same updates, those at which rank 0's clock
     says so; where it is true on any rank, the state is saved and training goes on. ``report`` is called after every
-    evaluation, and ``beat`` whenever something was done, for a watchdog. ``sample`` gives a row of what the process takes
-    of its machine, at an update and its cells seen, or None where there is nothing new.
+    evaluation, and ``beat`` whenever something was done, for a watchdog. ``sample`` gives a row of what the process
+    takes of its machine, at an update and its cells seen, or None where there is nothing new.
     """
 
     asked_to_stop: Callable[[], bool] = _never
