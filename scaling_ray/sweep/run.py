@@ -135,6 +135,7 @@ def _train(state: SweepState, cluster: Path | None) -> None:
     if problems:
         raise BadInput("--shards", str(state.shards), f"{problems[0]}; build the shards again")
     with ray_session(state.spec.resources.cpus), own_errors(), stop_on_sigterm(state.files), _followed(state):
+        _release_groups(state)
         capacity = capacity_here(cluster)
         _plan(state, capacity, joined=bool(os.environ.get("RAY_ADDRESS")))
         most_genes = max(run.genes for run in state.runs)
@@ -145,6 +146,15 @@ def _train(state: SweepState, cluster: Path | None) -> None:
         Scheduler(state, splits, _own_bytes(state.spec), capacity).train(state.units())
         _check_stop(state)
         references.wait(lambda: _check_stop(state))
+
+
+def _release_groups(state: SweepState) -> None:
+    """Worker groups of an earlier driver that was killed may hold places of the cluster still."""
+    groups = [run for run in state.waiting() if run.execution.workers > 1]
+    if groups:
+        from scaling_ray.train.worker import release
+
+        release(groups, state.files)
 
 
 def _plan(state: SweepState, capacity: Capacity, joined: bool) -> None:

@@ -186,7 +186,8 @@ def _essence(words: str) -> str:
     """The one line of a traceback of Ray's that says what happened."""
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     telling = [line for line in lines if "died" in line or "killed" in line or "Error" in line]
-    return (telling or lines or ["it went away"])[-1][:300]
+    said = (telling or lines or ["it went away"])[-1]
+    return said.partition(" Some common causes")[0][:300]
 
 
 def _trial(config: dict[str, Any], splits: dict[str, Any], surroundings: Surroundings) -> dict[str, Any]:

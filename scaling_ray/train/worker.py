@@ -7,7 +7,7 @@ group and no rank waits for another's rows. Progress is in the run's own files; 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from ray.train import LoggingConfig, ScalingConfig, WorkerGroupError, get_contex
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import RayTrainError
+from ray.util.placement_group import PlacementGroup
 
 from scaling_ray.errors import Lost, ScalingRayError, Stalled
 from scaling_ray.pulses import Pulse
-from scaling_ray.results.sweep_files import RunFiles, SweepFiles
+from scaling_ray.results.sweep_files import RESERVED, RunFiles, SweepFiles, read_sealed, write_sealed
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import read_manifest
 from scaling_ray.shards.read import read_split
@@ -32,6 +33,9 @@ from scaling_ray.train.loop import RunData, run_to_result
 from scaling_ray.train.memory import is_out_of_memory
 from scaling_ray.train.sampling import sampled
 from scaling_ray.train.watchdog import STALL_SECONDS, Watchdog, stall_note
+
+_TRANSPORT = ("gloo/transport", "closed by peer", "reset by peer", "Broken pipe", "NCCL")
+"""Words of the errors that ranks raise when another one is gone."""
 
 NODE_DEATH_SECONDS = 30.0
 """How long after a group broke Ray may take to say that a node is gone (it asks nodes every few seconds)."""
@@ -101,6 +105,28 @@ def train_in_worker_group(
         trainer.fit()
     except WorkerGroupError as error:
         raise _first_cause(error.worker_failures) or _stalled(run, files) or _lost(error, nodes) from error
+    finally:
+        release([run], sweep)
+
+
+def release(runs: Sequence[RunSpec], sweep: SweepFiles) -> None:
+    """Free what worker groups of these runs still hold of the connected cluster, for whoever holds the sweep's lease.
+
+    Ray Train reserves a group's places beyond the life of its driver. What is to free them when a driver is killed asks
+    the cluster's dashboard whether it lives: without a dashboard they stay taken for ever.
+    """
+    places = [sweep.run(run.run_id).place for run in runs]
+    notes = [(place, held) for place in places if (held := _held(place)) is not None]
+    there = ray.util.placement_group_table() if notes else {}
+    for place, held in notes:
+        if held in there and there[held]["state"] != "REMOVED":
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(held)))
+        place.remove(RESERVED)
+
+
+def _held(place: Place) -> str | None:
+    found = read_sealed(place, RESERVED)
+    return None if found is None else str(found["placement_group"])
 
 
 def _nodes(alive: bool) -> set[str]:
@@ -138,7 +164,8 @@ def _first_cause(failures: Mapping[int, Exception]) -> Exception | None:
         if isinstance(failure, ScalingRayError) or is_out_of_memory(failure):
             return failure
     consequences = (ray.exceptions.RayError, RayTrainError, torch.distributed.DistError)
-    causes = [f for f in ranked if not isinstance(f, consequences) and "closed by peer" not in str(f)]
+    causes = [f for f in ranked if not isinstance(f, consequences)]
+    causes = [f for f in causes if not any(word in str(f) for word in _TRANSPORT)]
     return causes[0] if causes else None
 
 
@@ -149,6 +176,9 @@ def _work(config: dict[str, Any]) -> None:
     context = get_context()
     shards, sweep = config["shards"], SweepFiles(config["sweep"])
     files = sweep.run(run.run_id)
+    group = ray.util.get_current_placement_group()
+    if context.get_world_rank() == 0 and group is not None:
+        write_sealed(files.place, RESERVED, {"placement_group": group.id.hex()})
     manifest = read_manifest(shards)
     train = open_feed(shards, manifest, run, config["resident_bytes"], cpus=0.0)
     val, test = (read_split(shards, manifest, name, run.genes) for name in ("val", "test"))
