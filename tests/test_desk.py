@@ -180,7 +180,7 @@ def test_who_waits_for_nodes_is_said_once_a_minute(tmp_path: Path) -> None:
     for _ in range(130):
         call.now += 1.0
         call.desk.tick({"CPU": 0.0})
-    waits = [line for line in call.said if "wait for nodes" in line]
+    waits = [line for line in call.said if "for room or nodes" in line]
     assert len(waits) == 2 and "1 CPUs (the nodes that are up have 0)" in waits[0]
     told = json.loads((tmp_path / "sweep" / "queue.json").read_text())
     assert [one["trains"] for one in told["in_flight"]] == [False] and told["waiting_units"] == 3

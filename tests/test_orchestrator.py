@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -78,16 +79,17 @@ class FakeCluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def sweep(self, spec: Path, shards: Path, out: Path) -> subprocess.Popen[str]:
-        """The command, started as a user starts it on a head."""
+    def sweep(self, spec: Path, shards: Path, out: Path, said: Path | None = None) -> subprocess.Popen[str]:
+        """The command, started as a user starts it on a head; what it says goes to a pipe, or is added to a file."""
         line = ["sweep", str(spec), "--shards", str(shards), "--out", str(out)]
-        return subprocess.Popen(
-            [sys.executable, "-m", "scaling_ray.cli", *line],
-            env=self.environment | {"RAY_ADDRESS": self.address, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with open(said or os.devnull, "a") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "scaling_ray.cli", *line],
+                env=self.environment | {"RAY_ADDRESS": self.address, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE if said is None else file,
+                text=True,
+            )
 
     def workers(self, title: str) -> list[psutil.Process]:
         """Processes of Ray's below this cluster whose title has some words."""
@@ -149,6 +151,59 @@ def ended_well(process: subprocess.Popen[str], seconds: float = 420.0) -> str:
         raise
     assert process.returncode == 0, said[-3000:]
     return said
+
+
+KINDS = ["driver", "trial", "train worker", "raylet"]
+
+
+def undisturbed(directory: Path, shards: Path) -> dict[str, tuple[float | None, float | None]]:
+    spec, out = write_spec(directory / "spec.toml", singles=4, groups=4, cells_seen=30_000), directory / "out"
+    with FakeCluster(3) as cluster:
+        ended_well(cluster.sweep(spec, shards, out), 900)
+    return losses(out)
+
+
+def strike(kind: str, rng: random.Random, cluster: FakeCluster, sweep: subprocess.Popen[str]) -> bool:
+    """Kill a process of a kind with -9; False where there is none now. A node that is lost comes again."""
+    if kind == "driver":
+        sweep.kill()
+        return True
+    if kind == "raylet":
+        node = rng.choice(cluster.nodes)
+        os.kill(node["raylet"], signal.SIGKILL)
+        cluster.nodes.remove(node)
+        cluster.add()
+        return True
+    found = cluster.workers("ImplicitFunc" if kind == "trial" else "RayTrainWorker")
+    if found:
+        rng.choice(found).kill()
+    return bool(found)
+
+
+def test_kills_of_every_kind_leave_the_same_losses(tiny_shards: Path, tmp_path: Path) -> None:
+    """Three of each kind at random moments; after each of the driver's the same command."""
+    expected, rng = undisturbed(tmp_path, tiny_shards), random.Random(1)
+    (tmp_path / "chaos").mkdir()
+    spec, out = write_spec(tmp_path / "chaos" / "spec.toml", 4, 4, cells_seen=30_000), tmp_path / "chaos" / "out"
+    left = KINDS * 3
+    with FakeCluster(3) as cluster:
+        sweep, deadline = cluster.sweep(spec, tiny_shards, out, said=tmp_path / "said"), time.monotonic() + 1_200
+        while True:
+            assert time.monotonic() < deadline, left
+            pause = time.monotonic() + rng.uniform(8, 25)
+            while time.monotonic() < pause and sweep.poll() is None:
+                time.sleep(0.3)
+            if sweep.poll() is not None:
+                if sweep.returncode == 0:
+                    break
+                sweep = cluster.sweep(spec, tiny_shards, out, said=tmp_path / "said")
+            elif left and strike(left[0], rng, cluster, sweep):
+                left.pop(0)
+    assert len(left) <= 2, "the sweep ended before it was disturbed"
+    assert losses(out) == expected
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    assert {one["cause"] for one in events(out)} <= {"process lost", "node lost"}
+    assert {row.status for row in read_rows(open_place(out))} == {"done"}
 
 
 def test_groups_train_at_once_beside_single_runs(tiny_shards: Path, tmp_path: Path) -> None:

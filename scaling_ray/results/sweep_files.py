@@ -112,8 +112,9 @@ class RunFiles:
     """The files of one run.
 
     ``spec.json``, ``result.json`` (committed once), ``failure.json``, ``memory.json``, ``mlflow.json`` and, while it
-    trains, ``reserved.json`` (what a worker group holds of a cluster) and ``attempts/<token>/`` with ``metrics.jsonl``, ``test_cells.parquet``, ``test_genes.parquet`` and
-    ``checkpoints/``. Once a result is committed, its attempt's files move up beside it and all attempts are removed.
+    trains, ``reserved.json`` (what a worker group holds of a cluster) and ``attempts/<token>/`` with ``metrics.jsonl``,
+    ``test_cells.parquet``, ``test_genes.parquet`` and ``checkpoints/``. Once a result is committed, its attempt's files
+    move up beside it and all attempts are removed.
     """
 
     def __init__(self, place: Place, trunks: Place | None = None) -> None:

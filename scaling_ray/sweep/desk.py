@@ -216,7 +216,8 @@ class Desk:
             late = [name for name, since in self._admitted.items() if now - since > SAY_SECONDS]
             late = [name for name in late if self.queue.in_flight[name].began is None]
             if late:
-                self.state.progress(f"{len(late)} units wait for nodes, first {late[0]} for {self._wants(late[0], up)}")
+                waits = "1 unit waits" if len(late) == 1 else f"{len(late)} units wait"
+                self.state.progress(f"{waits} for room or nodes, first {late[0]} for {self._wants(late[0], up)}")
         if now - self._written > WRITE_SECONDS:
             self._written = now
             self._carefully(self.write)

@@ -187,7 +187,8 @@ def _essence(words: str) -> str:
     lines = [line.strip() for line in words.splitlines() if line.strip()]
     telling = [line for line in lines if "died" in line or "killed" in line or "Error" in line]
     said = (telling or lines or ["it went away"])[-1]
-    return said.partition(" Some common causes")[0][:300]
+    said = said.partition(" Some common causes")[0]
+    return (said.partition("Worker exit detail: ")[2] or said)[:300]
 
 
 def _trial(config: dict[str, Any], splits: dict[str, Any], surroundings: Surroundings) -> dict[str, Any]:

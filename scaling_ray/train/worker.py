@@ -143,8 +143,7 @@ def _lost(error: WorkerGroupError, nodes: set[str]) -> Lost:
         time.sleep(1.0)
     if gone:
         return Lost(f"node {min(gone)[:8]} is gone", node_gone=True)
-    words = str(died or next(iter(error.worker_failures.values()), error)).strip().splitlines()
-    return Lost(words[-1][:300] if words else "a process of the group died", node_gone=False)
+    return Lost("a process of the group died, and it alone", node_gone=False)
 
 
 def _stalled(run: RunSpec, files: RunFiles) -> Stalled | None:
