@@ -25,7 +25,8 @@ class Execution(BaseModel):
     """How one run is carried out; the whole of what a run's identity leaves out.
 
     ``cpus`` are threads of one worker, ``gpus`` the share of a GPU that one worker holds; ``stack`` models train as one
-    (0: the plan has not said yet). ``checkpoint_seconds`` pass between two saved states.
+    (0: the plan has not said yet). ``checkpoint_seconds`` pass between two saved states. Where ``least_workers`` is not
+    0, a group trains on as few workers as that while there is no room for all ``workers``.
 
     Every field may be changed between two calls of a sweep, and the run stays the same run. Those in ``FOLLOWS_SPEC``
     then take the new value; all others are repeated from plan.json, so that no digit moves.
@@ -34,7 +35,7 @@ class Execution(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     FOLLOWS_SPEC: ClassVar[frozenset[str]] = frozenset(
-        {"gpus", "workers", "engine", "zero_stage", "offload_optimizer", "checkpoint_seconds"}
+        {"gpus", "workers", "least_workers", "engine", "zero_stage", "offload_optimizer", "checkpoint_seconds"}
     )
 
     device: Device
@@ -43,6 +44,7 @@ class Execution(BaseModel):
     cpus: int = 1
     gpus: float = 0.0
     workers: int = 1
+    least_workers: int = 0
     engine: Engine = "plain"
     zero_stage: int = 0
     offload_optimizer: bool = False

@@ -133,7 +133,8 @@ class RunResult(Record):
 
     ``val_loss`` and ``test_loss`` are those of the chosen checkpoint, in ``loss_unit`` per masked gene; a run that
     chooses a rate has no test loss. ``stacked`` models trained as one; ``micro_batch`` is what the run
-    ended with (memory may have halved it); ``branches`` are the smaller budgets that its trunk was decayed for;
+    ended with (memory may have halved it); ``workers`` are those of its end, ``worker_counts`` those of its groups from
+    the first on (empty for a run of one process); ``branches`` are the smaller budgets that its trunk was decayed for;
     ``ended_ms`` is the time of the commit, in milliseconds since 1970.
     """
 
@@ -167,6 +168,7 @@ class RunResult(Record):
     host: str
     ended_ms: int
     branches: list[Branch] = []
+    worker_counts: list[int] = []
 
 
 class ModelRecord(Record):

@@ -87,6 +87,12 @@ class RunSpec(Frozen):
             del found["lr_factor"]
         return found
 
+    @property
+    def worker_counts(self) -> list[int]:
+        """How many workers may train the run, the most first: every worker has the same share of an update's cells."""
+        most, least = self.execution.workers, self.execution.least_workers or self.execution.workers
+        return [count for count in range(most, least - 1, -1) if self.train.cells_per_step % count == 0]
+
     def carried_out(self, **changes: Any) -> RunSpec:
         """The same run with some fields of its execution changed."""
         return self.model_copy(update={"execution": self.execution.model_copy(update=changes)})
@@ -163,7 +169,7 @@ def runs_of(spec: SweepSpec, device: Device | None = None) -> list[RunSpec]:
 def execution_of(spec: SweepSpec, size: str, genes: int, device: Device) -> Execution:
     """The execution of runs of a size on a device: what the spec names, and else what was measured to be best."""
     shape, train, resources = spec.shape(size), spec.train, spec.resources
-    workers = resources.workers.get(size, 1)
+    least, workers = resources.workers_of(size)
     named = train.micro_batch
     return Execution(
         device=device,
@@ -176,6 +182,7 @@ def execution_of(spec: SweepSpec, size: str, genes: int, device: Device) -> Exec
         cpus=train.threads,
         gpus=1.0 if device == "cuda" else 0.0,
         workers=workers,
+        least_workers=least if least < workers else 0,
         engine=resources.engine if workers > 1 else "plain",
         zero_stage=resources.zero_stage if workers > 1 and resources.engine == "deepspeed" else 0,
         offload_optimizer=resources.offload_optimizer and workers > 1,

@@ -318,10 +318,12 @@ class ResourceSpec(Frozen):
     ``gflops_per_cpu`` is what one CPU reaches in large matrix products of fp32, for planned hours (by device if None).
     ``device`` is what runs train on ("auto": what this machine has); ``stack`` how many tiny models of one size train
     as one at most; ``compile`` puts torch.compile before a GPU's runs; ``disk_gib`` is what a sweep may take.
+    ``workers`` are processes of a run by size: a number, or the fewest and the most of a group that trains on what
+    there is.
     """
 
     cpus: PositiveInt = 2
-    workers: dict[str, PositiveInt] = {}
+    workers: dict[str, int | list[int]] = {}
     engine: Literal["ddp", "deepspeed"] = "ddp"
     zero_stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 1
     offload_optimizer: bool = False
@@ -333,6 +335,11 @@ class ResourceSpec(Frozen):
     stack: PositiveInt | Literal["auto"] = "auto"
     compile: bool = False
     disk_gib: Annotated[float, Field(gt=0)] | None = None
+
+    def workers_of(self, size: str) -> tuple[int, int]:
+        """(fewest, most) processes of a run of a size; equal where the spec gives one number, (1, 1) where none."""
+        given = self.workers.get(size, 1)
+        return (given[0], given[1]) if isinstance(given, list) else (given, given)
 
     @model_validator(mode="after")
     def _offload_has_an_engine(self) -> ResourceSpec:
@@ -461,13 +468,14 @@ class SweepSpec(Frozen):
             raise BadInput(
                 "lr.choose_seed", self.lr.choose_seed, "is also in grid.seeds; a choice needs a seed of its own"
             )
-        for name, workers in self.resources.workers.items():
-            if self.train.cells_per_step % workers:
-                raise BadInput(
-                    f"resources.workers.{name}",
-                    workers,
-                    f"must divide train.cells_per_step = {self.train.cells_per_step}",
-                )
+        for name, given in self.resources.workers.items():
+            field, ends = f"resources.workers.{name}", given if isinstance(given, list) else [given]
+            if isinstance(given, list) and (len(given) != 2 or given[0] >= given[1]):
+                raise BadInput(field, given, "is no range; give one number, or the fewest and the most as [4, 8]")
+            if min(ends) < 1:
+                raise BadInput(field, given, "must be greater than 0")
+            if any(self.train.cells_per_step % workers for workers in ends):
+                raise BadInput(field, given, f"must divide train.cells_per_step = {self.train.cells_per_step}")
         return self
 
     def shape(self, size: str, field: str = "grid.sizes") -> Shape:

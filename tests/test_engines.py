@@ -274,6 +274,9 @@ def all_zero(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[s
 def check_curve(seen: dict[str, Any], plain: dict[str, list[float]]) -> None:
     assert seen["curve"]["mse"] == pytest.approx(plain["mse"], rel=CURVE_TOLERANCE)
     assert seen["curve"]["norm"] == pytest.approx(plain["norm"], rel=10 * CURVE_TOLERANCE)
+    # one and the same update, shared out differently: sums in fp32 differ by their rounding only
+    assert seen["curve"]["mse"][0] == pytest.approx(plain["mse"][0], rel=1e-6)
+    assert seen["curve"]["norm"][0] == pytest.approx(plain["norm"][0], rel=1e-6)
     assert plain["mse"][-1] < 0.9 * plain["mse"][0]
     assert seen["sum"] == [3, 10]
 

@@ -16,7 +16,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SOMA = ("tiledbsoma", "cellxgene_census", "tiledb")
 
 OWNERS: dict[str, tuple[str, ...]] = {
-    "ray": ("cluster.py", "shards/convert.py", "shards/stream.py", "train/worker.py", "sweep/scheduler.py"),
+    "ray": (
+        "cluster.py",
+        "shards/convert.py",
+        "shards/stream.py",
+        "train/worker.py",
+        "train/elastic.py",
+        "sweep/reservations.py",
+        "sweep/scheduler.py",
+    ),
     "mlflow": ("tracking/mlflow.py", "tracking/history.py"),
     "deepspeed": ("train/zero.py",),
     **{name: ("census/",) for name in SOMA},

@@ -13,109 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from scaling_ray.results.read import read_rows
-from scaling_ray.storage import open_place
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from fake_cluster import FakeCluster, write_spec  # noqa: E402
+
+from scaling_ray.results.read import read_rows  # noqa: E402
+from scaling_ray.storage import open_place  # noqa: E402
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-NODE_CPUS = 2
-
-CLUSTER = """
-import json, os, sys, time
-from ray.cluster_utils import Cluster
-
-nodes = int(sys.argv[1])
-head = {"num_cpus": 0, "resources": {"trial_driver": 64}, "object_store_memory": 80 << 20, "include_dashboard": False}
-cluster = Cluster(initialize_head=True, head_node_args=head)
-up = [cluster.add_node(num_cpus=2, object_store_memory=80 << 20) for _ in range(nodes)]
-told = [{"raylet": node.all_processes["raylet"][0].process.pid, "id": node.node_id} for node in up]
-print(json.dumps({"address": cluster.address, "nodes": told}), flush=True)
-for line in sys.stdin:
-    if line.strip() == "add":
-        node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
-        print(json.dumps({"raylet": node.all_processes["raylet"][0].process.pid, "id": node.node_id}), flush=True)
-cluster.shutdown()
-"""
-
-
-class FakeCluster:
-    """A head without CPUs and nodes of two, all on this machine, in a process of their own."""
-
-    def __init__(self, nodes: int) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        self.environment = environment | {"RAY_worker_niceness": "0"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", CLUSTER, str(nodes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=self.environment,
-        )
-        told = self.answer()
-        self.address, self.nodes = told["address"], told["nodes"]
-
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        return json.loads(next(line for line in self.process.stdout if line.startswith("{")))
-
-    def add(self) -> None:
-        assert self.process.stdin is not None
-        print("add", file=self.process.stdin, flush=True)
-        self.nodes.append(self.answer())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait(60)
-        self.process.stdout.close()
-
-    def __enter__(self) -> FakeCluster:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def sweep(self, spec: Path, shards: Path, out: Path, said: Path | None = None) -> subprocess.Popen[str]:
-        """The command, started as a user starts it on a head; what it says goes to a pipe, or is added to a file."""
-        line = ["sweep", str(spec), "--shards", str(shards), "--out", str(out)]
-        with open(said or os.devnull, "a") as file:
-            return subprocess.Popen(
-                [sys.executable, "-m", "scaling_ray.cli", *line],
-                env=self.environment | {"RAY_ADDRESS": self.address, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE if said is None else file,
-                text=True,
-            )
-
-    def workers(self, title: str) -> list[psutil.Process]:
-        """Processes of Ray's below this cluster whose title has some words."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-
-def write_spec(path: Path, singles: int, groups: int, cells_seen: int, more: str = "") -> Path:
-    """Single runs of one size and groups of two workers of another."""
-    sizes = {"ONE": singles, "TWO": groups}
-    text = 'name = "cluster"\n[data]\ngenes = 64\n[grid]\ngenes = [64]\ncells = ["all"]\n'
-    seeds = list(range(1, max(singles, groups) + 1))
-    text += f"sizes = {[name for name, count in sizes.items() if count]}\nseeds = {seeds}\n"
-    for name in sizes:
-        text += f"[sizes.{name}]\nwidth = 8\nlayers = 1\nheads = 2\nfeedforward = 1\n"
-    text += f"[train]\nmax_cells_seen = {cells_seen}\ncells_per_step = 8\nmicro_batch = 4\npatience_evaluations = 0\n"
-    text += 'checkpoint_seconds = 1.0\n[lr]\nrule = "fixed"\nrates = [0.01]\n'
-    text += f"[resources]\nstack = 1\nworkers = {{ TWO = 2 }}\n{more}"
-    path.write_text(text)
-    return path
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 240.0) -> None:
@@ -236,6 +143,29 @@ def test_a_node_that_is_lost_under_a_group_costs_an_attempt_and_nothing_else(tin
     assert "Traceback" not in said
     assert [one["cause"] for one in events(out)].count("node lost") >= 1
     assert not {one["cause"] for one in events(out)} & {"bug"}
+
+
+def test_a_group_trains_on_what_there_is(tiny_shards: Path, tmp_path: Path) -> None:
+    """One node is up, then two, then one again: the group has two workers, four, and two."""
+    spec, out = write_spec(tmp_path / "spec.toml", singles=0, groups=1, cells_seen=200_000), tmp_path / "out"
+    spec.write_text(spec.read_text().replace("TWO = 2", "TWO = [2, 4]").replace("micro_batch = 4", "micro_batch = 2"))
+
+    def workers() -> int:
+        return len(cluster.workers("RayTrainWorker")) if in_flight(out) else 0
+
+    with FakeCluster(1) as cluster:
+        process = cluster.sweep(spec, tiny_shards, out)
+        wait_for(lambda: workers() == 2)
+        time.sleep(20)
+        cluster.add()
+        wait_for(lambda: workers() == 4)
+        time.sleep(20)
+        os.kill(cluster.nodes[1]["raylet"], signal.SIGKILL)
+        said = ended_well(process, 600)
+    (row,) = read_rows(open_place(out))
+    assert (row.status, row.workers, row.worker_counts) == ("done", 2, "2 4 2"), said
+    assert [one["cause"] for one in events(out)] == ["node lost"]
+    assert "Traceback" not in said
 
 
 def test_a_frozen_process_is_killed_and_goes_on(tiny_shards: Path, tmp_path: Path) -> None:

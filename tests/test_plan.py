@@ -266,6 +266,18 @@ def test_a_shape_that_no_node_can_hold_is_refused() -> None:
         plan_of(parse_spec(SPEC.replace('"cpu"', '"cuda"')), capacity=Capacity.local(4))
 
 
+def test_a_group_of_a_range_is_planned_as_far_as_it_fits() -> None:
+    ranged = spec(resources="workers = { S = [2, 8] }\ncpus = 16", train="threads = 16")
+    for nodes, workers in ((2, 2), (4, 4), (7, 4), (8, 8), (20, 8)):
+        plan = plan_of(ranged, capacity=Capacity((NodeType("cpu", {"CPU": 16.0}, nodes),)))
+        assert {setting["workers"] for setting in plan["settings"] if setting["size"] == "S"} == {workers}, nodes
+    with pytest.raises(BadInput, match=r"resources.workers.S: 2: each asks for 16 CPUs on one node"):
+        plan_of(ranged, capacity=Capacity((NodeType("cpu", {"CPU": 16.0}, 1),)))
+    assert next(run for run in runs_of(ranged) if run.size == "S").worker_counts == [8, 4, 2], (
+        "a number between them that does not divide an update's cells is none"
+    )
+
+
 def test_a_model_too_large_for_every_priced_node_is_refused() -> None:
     without_large = ON_GPUS.split("[prices.nodes.gpu_large]")[0].replace('"L"]', '"XL"]')
     with pytest.raises(BadInput, match=r"prices.nodes, for XL: \['cpu_spot', 'gpu_spot'\]: no kind of node holds one"):

@@ -162,6 +162,7 @@ class Row:
     data_hash: str | None = _column("identity", agrees="within_law", required=True)
     workers: int | None = _column("execution", "processes")
     engine: str | None = _column("execution")
+    worker_counts: str | None = _column("execution", "processes")
 
     @property
     def is_finished(self) -> bool:

@@ -36,7 +36,7 @@ CHOSEN_RATES, RESULTS, RESULTS_CSV = "chosen_rates.json", "results.parquet", "re
 BUDGETS_CSV = "budgets.csv"
 EVENTS, QUEUE, SPENT = "events.jsonl", "queue.json", "spent.json"
 MLFLOW, TRACKED, STOP, LEASE = "mlflow.json", "tracked.json", ".stop", ".lease"
-RESERVED = "reserved.json"
+JOBS = "jobs.json"
 RUN_SPEC, RESULT, FAILURE, MEMORY, METRICS = "spec.json", "result.json", "failure.json", "memory.json", "metrics.jsonl"
 TEST_CELLS, TEST_GENES, CHECKPOINTS, ATTEMPTS = "test_cells.parquet", "test_genes.parquet", "checkpoints", "attempts"
 
@@ -112,9 +112,8 @@ class RunFiles:
     """The files of one run.
 
     ``spec.json``, ``result.json`` (committed once), ``failure.json``, ``memory.json``, ``mlflow.json`` and, while it
-    trains, ``reserved.json`` (what a worker group holds of a cluster) and ``attempts/<token>/`` with ``metrics.jsonl``,
-    ``test_cells.parquet``, ``test_genes.parquet`` and ``checkpoints/``. Once a result is committed, its attempt's files
-    move up beside it and all attempts are removed.
+    trains, ``attempts/<token>/`` with ``metrics.jsonl``, ``test_cells.parquet``, ``test_genes.parquet`` and
+    ``checkpoints/``. Once a result is committed, its attempt's files move up beside it and all attempts are removed.
     """
 
     def __init__(self, place: Place, trunks: Place | None = None) -> None:

@@ -214,7 +214,8 @@ def _planned_row(run: RunSpec, train_cells: int) -> Row:
 
 
 def _of_result(result: RunResult) -> dict[str, Any]:
-    return {name: getattr(result, name) for name in _OF_RESULT}
+    found = {name: getattr(result, name) for name in _OF_RESULT}
+    return found | {"worker_counts": " ".join(map(str, result.worker_counts)) or None}
 
 
 HALF = 0.5

@@ -109,7 +109,7 @@ ABOUT_KEYS: dict[str, dict[str, str]] = {
     },
     "resources": {
         "cpus": "CPUs that runs share on this machine",
-        "workers": "size -> worker processes that train a run together",
+        "workers": "size -> worker processes that train a run together, or [fewest, most] on what there is",
         "engine": "of runs with several workers: ddp or deepspeed",
         "zero_stage": "what DeepSpeed shares out: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights",
         "offload_optimizer": "keep the shared optimizer in the memory of the machine, not of its GPUs",

@@ -31,11 +31,15 @@ class Budget:
         # the sweep's first start: wall time counts from then, whoever called
         self._began_ms = int(there["began_ms"]) if there is not None else time.time_ns() // 1_000_000
         self._cost_per_hour = _cost_per_hour(files)
-        self._training: dict[str, tuple[Unit, float]] = {}
+        self._training: dict[str, tuple[Unit, float, int]] = {}
 
-    def began(self, unit: Unit, since: float) -> None:
-        """A unit holds its resources since then (a second call changes nothing)."""
-        self._training.setdefault(unit.name, (unit, since))
+    def began(self, unit: Unit, since: float, workers: int | None = None) -> None:
+        """A unit holds its resources since then; a later call says only with how many workers, where that changed."""
+        if unit.name not in self._training:
+            self._training[unit.name] = (unit, since, workers or unit.workers)
+        elif workers not in (None, self._training[unit.name][2]):
+            self.ended(unit.name, since)
+            self._training[unit.name] = (unit, since, workers or unit.workers)
 
     def ended(self, name: str, now: float) -> None:
         """A unit holds nothing any more."""
@@ -44,21 +48,21 @@ class Budget:
             for kind, amount in self._of(*found, now).items():
                 self._spent[kind] += amount
 
-    def _of(self, unit: Unit, since: float, now: float) -> dict[str, float]:
+    def _of(self, unit: Unit, since: float, workers: int, now: float) -> dict[str, float]:
         hours = (now - since) / 3600.0
         execution = unit.runs[0].execution
         rate = self._cost_per_hour.get(unit.runs[0].run_id, 0.0)
         return {
-            "cpu_hours": hours * execution.cpus * execution.workers,
-            "gpu_hours": hours * execution.gpus * execution.workers,
-            "cost": hours * rate,
+            "cpu_hours": hours * execution.cpus * workers,
+            "gpu_hours": hours * execution.gpus * workers,
+            "cost": hours * rate * workers / unit.workers,
         }
 
     def spent(self, now: float) -> dict[str, float]:
         """Hours held, money, and hours since the sweep began, what trains now included."""
         total = dict(self._spent)
-        for unit, since in self._training.values():
-            for kind, amount in self._of(unit, since, now).items():
+        for held in self._training.values():
+            for kind, amount in self._of(*held, now).items():
                 total[kind] += amount
         return total | {"wall_hours": (time.time_ns() / 1e6 - self._began_ms) / 3.6e6}
 

@@ -121,11 +121,11 @@ class Desk:
         self._drop_what_never_fits()
         return None
 
-    def began(self, name: str) -> None:
-        """A unit in flight has its resources."""
+    def began(self, name: str, workers: int | None = None) -> None:
+        """A unit in flight has its resources; of a group, so many workers live."""
         if name in self.queue.in_flight:
             self.queue.began(name, self._clock())
-            self.budget.began(self._units[name], self._clock())
+            self.budget.began(self._units[name], self._clock(), workers)
 
     def ended(self, name: str, seconds: float) -> None:
         """A unit's runs have results or recorded failures, after so many seconds."""

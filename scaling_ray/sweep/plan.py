@@ -161,6 +161,7 @@ def make_plan(
     offers, speeds = offers_of(spec.prices, _gpu_kind(on_gpu)), Speeds(tuple(rates), spec.resources.gflops_per_cpu)
     split = cells if cells is not None else SplitCells.assumed(spec)
     there = [list(stack) for stack in earlier["stacks"]] if earlier else []
+    runs = [as_far_as_it_fits(run, capacity) for run in runs]
     processes = max(1, int(min(capacity.total("CPU"), UNBOUNDED)) // spec.train.threads)
     if is_known and processes >= UNBOUNDED // spec.train.threads:
         processes = 1  # no bound is known, so nothing is cut to fill it
@@ -214,6 +215,17 @@ def bundles_of(run: RunSpec) -> list[dict[str, float]]:
     return [each] * execution.workers
 
 
+def as_far_as_it_fits(run: RunSpec, capacity: Capacity) -> RunSpec:
+    """The run with the most workers that the nodes can hold, of those that it may have; the same where none can be."""
+    if not run.execution.least_workers:
+        return run
+    each = bundles_of(run)[:1]
+    return next(
+        (run.carried_out(workers=count) for count in run.worker_counts if capacity.fits(each * count)),
+        run,
+    )
+
+
 def check_shapes(runs: Sequence[RunSpec], capacity: Capacity) -> None:
     """Raise BadInput for the first run whose workers the nodes can never hold at once, whatever else runs."""
     seen: set[tuple[Any, ...]] = set()
@@ -228,9 +240,8 @@ def check_shapes(runs: Sequence[RunSpec], capacity: Capacity) -> None:
         asked = f"{execution.cpus} CPUs" + (f" and {execution.gpus:g} GPU" if execution.gpus else "")
         remedy = f"asks for {asked} on one node, and the cluster has {capacity.described()}"
         if execution.workers > 1:
-            raise BadInput(
-                f"resources.workers.{run.size}", execution.workers, f"each {remedy}; use fewer, or more nodes"
-            )
+            fewest = execution.least_workers or execution.workers
+            raise BadInput(f"resources.workers.{run.size}", fewest, f"each {remedy}; use fewer, or more nodes")
         if execution.gpus and not capacity.total("GPU"):
             raise BadInput("resources.device", execution.device, f"{remedy}; add nodes with GPUs, or name a cpu")
         raise BadInput("train.threads", execution.cpus, f"a run of {run.size} {remedy}; lower it, or add larger nodes")

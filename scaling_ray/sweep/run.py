@@ -37,6 +37,7 @@ from scaling_ray.sweep.export import keep_genes, keep_test_labels
 from scaling_ray.sweep.plan import SplitCells, as_planned, check_disk, make_plan
 from scaling_ray.sweep.probing import capacity_here, choose_device, probe_micro_batches, probe_name
 from scaling_ray.sweep.references import closed_form_task, floor_task
+from scaling_ray.sweep.reservations import freed
 from scaling_ray.sweep.scheduler import Scheduler
 from scaling_ray.sweep.state import Progress, SweepState
 from scaling_ray.sweep.stopping import stop_on_sigterm
@@ -134,8 +135,8 @@ def _train(state: SweepState, cluster: Path | None) -> None:
     problems = verify(state.shards)
     if problems:
         raise BadInput("--shards", str(state.shards), f"{problems[0]}; build the shards again")
-    with ray_session(state.spec.resources.cpus), own_errors(), stop_on_sigterm(state.files), _followed(state):
-        _release_groups(state)
+    cpus, files = state.spec.resources.cpus, state.files
+    with ray_session(cpus), own_errors(), stop_on_sigterm(files), _followed(state), freed(files.place):
         capacity = capacity_here(cluster)
         _plan(state, capacity, joined=bool(os.environ.get("RAY_ADDRESS")))
         most_genes = max(run.genes for run in state.runs)
@@ -146,15 +147,6 @@ def _train(state: SweepState, cluster: Path | None) -> None:
         Scheduler(state, splits, _own_bytes(state.spec), capacity).train(state.units())
         _check_stop(state)
         references.wait(lambda: _check_stop(state))
-
-
-def _release_groups(state: SweepState) -> None:
-    """Worker groups of an earlier driver that was killed may hold places of the cluster still."""
-    groups = [run for run in state.waiting() if run.execution.workers > 1]
-    if groups:
-        from scaling_ray.train.worker import release
-
-        release(groups, state.files)
 
 
 def _plan(state: SweepState, capacity: Capacity, joined: bool) -> None:

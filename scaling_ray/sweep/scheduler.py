@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -160,10 +161,10 @@ class Scheduler:
             self._up = nodes_up()
             signs = self._board.read()
             groups = {unit.name for unit in self._trials.values() if unit.kind == "group"}
-            for name in signs:
-                unit, _, rank = name.partition("/")
-                if rank or unit not in groups:
-                    self._desk.began(unit)
+            ranks = Counter(name.partition("/")[0] for name in signs if "/" in name)
+            alone = {name for name in signs if "/" not in name} - groups
+            for name in alone | ranks.keys():
+                self._desk.began(name, ranks[name] or None)
             doomed = self._board.kill_silent(signs)
             self._frozen |= {name.partition("/")[0] for name in doomed}
             for name in doomed:

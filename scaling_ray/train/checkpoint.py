@@ -33,7 +33,8 @@ class Progress:
 
     ``row_loss`` and ``row_masked_genes`` are the sums since the last row of kind "train". Of a trunk: ``decay_from`` is
     the update after which validation made it decay, ``ended`` says that its decay has come to its end, and ``branches``
-    holds what each decayed branch reached (fields of ``records.Branch``).
+    holds what each decayed branch reached (fields of ``records.Branch``). ``worker_counts`` are the sizes of the groups
+    that trained it, in order, where it was a group.
     """
 
     optimizer_steps: int = 0
@@ -49,6 +50,7 @@ class Progress:
     decay_from: int | None = None
     ended: bool = False
     branches: list[dict[str, Any]] = field(default_factory=list)
+    worker_counts: list[int] = field(default_factory=list)
 
     def add_evaluation(self, val_loss: float, smoothing_evaluations: int) -> tuple[float, bool]:
         """Add a value to the validation curve; returns (the smoothed loss, whether it is the lowest so far)."""

@@ -333,6 +333,7 @@ def run_result(
         wall_seconds=wall_seconds,
         train_seconds=progress.train_seconds,
         workers=run.execution.workers,
+        worker_counts=progress.worker_counts,
         engine=run.execution.engine,
         micro_batch=run.execution.micro_batch,
         precision=run.execution.precision,

@@ -201,6 +201,12 @@ class TrainingLoop:
         if found:
             self.engine.load_state(found)
 
+    def note_ranks(self) -> None:
+        """Write down how many ranks train from here, where that is news."""
+        counts = self.progress.worker_counts
+        if self.run.execution.engine != "plain" and counts[-1:] != [self.engine.ranks]:
+            counts.append(self.engine.ranks)
+
     def state(self) -> dict[str, Tensor]:
         """Everything besides ``progress`` that exact resuming needs, on rank 0; every rank calls it."""
         own = torch.get_rng_state()
@@ -316,6 +322,7 @@ def run_to_result(
     loop.begin(fresh=start is None)
     if start is not None:
         loop.load(start, tensors)
+    loop.note_ranks()
     train(loop, signals)
     committed = finish(loop, data.data_hash, data.test, [len(loop.feed.order.rows)], began)
     return files.result() if any(committed) else None

@@ -7,7 +7,7 @@ group and no rank waits for another's rows. Progress is in the run's own files; 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,10 @@ from ray.train import LoggingConfig, ScalingConfig, WorkerGroupError, get_contex
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.config import FailureConfig, RunConfig
 from ray.train.v2.api.exceptions import RayTrainError
-from ray.util.placement_group import PlacementGroup
 
-from scaling_ray.errors import Lost, ScalingRayError, Stalled
+from scaling_ray.errors import Lost, Preempted, ScalingRayError, Stalled
 from scaling_ray.pulses import Pulse
-from scaling_ray.results.sweep_files import RESERVED, RunFiles, SweepFiles, read_sealed, write_sealed
+from scaling_ray.results.sweep_files import RunFiles, SweepFiles
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.format import read_manifest
 from scaling_ray.shards.read import read_split
@@ -29,6 +28,7 @@ from scaling_ray.shards.stream import open_feed
 from scaling_ray.storage import Place
 from scaling_ray.train.choice import build_engine
 from scaling_ray.train.driver import Signals
+from scaling_ray.train.elastic import LOOK_SECONDS, PATIENCE_SECONDS, Growth, shares_of, workers_to_start
 from scaling_ray.train.loop import RunData, run_to_result
 from scaling_ray.train.memory import is_out_of_memory
 from scaling_ray.train.sampling import sampled
@@ -60,6 +60,9 @@ def train_in_worker_group(
     node is about to go, the state is saved and training goes on: Ray starts the group again elsewhere once the node has
     gone. Where nodes are missing the group waits for them, without end. ``board`` is told of each rank's life.
 
+    A run of ``least_workers`` starts on the most workers that there is room for, and once there is room for more it is
+    saved and goes on with them.
+
     Raises:
         Preempted: a stop was requested of the sweep; the state has been saved.
         Stalled: a rank did nothing for ``stall_seconds``; the group has been ended.
@@ -68,23 +71,38 @@ def train_in_worker_group(
     """
     if not ray.is_initialized():
         raise RuntimeError("no connection to Ray; call this within cluster.ray_session")
+    patience = PATIENCE_SECONDS
+    while True:
+        count = workers_to_start(run, patience)
+        config = {
+            "run": run.carried_out(workers=count).model_dump_json(serialize_as_any=True),
+            "missing": min((more - count for more in run.worker_counts if more > count), default=0),
+            "shards": shards,
+            "resident_bytes": resident_bytes / count,
+            "sweep": sweep.place,
+            "stall_seconds": stall_seconds,
+            "board": board,
+        }
+        try:
+            return _fit(run.carried_out(workers=count), config, sweep, storage_path)
+        except Preempted:
+            if sweep.stop_requested() or not run.execution.least_workers:
+                raise
+            patience = LOOK_SECONDS  # it ended since there was room for more workers
+
+
+def _fit(run: RunSpec, config: dict[str, Any], sweep: SweepFiles, storage_path: str) -> None:
+    """Train with as many workers as ``run`` names, each of which is told ``config``."""
     execution, files = run.execution, sweep.run(run.run_id)
     threads, use_gpu = str(execution.cpus), execution.gpus > 0
     trainer = TorchTrainer(
         _work,
-        train_loop_config={
-            "run": run.model_dump_json(serialize_as_any=True),
-            "shards": shards,
-            "resident_bytes": resident_bytes / execution.workers,
-            "sweep": sweep.place,
-            "stall_seconds": stall_seconds,
-            "board": board,
-        },
+        train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=execution.workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": execution.cpus} | ({"GPU": execution.gpus} if use_gpu else {}),
+            resources_per_worker=shares_of(run),
         ),
         run_config=RunConfig(  # type: ignore[arg-type]  # RunConfig of V1 is what the signature still names
             name=run.run_id,
@@ -105,28 +123,6 @@ def train_in_worker_group(
         trainer.fit()
     except WorkerGroupError as error:
         raise _first_cause(error.worker_failures) or _stalled(run, files) or _lost(error, nodes) from error
-    finally:
-        release([run], sweep)
-
-
-def release(runs: Sequence[RunSpec], sweep: SweepFiles) -> None:
-    """Free what worker groups of these runs still hold of the connected cluster, for whoever holds the sweep's lease.
-
-    Ray Train reserves a group's places beyond the life of its driver. What is to free them when a driver is killed asks
-    the cluster's dashboard whether it lives: without a dashboard they stay taken for ever.
-    """
-    places = [sweep.run(run.run_id).place for run in runs]
-    notes = [(place, held) for place in places if (held := _held(place)) is not None]
-    there = ray.util.placement_group_table() if notes else {}
-    for place, held in notes:
-        if held in there and there[held]["state"] != "REMOVED":
-            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(held)))
-        place.remove(RESERVED)
-
-
-def _held(place: Place) -> str | None:
-    found = read_sealed(place, RESERVED)
-    return None if found is None else str(found["placement_group"])
 
 
 def _nodes(alive: bool) -> set[str]:
@@ -175,9 +171,6 @@ def _work(config: dict[str, Any]) -> None:
     context = get_context()
     shards, sweep = config["shards"], SweepFiles(config["sweep"])
     files = sweep.run(run.run_id)
-    group = ray.util.get_current_placement_group()
-    if context.get_world_rank() == 0 and group is not None:
-        write_sealed(files.place, RESERVED, {"placement_group": group.id.hex()})
     manifest = read_manifest(shards)
     train = open_feed(shards, manifest, run, config["resident_bytes"], cpus=0.0)
     val, test = (read_split(shards, manifest, name, run.genes) for name in ("val", "test"))
@@ -185,8 +178,10 @@ def _work(config: dict[str, Any]) -> None:
     data, note = RunData(train, val, test, manifest.data_hash), stall_note(context.get_world_rank())
     name = f"{run.run_id}/{context.get_world_rank()}"
     watchdog = Watchdog(config["stall_seconds"], lambda text: files.place.write(note, text.encode()))
-    with Pulse(config["board"], name), watchdog, sampled() as sampler:
-        signals = Signals(sweep.stop_requested, _once_per_notice(), beat=watchdog.beat, sample=sampler.row)
+    growth = Growth(run, config["missing"] if context.get_world_rank() == 0 else 0)
+    with Pulse(config["board"], name), watchdog, sampled() as sampler, growth:
+        ends = lambda: sweep.stop_requested() or growth.came  # noqa: E731
+        signals = Signals(ends, _once_per_notice(), beat=watchdog.beat, sample=sampler.row)
         run_to_result(run, data, engine, files, signals)
 
 
