@@ -20,6 +20,8 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# By default Ray tries a task that it killed for want of memory again without end and without a word.
+os.environ.setdefault("RAY_task_oom_retries", "3")
 if "ray" not in sys.modules and not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & set(os.environ):
     os.environ["RAY_AUTH_MODE"] = "token"
     # Ray's default niceness of 15 starves the workers of a private cluster beside anything else on the machine.
@@ -29,7 +31,7 @@ if "ray" not in sys.modules and not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & set(os.en
 import ray  # noqa: E402
 import ray.data  # noqa: E402
 
-from scaling_ray.errors import BadInput, ClusterUnreachable, ScalingRayError  # noqa: E402
+from scaling_ray.errors import BadInput, ClusterUnreachable, MemoryShort, ScalingRayError  # noqa: E402
 
 __all__ = [
     "DRIVERS",
@@ -60,9 +62,18 @@ READER_SECONDS = 10.0
 
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
-    """Re-raise an error of this package that rose in a Ray task as itself, without Ray's wrapping."""
+    """Re-raise an error of this package that rose in a Ray task as itself, without Ray's wrapping.
+
+    Raises:
+        MemoryShort: Ray killed a task since its node ran short of memory, again and again.
+    """
     try:
         yield
+    except ray.exceptions.OutOfMemoryError as error:
+        raise MemoryShort(
+            "a node ran short of memory, and Ray killed a task there four times; what was trained is saved: give the "
+            "node more memory or its runs fewer CPUs (resources.cpus), and call again to go on"
+        ) from error
     except ray.exceptions.RayError as error:
         cause: BaseException | None = error
         while cause is not None:

@@ -76,6 +76,12 @@ class StorageFailed(ScalingRayError):
     exit_code = 75
 
 
+class MemoryShort(ScalingRayError):
+    """A node has too little memory for a task of the driver's own. What was done is saved."""
+
+    exit_code = 75
+
+
 class BudgetSpent(ScalingRayError):
     """A sweep has used what ``[budget]`` gives it; everything is saved, and a higher budget goes on."""
 

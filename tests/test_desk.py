@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import synthetic_cells, write_cells_as_shards
 
-from scaling_ray.errors import BudgetSpent, StorageFailed
+from scaling_ray.errors import BadInput, BudgetSpent, StorageFailed
 from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.runs import runs_of
 from scaling_ray.shards.format import SPLITS, read_manifest
@@ -114,7 +114,7 @@ def test_a_lost_node_costs_nothing_however_often(tmp_path: Path) -> None:
 
 def forbid_writing(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     def full(name: str, data: bytes) -> None:
-        raise OSError(28, os.strerror(28), name)
+        raise BadInput("--out", name, "cannot be used") from OSError(28, os.strerror(28), name)  # as a LocalPlace does
 
     monkeypatch.setattr(call.files.place, "write", full)
 

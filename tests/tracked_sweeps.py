@@ -168,12 +168,13 @@ def finish_run(swept: Swept, index: int) -> None:
     place.write("result.json", result_of(run, index, attempt).to_json().encode())
 
 
-def begin_sweep(directory: Path) -> Swept:
-    """A sweep of which no run has begun."""
-    spec = parse_spec(SWEPT)
+def begin_sweep(directory: Path, seeds: int = 2) -> Swept:
+    """A sweep of eight settings, of which no run has begun."""
+    text = SWEPT.replace("seeds = [1, 2]", f"seeds = {list(range(1, seeds + 1))}")
+    spec = parse_spec(text)
     swept = Swept(SweepFiles.at(directory), spec, manifest(), runs_of(spec, "cpu"))
     place = swept.files.place
-    place.write(SPEC, SWEPT.encode())
+    place.write(SPEC, text.encode())
     place.write(MANIFEST, swept.manifest.to_json().encode())
     swept.files.write_plan(make_plan(spec, "cpu")[0])
     closed = dict.fromkeys(("test_gene_mean_loss", "val_gene_mean_loss"), 0.9) | {"test_gaussian_loss": 0.6}

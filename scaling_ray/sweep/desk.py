@@ -91,11 +91,10 @@ class Desk:
     @property
     def stop_requested(self) -> bool:
         """Whether a stop was requested, as of a moment ago: over S3 every look is a request."""
-        now = self._clock()
-        if (
-            not self._stopping
-            and now - self._asked > STOP_POLL_SECONDS[local_folder(self.state.files.place) is not None]
-        ):
+        now, every = self._clock(), STOP_POLL_SECONDS[local_folder(self.state.files.place) is not None]
+        if self.state.stopping.requested:
+            self._stopping = True
+        elif not self._stopping and now - self._asked > every:
             self._asked, self._stopping = now, self.state.files.stop_requested()
         return self._stopping
 
@@ -192,11 +191,13 @@ class Desk:
         try:
             self.state.files.place.write(".room", bytes(1 << 20))
             self.state.files.place.remove(".room")
-        except OSError as error:
+        except (OSError, ScalingRayError) as error:
+            failure = storage_failure(error)
+            if failure is None:
+                raise
             if now - self._paused_since > PATIENCE_SECONDS:
                 self.problem = StorageFailed(
-                    f"{self.state.files}: {error.strerror or error}; all that was trained is saved; make room and call "
-                    "again to go on"
+                    f"{self.state.files}: {failure}; all that was trained is saved; make room and call again to go on"
                 )
             self._look_again = now + PAUSE_SECONDS
             return True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -39,6 +40,19 @@ def storage_failure(error: BaseException) -> StorageFailed | None:
             return StorageFailed(said[0])
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+@contextlib.contextmanager
+def storage_errors(files: SweepFiles) -> Iterator[None]:
+    """Errors of the file system, wherever a driver meets them, as one line with the way out."""
+    try:
+        yield
+    except (OSError, ScalingRayError) as error:
+        found = storage_failure(error)
+        if found is None or isinstance(error, StorageFailed):
+            raise
+        way_out = "what was trained is saved; make room or mount it again, and call again to go on"
+        raise StorageFailed(f"{files}: {found}; {way_out}") from error
 
 
 def classify(error: BaseException) -> FailureClass:

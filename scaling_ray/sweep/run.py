@@ -34,6 +34,7 @@ from scaling_ray.spec import SweepSpec, load_spec
 from scaling_ray.storage import Place, fenced, open_place, output_place
 from scaling_ray.sweep.capacity import Capacity
 from scaling_ray.sweep.export import keep_genes, keep_test_labels
+from scaling_ray.sweep.failures import storage_errors
 from scaling_ray.sweep.plan import SplitCells, as_planned, check_disk, make_plan
 from scaling_ray.sweep.probing import capacity_here, choose_device, probe_micro_batches, probe_name
 from scaling_ray.sweep.references import closed_form_task, floor_task
@@ -80,7 +81,8 @@ def run_sweep(
         keep_test_labels(files.place, manifest, source)
         files.place.write(MANIFEST, manifest.to_json().encode())
         state = SweepState(spec, manifest, source, files, as_planned(runs_of(spec), files.plan()), progress)
-        return _complete(state, cluster)
+        with storage_errors(files):
+            return _complete(state, cluster)
 
 
 def check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
@@ -136,7 +138,7 @@ def _train(state: SweepState, cluster: Path | None) -> None:
     if problems:
         raise BadInput("--shards", str(state.shards), f"{problems[0]}; build the shards again")
     cpus, files = state.spec.resources.cpus, state.files
-    with ray_session(cpus), own_errors(), stop_on_sigterm(files), _followed(state), freed(files.place):
+    with ray_session(cpus), own_errors(), stop_on_sigterm(files, state.stopping), _followed(state), freed(files.place):
         capacity = capacity_here(cluster)
         _plan(state, capacity, joined=bool(os.environ.get("RAY_ADDRESS")))
         most_genes = max(run.genes for run in state.runs)
@@ -179,7 +181,7 @@ def _plan(state: SweepState, capacity: Capacity, joined: bool) -> None:
 
 
 def _check_stop(state: SweepState) -> None:
-    if state.files.stop_requested():
+    if state.stop_requested():
         left = len(state.waiting())
         raise Preempted(f"{state.files}: stopped with {left} runs to go, all saved; the same command goes on")
 

@@ -23,6 +23,7 @@ from scaling_ray.sweep.desk import Attempt, Cause, Desk
 from scaling_ray.sweep.state import SweepState
 from scaling_ray.sweep.trial import Surroundings, scratch_of, train_unit
 from scaling_ray.sweep.units import Unit
+from scaling_ray.train.memory import killed_for_memory
 from scaling_ray.train.watchdog import stall_note
 
 HEAD = "node:__internal_head__"
@@ -145,8 +146,8 @@ class Scheduler:
             return Attempt(unit, "stuck", "its process did not answer and was killed")
         if note is not None:
             return Attempt(unit, "stuck", note.decode().splitlines()[0], note.decode())
-        if "OutOfMemoryError" in words or "memory on the node" in words:
-            cause = "host memory"
+        if killed_for_memory(words):
+            cause, reason = "host memory", "its node ran short of memory, and Ray killed it"
         log = log_tail(sign.node, sign.pid) if sign is not None else ""
         return Attempt(unit, cause, reason, log)
 

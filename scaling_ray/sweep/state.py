@@ -13,6 +13,7 @@ from scaling_ray.runs import RunSpec
 from scaling_ray.spec import SweepSpec
 from scaling_ray.storage import Place
 from scaling_ray.sweep.rates import choose_rates, with_rates
+from scaling_ray.sweep.stopping import Stopping
 from scaling_ray.sweep.units import Unit, units_of
 from scaling_ray.train.attempt import publish_winner
 
@@ -42,6 +43,7 @@ class SweepState:
     ) -> None:
         self.spec, self.manifest, self.shards, self.files, self.progress = spec, manifest, shards, files, progress
         self.runs, self.stacks = runs, list[list[str]]()
+        self.stopping = Stopping()
         self.by_id = {run.run_id: run for run in runs}
         self.train_cells = manifest.splits["train"].cells
         publish_winners(files)
@@ -53,6 +55,10 @@ class SweepState:
     def row(self, run: RunSpec) -> Row:
         """What is known of a run."""
         return self.table.row(run.run_id)
+
+    def stop_requested(self) -> bool:
+        """Whether this process, or the sweep's marker file, was told to stop."""
+        return self.stopping.requested or self.files.stop_requested()
 
     def waiting(self, runs: list[RunSpec] | None = None) -> list[RunSpec]:
         """Runs without a result, except those that diverged: they would diverge again, digit for digit."""
@@ -95,7 +101,7 @@ class SweepState:
         """A line for a run that ended, and one for each note it left; the results table is brought up to date."""
         self.ended(run)
         row = self.row(run)
-        if row.status not in ("done", "failed") and self.files.stop_requested():
+        if row.status not in ("done", "failed") and self.stop_requested():
             return
         self._ended.add(run.run_id)
         unit = row.loss_unit or "loss"

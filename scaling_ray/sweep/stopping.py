@@ -1,4 +1,7 @@
-"""How a sweep is asked to stop: SIGTERM to its driver leaves a marker file that every run of it looks for."""
+"""How a sweep is asked to stop: SIGTERM to its driver leaves a marker file that every run of it looks for.
+
+The driver itself is told besides: on a file system that is full or read-only there is no marker.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,26 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 
+from scaling_ray.errors import ScalingRayError
 from scaling_ray.results.sweep_files import SweepFiles
 
 STOP_POLL_SECONDS = {True: 1.0, False: 5.0}
 """Time between two checks for a stop request; True for a sweep on a disk, False for one on S3."""
 
 
+@dataclass
+class Stopping:
+    """Whether this process was told to stop. No lock or event: Ray Tune pickles what a driver holds."""
+
+    requested: bool = False
+
+
 @contextlib.contextmanager
-def stop_on_sigterm(sweep: SweepFiles) -> Iterator[None]:
-    """Treat SIGTERM as a stop request until the block ends; clear earlier ones.
+def stop_on_sigterm(sweep: SweepFiles, stopping: Stopping) -> Iterator[None]:
+    """Treat SIGTERM as a stop request until the block ends; clear earlier ones. It is also told to ``stopping``.
 
     Only a main thread can hear signals; elsewhere nothing changes. To be entered after ``ray.init``, which puts a
     handler of its own in place.
@@ -28,7 +40,12 @@ def stop_on_sigterm(sweep: SweepFiles) -> Iterator[None]:
 
     def request(number: int, frame: FrameType | None) -> None:
         # Not in the handler itself: it interrupts the main thread anywhere, and a request over S3 takes a while.
-        threading.Thread(target=sweep.request_stop, name="stop", daemon=True).start()
+        threading.Thread(target=leave_word, name="stop", daemon=True).start()
+
+    def leave_word() -> None:
+        stopping.requested = True
+        with contextlib.suppress(OSError, ScalingRayError):
+            sweep.request_stop()
 
     before = signal.signal(signal.SIGTERM, request)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from scaling_ray.cluster import ray
-from scaling_ray.errors import LeaseHeld, Lost, Preempted, Stalled, StorageFailed
+from scaling_ray.errors import BadInput, LeaseHeld, Lost, Preempted, Stalled, StorageFailed
 from scaling_ray.pulses import Pulse
 from scaling_ray.records import ShardManifest
 from scaling_ray.results.sweep_files import SweepFiles
@@ -82,7 +82,7 @@ def train_unit(name: str, run_ids: Sequence[str], splits: dict[str, Any], around
             outcome, reason = "stuck", str(error)
         except StorageFailed as error:
             outcome, reason = "storage", str(error)
-        except OSError as error:
+        except (OSError, BadInput) as error:
             storage = storage_failure(error)
             if storage is None:
                 raise

@@ -20,6 +20,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # pages of traceback; whoever asked says it once
 
 IDENTITY_TAG = "scaling_ray.identity"
 LINES = "history"

@@ -31,6 +31,7 @@ from scaling_ray.tracking.shown import Point  # noqa: E402
 
 for _name in ("mlflow", "alembic"):
     logging.getLogger(_name).setLevel(logging.WARNING)
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # pages of traceback; whoever asked says it once
 
 PARENT_TAG, NOTE_TAG = "mlflow.parentRunId", "mlflow.note.content"
 SWEEP_TAG, IDENTITY_TAG = "scaling_ray.sweep", "scaling_ray.identity"
