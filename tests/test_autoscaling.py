@@ -55,8 +55,13 @@ class AutoscaledCluster:
             "max_workers": most,
             "idle_timeout_minutes": 0.1,
             "upscaling_speed": 10.0,
-            "provider": {"type": "fake_multinode", "head_node_id": HEAD_NODE_ID, "gcs_address": self.address},
-            "auth": {},
+            "provider": {
+                "type": "fake_multinode",
+                "disable_node_updaters": True,
+                "head_node_id": HEAD_NODE_ID,
+                "gcs_address": self.address,
+            },
+            "auth": {"ssh_user": "nobody"},
             "available_node_types": {
                 "ray.head.default": {
                     "resources": {"CPU": 0, "trial_driver": 64},
