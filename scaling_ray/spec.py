@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -512,8 +513,13 @@ def parse_spec(text: str, source: str = "spec") -> SweepSpec:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadInput(source, str(error), "is not TOML; mend that place") from error
+    return spec_of(table, source)
+
+
+def spec_of(table: Mapping[str, Any], source: str = "spec") -> SweepSpec:
+    """A spec from its tables; BadInput with one line for anything that is not one."""
     try:
-        return SweepSpec.model_validate(table)
+        return SweepSpec.model_validate(dict(table))
     except ValidationError as error:
         raise _first_problem(error, source) from error
 

@@ -174,23 +174,15 @@ def shards_verify(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Say what a sweep will do and cost."""
-    from scaling_ray.execution import device_here
+    from scaling_ray.public.plans import plan_document
     from scaling_ray.spec import BudgetSpec
-    from scaling_ray.sweep.capacity import Capacity
-    from scaling_ray.sweep.cost import read_rates
-    from scaling_ray.sweep.plan import make_plan
     from scaling_ray.sweep.plan_text import format_plan
 
-    spec, rates = _spec_of(options), read_rates(options.rates)
-    limits = {name: getattr(options, name) for name in BudgetSpec.model_fields if getattr(options, name) is not None}
+    spec, limits = _spec_of(options), {name: getattr(options, name) for name in BudgetSpec.model_fields}
     for name, value in limits.items():
-        if not value > 0:
+        if value is not None and not value > 0:
             raise BadInput(f"--{name.replace('_', '-')}", value, "must be more than 0")
-    spec = spec.model_copy(update={"budget": spec.budget.model_copy(update=limits)})
-    known = {} if spec.prices is None else {name: node.resources for name, node in spec.prices.nodes.items()}
-    capacity = Capacity.of_file(options.cluster, known) if options.cluster is not None else None
-    device = device_here() if spec.resources.device == "auto" else None
-    plan, _ = make_plan(spec, device, rates=rates, capacity=capacity)
+    plan = plan_document(spec, options.rates, options.cluster, limits)
     print(json.dumps(plan, indent=1) if options.json else format_plan(plan))
     return 0
 
@@ -265,13 +257,11 @@ def _say_columns(found: dict[str, Any], part: str = "") -> None:
 
 def audit(options: argparse.Namespace) -> int:
     """Re-read the published law."""
+    from scaling_ray.public.audits import summary
     from scaling_ray.report.audit_page import build_audit
 
     page, found = build_audit(options.out, options.published)
-    reported, supported = found["published"], found["supported"]
-    print(f"reported: alpha {reported['alpha']!r}, a {reported['a']!r}, c {reported['c']!r}, R2 {reported['r2_log']!r}")
-    low, high = supported["alpha"]["low"], supported["alpha"]["high"]
-    print(f"supported: {supported['verdict']}; alpha {low:.2f} to {high:.2f} over declared choices of the same runs")
+    print("\n".join(summary(found)))
     print(page)
     return 0
 
@@ -470,7 +460,7 @@ def export(options: argparse.Namespace) -> int:
 
 def embed(options: argparse.Namespace) -> int:
     """Embed new cells."""
-    from scaling_ray.embed import embed_h5ad
+    from scaling_ray.embedding import embed_h5ad
 
     embed_h5ad(
         options.model,

@@ -8,10 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaling_ray.errors import BadInput
 from scaling_ray.results.fields import is_unknown, parse
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _SEPARATORS = ",;\t|"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
@@ -49,12 +52,21 @@ def read_fields(path: Path) -> Fields:
     else:
         header, records, separator = _lines(path)
         notes = [] if separator == "," else [f"fields are separated by {_NAMES[separator]}"]
+    return _fields(header, records, separator, notes, str(path))
+
+
+def fields_in(table: pa.Table, name: str) -> Fields:
+    """The fields of a table that is in memory; BadInput as :func:`read_fields`, about a table of this name."""
+    return _fields(*_arrow(table), ",", [], name)
+
+
+def _fields(header: list[str], records: list[list[Any]], separator: str, notes: list[str], source: str) -> Fields:
     blank = [all(value is None for value in record) for record in records]
     if any(blank):
         notes.append(f"{sum(blank)} blank rows left out")
     records = [record for record, nothing in zip(records, blank, strict=True) if not nothing]
     if not records:
-        raise BadInput("table", str(path), "has no rows")
+        raise BadInput("table", source, "has no rows")
     if all(parse(name) is not None for name in header):
         raise BadInput("table", ", ".join(header), "its first line should name the columns, as in params,seed,loss")
     columns: dict[str, list[Any]] = {}
@@ -160,5 +172,9 @@ def _parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput("table", str(path), f"is not a Parquet file ({error})") from error
+    return _arrow(table)
+
+
+def _arrow(table: pa.Table) -> tuple[list[str], list[list[Any]]]:
     fields = [[None if is_unknown(value) else value for value in column.to_pylist()] for column in table.columns]
     return list(table.column_names), [list(record) for record in zip(*fields, strict=True)]

@@ -54,7 +54,7 @@ class Choices:
 
 
 def read_table(
-    path: Path | str,
+    source: Path | str | Fields,
     *,
     same: Sequence[str] = (),
     by: str | None = None,
@@ -71,7 +71,8 @@ def read_table(
     finished run has. Runs of one size and data are repeats, so whatever else differs between them stops the table.
 
     Args:
-        path: a .parquet file, or text with one line per run, separated by commas, semicolons, tabs, bars or spaces.
+        source: a .parquet file, or text with one line per run, separated by commas, semicolons, tabs, bars or spaces;
+            or the fields of a table that was read already.
         same: columns that are ignored, whatever they hold.
         by: a column whose values are read apart, into ``parts``.
         last: a column of numbers: of each run only the row with the highest is read.
@@ -83,7 +84,7 @@ def read_table(
         BadInput: no such file, not a table, no or several columns for parameters or loss, a column or row that is not
             what it should be, or a difference between runs that would count as repeats.
     """
-    fields = read_fields(Path(path))
+    fields = source if isinstance(source, Fields) else read_fields(Path(source))
     asked = [best] if isinstance(best, str) else list(best)
     choices = Choices(
         same=tuple(resolve(name, fields.columns, "--same") for name in same),
