@@ -29,7 +29,10 @@ RAY_OBJECT_STORE_SHARE = 0.3
 
 RAY_OBJECT_STORE_CAP_BYTES = 200 * 10**9
 
-LIGHT_PACKAGES = ("numpy", "scipy", "pyarrow", "pydantic", "jinja2", "resvg-py", "pyyaml")
+LIGHT_PACKAGES = (
+    *("numpy", "scipy", "pyarrow", "pydantic", "jinja2", "resvg-py", "pyyaml"),
+    *("rich", "rich-argparse", "argcomplete"),
+)
 """Without these no verb runs."""
 
 USES = {

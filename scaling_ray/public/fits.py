@@ -126,7 +126,7 @@ def fit_table(
     if is_sweep:
         for name, value in asked.items():
             if value:
-                raise BadInput(name, value, "is for tables; of a sweep, fit its results.csv")
+                raise BadInput("V006", name, value, "is for tables; of a sweep, fit its results.csv")
     if isinstance(table, Results):
         return _fit_of(fit_document(fit_cohorts(table.rows)), ())
     if isinstance(table, str | Path):
@@ -145,7 +145,7 @@ def _fields(table: Any) -> Fields:
         arrow = table if isinstance(table, pa.Table) else pa.table(dict(table) if isinstance(table, Mapping) else table)
     except (pa.ArrowException, TypeError, ValueError) as error:
         remedy = "is no table; give columns of one type and of equal length"
-        raise BadInput("table", type(table).__name__, f"{remedy} ({error})") from error
+        raise BadInput("V007", "table", type(table).__name__, f"{remedy} ({error})") from error
     return fields_in(arrow, type(table).__name__)
 
 

@@ -143,7 +143,7 @@ def plan_document(
     given = {name: value for name, value in limits.items() if value is not None}
     for name, value in given.items():
         if not value > 0:
-            raise BadInput(name, value, "must be more than 0")
+            raise BadInput("V008", name, value, "must be more than 0")
     spec = spec.model_copy(update={"budget": spec.budget.model_copy(update=given)})
     known = {} if spec.prices is None else {name: node.resources for name, node in spec.prices.nodes.items()}
     capacity = Capacity.of_file(Path(cluster), known) if cluster is not None else None

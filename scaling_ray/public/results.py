@@ -82,5 +82,7 @@ def read_results(sweep: str | Path) -> Results:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BadInput("sweep", str(sweep), f"cannot be read ({error.strerror}); name a sweep or its table") from error
+        raise BadInput(
+            "V009", "sweep", str(sweep), f"cannot be read ({error.strerror}); name a sweep or its table"
+        ) from error
     return Results(tuple(parse_csv(data) if path.suffix == ".csv" else parse_results(data)))

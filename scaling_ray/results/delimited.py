@@ -46,7 +46,12 @@ def read_fields(path: Path) -> Fields:
         BadInput: no such file, not a table, no rows, or two columns of one name that differ.
     """
     if not path.is_file():
-        raise BadInput("table", str(path), "no such file" if not path.exists() else "is no file")
+        raise BadInput(
+            "T009",
+            "table",
+            str(path),
+            "no such file; correct its name" if not path.exists() else "is no file; name one",
+        )
     if path.suffix == ".parquet":
         header, records, separator, notes = *_parquet(path), ",", list[str]()
     else:
@@ -66,9 +71,14 @@ def _fields(header: list[str], records: list[list[Any]], separator: str, notes: 
         notes.append(f"{sum(blank)} blank rows left out")
     records = [record for record, nothing in zip(records, blank, strict=True) if not nothing]
     if not records:
-        raise BadInput("table", source, "has no rows")
+        raise BadInput("T010", "table", source, "has no rows; give a row for each run")
     if all(parse(name) is not None for name in header):
-        raise BadInput("table", ", ".join(header), "its first line should name the columns, as in params,seed,loss")
+        raise BadInput(
+            "T011",
+            "table",
+            ", ".join(header),
+            "its first line should name the columns, as in params,seed,loss; add that line",
+        )
     columns: dict[str, list[Any]] = {}
     for number, (name, *values) in enumerate(zip(header, *records, strict=True)):
         name = name or f"Unnamed: {number}"
@@ -81,7 +91,9 @@ def _fields(header: list[str], records: list[list[Any]], separator: str, notes: 
         elif columns[name] == values:
             notes.append(f"{name} stands in the table twice with equal values; one is read")
         else:
-            raise BadInput(name, f"{header.count(name)} columns", "two columns of one name; rename or remove one")
+            raise BadInput(
+                "T012", name, f"{header.count(name)} columns", "two columns of one name; rename or remove one"
+            )
     return Fields(columns, separator, tuple(notes))
 
 
@@ -110,7 +122,7 @@ def _lines(path: Path) -> tuple[list[str], list[list[Any]], str]:
         else:
             lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
     except csv.Error as error:
-        raise BadInput("table", str(path), f"is not a CSV table ({error})") from error
+        raise BadInput("T013", "table", str(path), f"is not a CSV table ({error}); correct that line") from error
     first = _line_of_names(lines)
     header = [name.strip() for name in lines[first]] if lines[first:] else []
     rows = lines[first + 1 :]
@@ -124,7 +136,10 @@ def _lines(path: Path) -> tuple[list[str], list[list[Any]], str]:
             fields = [""] * len(header)
         if len(fields) < len(header) or any(fields[len(header) :]):
             raise BadInput(
-                "table", f"{path.name} line {number}", f"does not have the {len(header)} fields of its header"
+                "T014",
+                "table",
+                f"{path.name} line {number}",
+                f"does not have the {len(header)} fields of its header; correct that line",
             )
         records.append([field or None for field in fields[: len(header)]])
     return header, records, separator
@@ -143,9 +158,9 @@ def _text(path: Path) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise BadInput("table", str(path), f"is not a CSV table in UTF-8 ({error}); save it as one") from error
+        raise BadInput("T015", "table", str(path), f"is not a CSV table in UTF-8 ({error}); save it as one") from error
     if "\0" in text:
-        raise BadInput("table", str(path), "is not a CSV table; save it as one")
+        raise BadInput("T016", "table", str(path), "is not a CSV table; save it as one")
     return text
 
 
@@ -171,7 +186,7 @@ def _parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput("table", str(path), f"is not a Parquet file ({error})") from error
+        raise BadInput("T017", "table", str(path), f"is not a Parquet file ({error}); write it again") from error
     return _arrow(table)
 
 

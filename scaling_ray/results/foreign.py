@@ -94,7 +94,12 @@ def read_table(
     apart = None if by is None else resolve(by, fields.columns, "--by")
     for name in (*choices.same, *((apart,) if apart else ())):
         if name in (choices.last, *choices.best) or (name in choices.same and name == apart):
-            raise BadInput("--same", name, "a column can be ignored, taken apart or chosen from, not two of these")
+            raise BadInput(
+                "T027",
+                "--same",
+                name,
+                "a column can be ignored, taken apart or chosen from, not two of these; name it once",
+            )
     columns = {name: values for name, values in fields.columns.items() if name not in choices.same}
     states = _states(columns)
     finished = [i for i in range(fields.rows) if is_finished(*states[i])]
@@ -104,14 +109,16 @@ def read_table(
     if apart is None:
         return reader.table(every, set(finished))
     if len(set(columns[apart])) > _MOST_PARTS:
-        raise BadInput("--by", apart, f"has {len(set(columns[apart]))} values; more than {_MOST_PARTS} are no parts")
+        raise BadInput(
+            "T028", "--by", apart, f"has {len(set(columns[apart]))} values; more than {_MOST_PARTS} are no parts"
+        )
     parts = {}
     for value in sorted({str(v) for v in columns[apart]}, key=_in_order):
         rows = [i for i in every if str(columns[apart][i]) == value]
         try:
             parts[f"{apart}={value}"] = reader.table(rows, set(finished))
         except BadInput as error:
-            raise BadInput(error.field, error.value, f"{error.remedy} (in {apart}={value})") from error
+            raise BadInput(error.code, error.field, error.value, f"{error.remedy} (in {apart}={value})") from error
     return Table({}, (f"{len(parts)} parts by {apart}",), parts)
 
 

@@ -44,7 +44,7 @@ def read_results(place: Place) -> Results:
     try:
         data = place.read(RESULTS)
     except FileNotFoundError as error:
-        raise BadInput(place.field, str(place), f"holds no {RESULTS}; run the sweep first") from error
+        raise BadInput("T038", place.field, str(place), f"holds no {RESULTS}; run the sweep first") from error
     return Results(parse_results(data), hashlib.sha256(data).hexdigest())
 
 
@@ -58,7 +58,7 @@ def parse_results(data: bytes) -> list[Row]:
     try:
         return _rows(pq.read_table(io.BytesIO(data)))
     except pa.ArrowException as error:
-        raise BadInput(RESULTS, str(error), f"not the table of a sweep of this version; {_AGAIN}") from error
+        raise BadInput("T039", RESULTS, str(error), f"not the table of a sweep of this version; {_AGAIN}") from error
 
 
 def parse_csv(data: bytes) -> list[Row]:
@@ -73,7 +73,7 @@ def parse_csv(data: bytes) -> list[Row]:
         table = csv.read_csv(io.BytesIO(data), convert_options=options)
     except pa.ArrowException as error:
         raise BadInput(
-            RESULTS_CSV, str(error), "not the table of a sweep; name results.parquet, results.csv or a sweep"
+            "T040", RESULTS_CSV, str(error), "not the table of a sweep; name results.parquet, results.csv or a sweep"
         ) from error
     for column in COLUMNS:
         if column.name not in table.column_names and not column.required:
@@ -84,10 +84,10 @@ def parse_csv(data: bytes) -> list[Row]:
 def _rows(table: pa.Table) -> list[Row]:
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if missing:
-        raise BadInput(RESULTS, ", ".join(missing), f"missing from its columns; {_AGAIN}")
+        raise BadInput("T041", RESULTS, ", ".join(missing), f"missing from its columns; {_AGAIN}")
     table = table.select(SCHEMA.names).cast(SCHEMA)
     if table.num_rows == 0:
-        raise BadInput(RESULTS, 0, "has no rows; run the sweep first")
+        raise BadInput("T042", RESULTS, 0, "has no rows; run the sweep first")
     return [_row(values) for values in table.to_pylist()]
 
 
@@ -99,5 +99,5 @@ def _row(values: Mapping[str, Any]) -> Row:
     for name in _OF_FINISHED_RUNS if row.is_finished else _OF_EVERY_RUN:
         if known[name] is None:
             state = "is done and" if row.is_finished else "is in the table and"
-            raise BadInput(f"{RESULTS}: {name}", row.run_id, f"{state} has none; {_AGAIN}")
+            raise BadInput("T043", f"{RESULTS}: {name}", row.run_id, f"{state} has none; {_AGAIN}")
     return row

@@ -126,7 +126,7 @@ def build_shards(
     if isinstance(target, LocalPlace):
         output_directory(target.path.parent)
         if target.path.is_file():
-            raise BadInput("--out", str(out), "is a file; name a directory")
+            raise BadInput("D002", "--out", str(out), "is a file; name a directory")
     there = target.names()
     if MANIFEST in there:
         return _existing(target, spec, census, any(name.startswith(BUILDING) for name in there))
@@ -141,17 +141,20 @@ def _existing(target: Place, spec: SweepSpec, census: str, unswept: bool) -> Sha
     if manifest.data != rules:
         differing = sorted(key for key in rules if manifest.data.get(key) != rules[key])
         raise BadInput(
-            "--out", str(target), f"holds shards made by other rules ({', '.join(differing)}); name another place"
+            "D003",
+            "--out",
+            str(target),
+            f"holds shards made by other rules ({', '.join(differing)}); name another place",
         )
     there = other_census(manifest.census, census)
     if there is not None:
         remedy = f"holds shards of another Census ({there}); name another place, or remove it"
-        raise BadInput("--out", str(target), remedy)
+        raise BadInput("D004", "--out", str(target), remedy)
     if unswept:
         target.remove(BUILDING)
     problems = verify(target)
     if problems:
-        raise BadInput("--out", str(target), f"{problems[0]}; remove the directory and build again")
+        raise BadInput("D005", "--out", str(target), f"{problems[0]}; remove the directory and build again")
     return manifest
 
 
@@ -231,6 +234,7 @@ class _Build:
         if plan.rules != rules:
             differing = sorted(key for key in rules if plan.rules.get(key) != rules[key])
             raise BadInput(
+                "D006",
                 "--out",
                 str(self.target),
                 f"holds an unfinished build by other rules ({', '.join(differing)}); finish it, or remove it",
@@ -238,13 +242,17 @@ class _Build:
         there = other_census(plan.census, self.census)
         if there is not None:
             raise BadInput(
-                "--out", str(self.target), f"holds an unfinished build of another Census ({there}); finish or remove it"
+                "D007",
+                "--out",
+                str(self.target),
+                f"holds an unfinished build of another Census ({there}); finish or remove it",
             )
 
     def _check_cluster(self) -> None:
         largest = max((float(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]), default=0.0)
         if not os.environ.get("RAY_ADDRESS") and largest < self.memory_bytes:
             raise BadInput(
+                "D008",
                 "resources.task_memory_gib",
                 self.spec.resources.task_memory_gib,
                 f"is more than the {largest / 2**30:.2f} GiB that Ray may use here; lower it",
@@ -475,6 +483,7 @@ def _refuse_large_counts(beyond: Ints, order: Ints, plan: BuildPlan) -> None:
     if len(wrong):
         cell, gene, count = (int(value) for value in wrong[np.argmax(wrong[:, 2])])
         raise BadInput(
+            "D009",
             "counts",
             count,
             f"of gene {plan.feature_ids[gene]} in cell {cell} ({len(wrong)} such) is more than {LARGEST_COUNT}; "
@@ -492,7 +501,7 @@ def _splits(plan: BuildPlan, gathered: list[GatheredFile], dropped: dict[str, in
         cells = sum(entry.rows for entry in files)
         if not cells:
             taken = {rule: dropped[rule] for rule in ("drop_duplicates", "min_counts") if rule in dropped}
-            raise BadInput("data.min_counts", taken, f"cells dropped leave none in {name}; ask for less")
+            raise BadInput("D010", "data.min_counts", taken, f"cells dropped leave none in {name}; ask for less")
         splits[name] = SplitEntry(
             cells=cells,
             fraction=cells / whole,

@@ -195,8 +195,9 @@ class Desk:
         except OSError as error:
             if now - self._paused_since > PATIENCE_SECONDS:
                 self.problem = StorageFailed(
+                    "W021",
                     f"{self.state.files}: {error.strerror or error}; all that was trained is saved; make room and call "
-                    "again to go on"
+                    "again to go on",
                 )
             self._look_again = now + PAUSE_SECONDS
             return True
@@ -227,8 +228,9 @@ class Desk:
         if over is not None and self.problem is None:
             left = len(self.state.waiting())
             self.problem = BudgetSpent(
+                "W022",
                 f"{self.state.files}: {over}; {left} of {len(self.state.runs)} runs to go, all saved; "
-                "raise it and call again to go on"
+                "raise it and call again to go on",
             )
             self.state.files.request_stop()
             self._stopping = True

@@ -32,11 +32,11 @@ def storage_failure(error: BaseException) -> StorageFailed | None:
             return cause
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:
             where = f"{cause.filename}: " if cause.filename else ""
-            return StorageFailed(f"{where}{cause.strerror}")
+            return StorageFailed("W023", f"{where}{cause.strerror}")
         # libraries that write files themselves (safetensors, pyarrow) pass on the system's words alone
         said = [os.strerror(code) for code in STORAGE_ERRNOS if os.strerror(code) in str(cause)]
         if said and not isinstance(cause, ScalingRayError):
-            return StorageFailed(said[0])
+            return StorageFailed("W024", said[0])
         cause = cause.__cause__ or cause.__context__
     return None
 

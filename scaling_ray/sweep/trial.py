@@ -66,7 +66,7 @@ def train_unit(name: str, run_ids: Sequence[str], splits: dict[str, Any], around
     with Pulse(around.board, name):
         try:
             if around.sweep.stop_requested():
-                raise Preempted("a stop was requested before the unit began")
+                raise Preempted("W051", "a stop was requested before the unit began; call again to go on")
             runs = [_spec_of(around.sweep, run_id) for run_id in run_ids]
             if Unit(tuple(runs)).kind == "group":
                 _train_group(runs[0], around)
@@ -75,7 +75,7 @@ def train_unit(name: str, run_ids: Sequence[str], splits: dict[str, Any], around
         except Preempted as error:
             outcome, reason = "stopped", str(error)
         except LeaseHeld as error:
-            outcome, reason = "lease", str(error)
+            outcome, reason = "lease", error.said
         except Lost as error:
             outcome, reason = "node lost" if error.node_gone else "process lost", str(error)
         except Stalled as error:
