@@ -32,6 +32,7 @@ from scaling_ray.model.exported import load_model
 from scaling_ray.model.masking import log_normalise
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.neighbours import SAMPLED_CELLS, Comparison, Sample, compare_with_components, labels_of
+from scaling_ray.pace import Pace
 from scaling_ray.records import ModelRecord
 from scaling_ray.storage import output_directory, published_file
 
@@ -283,6 +284,7 @@ def _embed_into(
     sampled = np.unique(np.linspace(0, total - 1, min(total, SAMPLED_CELLS)).astype(np.int64))
     values: list[NDArray[np.float32]] = []
     is_gene = np.flatnonzero(source.counts.kinds == "")
+    pace = Pace("embedded", total, progress)
     for first, block in source.cells.chunks(source.counts.place):
         rows = as_counts(block)
         library = np.asarray(rows[:, is_gene].sum(axis=1, dtype=np.float64)).ravel().astype(np.int64)
@@ -298,5 +300,5 @@ def _embed_into(
             low, high = np.searchsorted(sampled, [first + start, first + stop])
             if high > low:
                 values.append(values_BG.cpu().numpy()[sampled[low:high] - first - start][:, there])
-        progress(f"embedded {first + rows.shape[0]:,} of {total:,} cells")
+        pace.add(rows.shape[0])
     return Sample(sampled, np.concatenate(values) if values else np.zeros((0, int(there.sum())), np.float32))

@@ -27,6 +27,7 @@ from scaling_ray.census.layout import OBS_STRING_COLUMNS, TWIN_OF, CensusWriter,
 from scaling_ray.census.matrices import FoundCounts, find_counts
 from scaling_ray.census.readers import cell_file_name, open_cells
 from scaling_ray.errors import BadInput
+from scaling_ray.pace import Pace
 from scaling_ray.storage import file_sha256
 
 BELIEFS_NAME = "import.json"
@@ -195,7 +196,7 @@ def _write(out: Path, joined: Joined | None, rules: Rules, about: dict[str, obje
         organism=joined.organism,
         twins=joined.twin_of is not None,
     ) as writer:
-        done = 0
+        pace = Pace("imported", n_cells, say)
         for at, (file, column) in enumerate(zip(joined.files, joined.column, strict=True)):
             frame = joined.obs[at]
             if joined.twin_of is not None:
@@ -209,8 +210,7 @@ def _write(out: Path, joined: Joined | None, rules: Rules, about: dict[str, obje
                 if stop > first:
                     writer.append(frame.iloc[first:stop], wide)
                 first = stop
-                done += counts.shape[0]
-                say(f"imported {done:,} of {n_cells:,} cells")
+                pace.add(counts.shape[0])
         about = about | {
             "counts_from": {belief.file: belief.counts.place for belief in beliefs},
             "columns": {belief.file: belief.columns.mapped for belief in beliefs},

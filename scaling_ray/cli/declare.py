@@ -26,6 +26,12 @@ class HelpFormatter(RawDescriptionRichHelpFormatter, ArgumentDefaultsRichHelpFor
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        """As argparse does, which forgets that verbs are indented when it measures them."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += self._indent_increment
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = action.default is None or action.default is False or action.default == []
         return action.help if nothing else super()._get_help_string(action)

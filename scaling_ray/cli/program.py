@@ -10,6 +10,7 @@ from scaling_ray import __version__
 from scaling_ray.cli import about, cells, laws, machine, models, repeats, shards, specs, sweeps, tracking, whole
 from scaling_ray.cli.complete import complete_here
 from scaling_ray.cli.declare import PROGRAM, Parser
+from scaling_ray.cli.lines import close_bar
 from scaling_ray.errors import EXIT_CODES, ScalingRayError
 from scaling_ray.extras import require_extras
 
@@ -71,3 +72,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    finally:
+        close_bar()

@@ -45,7 +45,9 @@ def init(options: argparse.Namespace) -> int:
     from scaling_ray.specs import about_example, example_names
 
     if options.list:
-        print("\n".join(f"{name:17} {about_example(name)}" for name in example_names()))
+        from scaling_ray.console import plain, table
+
+        print("\n".join(plain(table((), [(name, about_example(name)) for name in example_names()]))))
         return 0
     if options.name is None:
         remedy = f"name an example ({', '.join(example_names())}), or a new sweep"

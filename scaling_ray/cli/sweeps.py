@@ -7,12 +7,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from scaling_ray.cli.complete import specs
 from scaling_ray.cli.declare import CLUSTER_HELP, SPEC_HELP, SWEEP_HELP, Verbs, add_verb, completed, place
 from scaling_ray.cli.given import spec_of
 from scaling_ray.cli.lines import say
 from scaling_ray.errors import BadInput
+
+if TYPE_CHECKING:
+    from scaling_ray.results.standing import Standing, StandingReader
 
 
 def add_sweep(top: Verbs) -> None:
@@ -70,26 +74,57 @@ def add_status(top: Verbs) -> None:
 def status(options: argparse.Namespace) -> int:
     """Say how a sweep stands, once or until it has ended."""
     from scaling_ray.results.standing import StandingReader
-    from scaling_ray.results.standing_text import as_json, run_lines, short_line, standing_lines
     from scaling_ray.results.sweep_files import SweepFiles
 
     if options.watch is not None and options.watch <= 0:
         raise BadInput("V023", "--watch", options.watch, "must be more than 0 seconds")
-    reader, on_terminal = StandingReader(SweepFiles.at(options.sweep, "SWEEP_DIR")), sys.stdout.isatty()
+    reader = StandingReader(SweepFiles.at(options.sweep, "SWEEP_DIR"))
+    if options.watch is not None and sys.stdout.isatty() and not options.json:
+        _watch_on_terminal(reader, options)
+        return 0
     while True:
         standing = reader.read()
         watched = options.watch is not None and not standing.has_ended
-        if options.json:
-            print(json.dumps(as_json(standing), indent=None if options.watch else 1), flush=True)
-        elif options.watch is not None and watched and not on_terminal:
-            print(f"{time.strftime('%H:%M:%S')} {short_line(standing)}", flush=True)
-        else:
-            clear = "\x1b[H\x1b[2J" if options.watch is not None and on_terminal else ""
-            lines = run_lines(standing) if options.runs else standing_lines(standing)
-            print(clear + "\n".join(lines), flush=True)
+        _print_standing(standing, options, brief=watched)
         if not watched:
             return 0
         time.sleep(options.watch)
+
+
+def _print_standing(standing: Standing, options: argparse.Namespace, brief: bool) -> None:
+    from rich.console import Console
+
+    from scaling_ray.results.standing_text import as_json, run_lines, short_line, standing_lines, standing_view
+
+    if options.json:
+        print(json.dumps(as_json(standing), indent=None if options.watch else 1), flush=True)
+    elif brief:
+        print(f"{time.strftime('%H:%M:%S')} {short_line(standing)}", flush=True)
+    elif options.runs:
+        print("\n".join(run_lines(standing)), flush=True)
+    elif sys.stdout.isatty():
+        Console().print(standing_view(standing))
+    else:
+        print("\n".join(standing_lines(standing)), flush=True)
+
+
+def _watch_on_terminal(reader: StandingReader, options: argparse.Namespace) -> None:
+    """One picture that changes in its place; the last one stays."""
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from scaling_ray.results.standing_text import run_lines, standing_view
+
+    with Live(auto_refresh=False, vertical_overflow="visible") as live:
+        while True:
+            standing = reader.read()
+            live.update(
+                Group(*map(Text, run_lines(standing))) if options.runs else standing_view(standing), refresh=True
+            )
+            if standing.has_ended:
+                return
+            time.sleep(options.watch)
 
 
 def add_node_watch(top: Verbs) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from scaling_ray.census.layout import OBS_STRING_COLUMNS, CensusWriter, Dataset, existing
 from scaling_ray.errors import BadInput
+from scaling_ray.pace import Pace
 from scaling_ray.planted.draw import CellRange, draw_range
 from scaling_ray.planted.law import LawSpec
 from scaling_ray.planted.truth import TRUTH_NAME, PlantedTruth, PlantSpec, Spec
@@ -102,11 +103,12 @@ def plant(
         categories=_categories(truth),
         build_tag=f"planted-{truth.spec.seed}",
     ) as writer:
+        pace = Pace("planted", n_cells, say)
         for index in range(-(-n_cells // size)):
             cells = draw_range(truth, index)
             here = min(size, n_cells - index * size)
             writer.append(_obs(truth, cells, index).iloc[:here], cells.counts[:here])
-            say(f"planted {index * size + here:,} of {n_cells:,} cells")
+            pace.add(here)
         return writer.publish(about=about, documents={TRUTH_NAME: truth.to_json()})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from scaling_ray.console import plain, table
 from scaling_ray.errors import BadInput
 from scaling_ray.results.columns import SCHEMA, Row
 from scaling_ray.results.read import parse_csv, parse_results, read_rows
@@ -47,14 +48,16 @@ class Results:
             return lines[0]
         cells = sorted({row.cells for row in known if row.cells is not None})
         lines.append(f"mean test loss ({known[0].loss_unit}) by size and training cells")
-        lines.append(f"{'size':10} {'params':>12}" + "".join(f" {count:>10,}" for count in cells))
+        rows = []
         for params, size in sorted({(row.params, row.size) for row in known}):
-            line = f"{size:10} {params:>12,}"
+            row_of_size = [size, f"{params:,}"]
             for count in cells:
                 losses = [row.test_loss for row in known if (row.params, row.size, row.cells) == (params, size, count)]
                 given = [loss for loss in losses if loss is not None]
-                line += f" {sum(given) / len(given):>10.4g}" if given else f" {'-':>10}"
-            lines.append(line)
+                row_of_size.append(f"{sum(given) / len(given):.4g}" if given else "-")
+            rows.append(row_of_size)
+        head = ["size", "params", *(f"{count:,}" for count in cells)]
+        lines += plain(table(head, rows, right=range(1, len(head))))
         return "\n".join(lines)
 
 

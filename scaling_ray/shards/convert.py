@@ -12,7 +12,6 @@ import importlib.metadata
 import os
 import re
 import resource
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from scaling_ray.census.source import Census
 from scaling_ray.cluster import own_errors, ray, ray_session
 from scaling_ray.errors import BadInput
+from scaling_ray.pace import Pace
 from scaling_ray.records import FileEntry, Record, ShardManifest, SplitEntry
 from scaling_ray.shards.format import (
     BLOCK_GENES,
@@ -290,7 +290,7 @@ class _Build:
         waiting = [part for part in plan.parts if part.facts_name not in done]
         if not waiting:
             return
-        rate = _Rate("read", sum(part.cells for part in waiting), plan.cells, self.progress)
+        rate = _pace("read", sum(part.cells for part in waiting), plan.cells, self.progress)
         arguments = [(self.census, self.building, part, self.memory_bytes) for part in waiting]
         for number, _ in self._tasks(_range_task, arguments):
             rate.add(waiting[number].cells)
@@ -384,7 +384,7 @@ class _Build:
             )
             for bucket in waiting
         ]
-        rate = _Rate("written", sum(sizes[bucket] for bucket in waiting), plan.cells, self.progress)
+        rate = _pace("written", sum(sizes[bucket] for bucket in waiting), plan.cells, self.progress)
         for number, _ in self._tasks(_gather_task, arguments):
             rate.add(sizes[waiting[number]])
         records = [f"{folder}{name}.json" for _, name in names]
@@ -450,26 +450,8 @@ class _Build:
         return pa.table({"dataset_id": plan.labels["dataset_id"], "measured": encode_block(measured.astype(np.uint16))})
 
 
-class _Rate:
-    """Lines of progress with a rate and the remaining time, every few seconds and at the end."""
-
-    def __init__(self, done: str, cells: int, of: int, progress: Progress) -> None:
-        self._verb, self._left, self._total, self._progress = done, cells, of, progress
-        self._began = self._last = time.monotonic()
-        self._cells = 0
-
-    def add(self, cells: int) -> None:
-        """Count cells that are done."""
-        self._cells += cells
-        self._left -= cells
-        now = time.monotonic()
-        if self._left and now - self._last < REPORT_SECONDS:
-            return
-        self._last = now
-        rate = self._cells / max(now - self._began, 1e-9)
-        remaining = f", {self._left / rate:,.0f} s left" if self._left else ""
-        done = self._total - self._left
-        self._progress(f"{self._verb} {done:,} of {self._total:,} cells, {rate:,.0f} cells/s{remaining}")
+def _pace(verb: str, left: int, total: int, progress: Progress) -> Pace:
+    return Pace(verb, total, progress, before=total - left, every_seconds=REPORT_SECONDS)
 
 
 def _bucket_cells(split_cells: Sequence[int], file_cells: int) -> list[int]:
