@@ -373,17 +373,14 @@ def page(found: Iterable[Refusal]) -> str:
 
 
 def _cell(text: str) -> str:
-    for raw, safe in (
-        ("\\", "\\\\"),
-        ("|", "\\|"),
-        ("<", "&lt;"),
-        (">", "&gt;"),
-        ("*", "\\*"),
-        ("_", "\\_"),
-        ("\n", " "),
-    ):
-        text = text.replace(raw, safe)
-    return text or "-"
+    """A text as a cell of a Markdown table; what stands in backticks stays code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        parts = [text.replace("`", "'")]
+    for at in range(0, len(parts), 2):
+        for raw, safe in (("\\", "\\\\"), ("<", "&lt;"), (">", "&gt;"), ("*", "\\*"), ("_", "\\_"), ("\n", " ")):
+            parts[at] = parts[at].replace(raw, safe)
+    return "`".join(parts).replace("|", "\\|") or "-"
 
 
 def main(arguments: list[str] | None = None) -> int:

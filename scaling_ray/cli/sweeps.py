@@ -116,7 +116,7 @@ def _watch_on_terminal(reader: StandingReader, options: argparse.Namespace) -> N
 
     from scaling_ray.results.standing_text import run_lines, standing_view
 
-    with Live(auto_refresh=False, vertical_overflow="visible") as live:
+    with Live(auto_refresh=False) as live:
         while True:
             standing = reader.read()
             live.update(
