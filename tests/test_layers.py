@@ -82,7 +82,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("records.py", "execution.py", "cluster.py", "doctor.py"),
     ("laws/",),
     ("storage/",),
-    ("sizes.py", "recipe.py", "extras.py", "refusals.py", "console.py", "pace.py"),
+    ("sizes.py", "recipe.py", "extras.py", "refusals/", "console.py", "pace.py"),
     ("errors.py",),
 )
 """Top floor first: a file imports from its own room (the folder, or itself) and from the floors below, never above."""

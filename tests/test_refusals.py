@@ -39,11 +39,12 @@ def test_the_page_is_what_the_source_says(tmp_path: Path) -> None:
         ('raise BadInput("W900", field, 3, remedy)', "W900 is that of package/taken.py:2"),
         ('problem = LeaseHeld("W900", "held")', "W900 is that of"),
         ('raise Mine("gone")', "begins with 'gone'"),
+        ('raise errors.DamagedFiles(["gone"])', "begins with ['gone']"),
         ('raise BadInput("W901", field, 3, remedy)', "W901 was that of a refusal that is gone"),
     ],
 )
 def test_a_planted_site_is_reported(code: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusals, "RETIRED", frozenset({"W901"}))
+    monkeypatch.setattr("scaling_ray.refusals.listing.RETIRED", frozenset({"W901"}))
     package = tmp_path / "package"
     package.mkdir()
     (package / "taken.py").write_text('def f():\n    raise BadInput("W900", "x", 1, "no; yes")\n')

@@ -175,7 +175,7 @@ def verify(where: Path | str | Place) -> list[str]:
         try:
             unseal(text, MANIFEST, "build the shards anew")
         except BadInput as error:
-            return [str(error)]
+            return [error.said]
     manifest = _manifest(shards)
     expected = {entry.path: entry for split in manifest.splits.values() for entry in split.files}
     expected |= {entry.path: entry for entry in manifest.tables}
