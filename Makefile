@@ -2,6 +2,7 @@
 # make cells  the same on your own raw counts: make cells H5AD=FILE OUT=DIR; further flags of `scaling-ray run --cells`
 #             in OPTIONS='--donor SampleID --layer counts', several files in FILES='A.h5ad B.h5ad' in the place of H5AD
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
+# make errors writes docs/errors.md from the source: every refusal with its code, cause and way out
 # make bench  measures the data plane (half an hour), the training step and the laws into reports/benchmarks/;
 #             make bench-data, bench-train, bench-laws, bench-results for one, BENCH='--only stream' for a part of it;
 #             make gpu-wheels, then make bench-gpu: what only a GPU can show (BENCH='--cpu': small, on the CPU);
@@ -15,7 +16,7 @@ GPU_PYTHONS ?= 3.11 3.12 3.13
 GPU_PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test test-slow bench bench-data bench-train bench-laws bench-learning bench-results bench-gpu gpu-wheels \
+.PHONY: setup demo cells test test-slow errors bench bench-data bench-train bench-laws bench-learning bench-results bench-gpu gpu-wheels \
         check clean
 
 setup: $(READY)
@@ -41,6 +42,9 @@ test: setup
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not network and not gpu"
+
+errors: setup
+	@$(BIN)/python -m scaling_ray.refusals docs/errors.md
 
 bench: bench-data bench-train bench-laws bench-results
 

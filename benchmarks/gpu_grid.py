@@ -32,7 +32,9 @@ class MeasuredRates:
                 gflops = one["gflops_per_second"] / rate * one["cells_per_step"]
                 self._updates[False].append((gflops, one["cells_per_step"] / rate))
         if not self._updates[False]:
-            raise BadInput("--only", "grid", "extrapolates the rates of the stage cells, which left none; run both")
+            raise BadInput(
+                "V028", "--only", "grid", "extrapolates the rates of the stage cells, which left none; run both"
+            )
         for one in stages.get("stacks", {}).get("found", {}).values():
             cells = one["stacked"] * one["cells_per_step"]
             rate = statistics.median(one["cells_per_second"]["stacked"])

@@ -65,7 +65,7 @@ def place_of(given: str | None) -> str:
     """The place for results; BadInput where none is given, or a relative one, which is deleted with the job's copy."""
     if given is None or not (given.startswith("s3://") or Path(given).is_absolute()):
         remedy = "name an absolute directory or an s3:// URI with --out or SCALING_RAY_OUT"
-        raise BadInput("--out", given, f"{remedy}; a relative one vanishes with the job's package")
+        raise BadInput("V027", "--out", given, f"{remedy}; a relative one vanishes with the job's package")
     open_place(given)
     return given.rstrip("/") or given
 

@@ -71,8 +71,9 @@ def own_errors() -> Iterator[None]:
         yield
     except ray.exceptions.OutOfMemoryError as error:
         raise MemoryShort(
+            "W053",
             "a node ran short of memory, and Ray killed a task there four times; what was trained is saved: give the "
-            "node more memory or its runs fewer CPUs (resources.cpus), and call again to go on"
+            "node more memory or its runs fewer CPUs (resources.cpus), and call again to go on",
         ) from error
     except ray.exceptions.RayError as error:
         cause: BaseException | None = error
@@ -203,14 +204,16 @@ def own_node(node_id: str | None = None) -> str:
     alive = _alive_nodes()
     if node_id is not None:
         if node_id not in alive:
-            raise ClusterUnreachable(f"Ray has no living node {node_id}")
+            raise ClusterUnreachable("W001", f"Ray has no living node {node_id}")
         return node_id
     here = [name for name, node in alive.items() if _is_own_address(node.node_manager_address)]
     here = here or [name for name, node in alive.items() if node.node_manager_hostname == socket.gethostname()]
     if not here:
-        raise ClusterUnreachable(f"Ray has no living node on this machine yet ({len(alive)} elsewhere)")
+        raise ClusterUnreachable("W002", f"Ray has no living node on this machine yet ({len(alive)} elsewhere)")
     if len(here) > 1:
-        raise BadInput("--node-id", None, f"several Ray nodes run on this machine, name one: {', '.join(sorted(here))}")
+        raise BadInput(
+            "W003", "--node-id", None, f"several Ray nodes run on this machine; name one: {', '.join(sorted(here))}"
+        )
     return here[0]
 
 
@@ -240,7 +243,7 @@ def drain_node(node_id: str, message: str, deadline_seconds: float | None) -> bo
             node_id, DRAIN_NODE_REASON_PREEMPTION, message, deadline_ms, timeout=GCS_SECONDS
         )
     if not accepted:
-        raise ClusterUnreachable(f"Ray refuses to drain node {node_id}: {reason}")
+        raise ClusterUnreachable("W004", f"Ray refuses to drain node {node_id}: {reason}")
     return True
 
 
@@ -295,7 +298,9 @@ def _reachable() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ray.exceptions.RayError) as error:
-        raise ClusterUnreachable(f"Ray is not up here, or refuses: {str(error).splitlines()[0][:200]}") from error
+        raise ClusterUnreachable(
+            "W005", f"Ray is not up here, or refuses: {str(error).splitlines()[0][:200]}"
+        ) from error
 
 
 def _is_own_address(address: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from scaling_ray.console import plain, table
 from scaling_ray.extras import missing_modules
 
 GIB = 2**30
@@ -29,7 +30,10 @@ RAY_OBJECT_STORE_SHARE = 0.3
 
 RAY_OBJECT_STORE_CAP_BYTES = 200 * 10**9
 
-LIGHT_PACKAGES = ("numpy", "scipy", "pyarrow", "pydantic", "jinja2", "resvg-py", "pyyaml")
+LIGHT_PACKAGES = (
+    *("numpy", "scipy", "pyarrow", "pydantic", "jinja2", "resvg-py", "pyyaml"),
+    *("rich", "rich-argparse", "argcomplete"),
+)
 """Without these no verb runs."""
 
 USES = {
@@ -85,13 +89,12 @@ def lacks_required(findings: list[Finding]) -> bool:
 
 def format_findings(findings: list[Finding]) -> str:
     """One line each: ``ok``, ``warn`` or ``LACKS``, the name, what was seen and, where not ok, what to do."""
-    width = max((len(finding.name) for finding in findings), default=0)
-    lines = []
+    rows = []
     for finding in findings:
         state = "ok" if finding.ok else "LACKS" if finding.required else "warn"
         remedy = f"; {finding.remedy}" if finding.remedy and not finding.ok else ""
-        lines.append(f"{state:<5}  {finding.name:<{width}}  {finding.detail}{remedy}")
-    return "\n".join(lines)
+        rows.append((state, finding.name, f"{finding.detail}{remedy}"))
+    return "\n".join(plain(table((), rows)))
 
 
 def _python() -> Finding:

@@ -33,7 +33,7 @@ def require_extras(field: str, *extras: str) -> None:
     lacking = {extra: found for extra in extras if (found := missing_modules(extra))}
     if lacking:
         modules = ", ".join(dict.fromkeys(module for found in lacking.values() for module in found))
-        raise BadInput(field, modules, f"not installed; pip install 'scaling-ray[{','.join(lacking)}]'")
+        raise BadInput("V001", field, modules, f"not installed; pip install 'scaling-ray[{','.join(lacking)}]'")
 
 
 def _is_importable(module: str) -> bool:

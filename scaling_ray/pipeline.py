@@ -61,7 +61,7 @@ def run_pipeline(
     spec = load_spec(spec_path)
     place = open_place(out)
     if shards is not None and census is not None:
-        raise BadInput("--census", str(census), "is not read where --shards are given; name one of them")
+        raise BadInput("V002", "--census", str(census), "is not read where --shards are given; name one of them")
     source = place.below("shards").uri if shards is None else str(shards)
     if shards is None:
         make_shards(source, place, spec, census, progress)
@@ -113,7 +113,7 @@ def run_cells(
 
     place = open_place(out)
     if not isinstance(place, LocalPlace):
-        raise BadInput("--out", str(out), "is no local directory; census import to one, then run --census")
+        raise BadInput("V003", "--out", str(out), "is no local directory; census import to one, then run --census")
     text = Path(spec_path).read_text(encoding="utf-8")
     text = with_data(text, {"title": rules.title, "source": rules.source, "split_by": split_by}, str(spec_path))
     own = output_directory(place.path) / "cells.toml"
@@ -163,13 +163,13 @@ def _foretold(spec: SweepSpec, census: str, progress: Progress) -> list[str]:
         if error.field != "data.split_by":
             raise
         remedy = f"{error.remedy} (here: --donor COLUMN names the donors, --split cell does without)"
-        raise BadInput(error.field, error.value, remedy) from error
+        raise BadInput(error.code, error.field, error.value, remedy) from error
     splits = data["splits"]
     train = splits["train"]
     few = [cells for cells in spec.grid.cells if cells != "all" and cells > train]
     if few:
         remedy = "write a spec with fewer (scaling-ray init cells --out MINE.toml) and name it before --cells"
-        raise BadInput("grid.cells", few, f"is more than the {train:,} training cells; {remedy}")
+        raise BadInput("V004", "grid.cells", few, f"is more than the {train:,} training cells; {remedy}")
     device = device_here() if spec.resources.device == "auto" else None
     _, runs = make_plan(spec, device)
     progress("measuring how fast this machine trains each size, a moment each")
@@ -222,6 +222,7 @@ def _planted(place: Place, progress: Progress) -> Iterator[Path]:
         return
     if os.environ.get("RAY_ADDRESS"):
         raise BadInput(
+            "V005",
             "--census",
             None,
             f"with --out {place} on a cluster, cells cannot be planted where every node reads them; plant them in a "

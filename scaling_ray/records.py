@@ -50,7 +50,9 @@ class Record(BaseModel):
         try:
             return cls.parse(path.read_bytes(), str(path))
         except OSError as error:
-            raise BadInput(path.name, str(path.parent), f"cannot be read ({error.strerror})") from error
+            raise BadInput(
+                "W006", path.name, str(path.parent), f"cannot be read ({error.strerror}); mend that, or make it anew"
+            ) from error
 
     @classmethod
     def parse(cls, text: bytes | str, source: str) -> Self:
@@ -60,7 +62,7 @@ class Record(BaseModel):
             return cls.model_validate_json(json.dumps(fields))
         except ValidationError as error:
             first = str(error).splitlines()[0]
-            raise BadInput(source, first, f"is not a {cls.__name__} of this version; make it anew") from error
+            raise BadInput("W007", source, first, f"is not a {cls.__name__} of this version; make it anew") from error
 
 
 class FileEntry(Record):

@@ -140,11 +140,11 @@ def reproduce(
 def _check(reference: SweepRecord, census: str | None, shards: str | None, tolerance: float) -> None:
     """Refuse what can be known to be wrong before any work is done."""
     if not 0 <= tolerance < 1:
-        raise BadInput("--tolerance", tolerance, "must be a share of the drop, at least 0 and below 1")
+        raise BadInput("R003", "--tolerance", tolerance, "must be a share of the drop, at least 0 and below 1")
     if shards is not None and census is not None:
-        raise BadInput("--census", census, "is not read where --shards are given; name one of them")
+        raise BadInput("R004", "--census", census, "is not read where --shards are given; name one of them")
     if census in UNPINNED:
-        raise BadInput("--census", census, "means another release tomorrow; name one, such as 2025-11-08")
+        raise BadInput("R005", "--census", census, "means another release tomorrow; name one, such as 2025-11-08")
     reference.drop()
 
 
@@ -161,7 +161,7 @@ def _own_shards(place: Place, spec: SweepSpec, census: str | None, progress: Pro
     there = target.exists(MANIFEST)
     make_shards(target.uri, place, spec, census, progress)
     if there and (problems := verify(target)):
-        raise BadInput("shards", str(target), f"{problems[0]}; remove them, and the same call converts again")
+        raise BadInput("R006", "shards", str(target), f"{problems[0]}; remove them, and the same call converts again")
     return target.uri
 
 
@@ -249,7 +249,7 @@ def with_seeds(text: str, seeds: Sequence[int]) -> str:
     before, after = parse_spec(text).model_dump(), parse_spec(changed).model_dump()
     before["grid"]["seeds"] = after["grid"]["seeds"] if list(after["grid"]["seeds"]) == list(seeds) else None
     if before != after:
-        raise BadInput("--seeds", made, "cannot be put into this spec; give grid.seeds a line of its own")
+        raise BadInput("R007", "--seeds", made, "cannot be put into this spec; give grid.seeds a line of its own")
     return changed
 
 

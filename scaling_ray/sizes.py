@@ -25,9 +25,11 @@ class Shape:
         for name in ("width", "layers", "heads", "feedforward"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise BadInput(f"sizes.{name}", value, "give a whole number of at least 1")
+                raise BadInput("S001", f"sizes.{name}", value, "give a whole number of at least 1")
         if self.width % self.heads:
-            raise BadInput("sizes.width", self.width, f"must be divisible by heads = {self.heads}; change one of them")
+            raise BadInput(
+                "S002", "sizes.width", self.width, f"must be divisible by heads = {self.heads}; change one of them"
+            )
 
 
 LADDER: dict[str, Shape] = {

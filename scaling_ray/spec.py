@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,7 +43,9 @@ class Fractions(Frozen):
     @model_validator(mode="after")
     def _sum_to_one(self) -> Fractions:
         if abs(self.train + self.val + self.test - 1) > 1e-9:
-            raise BadInput("data.fractions", [self.train, self.val, self.test], "must add up to 1; change one of them")
+            raise BadInput(
+                "S003", "data.fractions", [self.train, self.val, self.test], "must add up to 1; change one of them"
+            )
         return self
 
 
@@ -84,15 +87,20 @@ class DataSpec(Frozen):
     @model_validator(mode="after")
     def _rules_agree(self) -> DataSpec:
         if (self.gene_rule == "list") != bool(self.gene_list):
-            raise BadInput("data.gene_list", self.gene_list, "goes with gene_rule = 'list', and only with it")
+            raise BadInput("S004", "data.gene_list", self.gene_list, "goes with gene_rule = 'list', and only with it")
         if len(set(self.gene_list)) != len(self.gene_list):
-            raise BadInput("data.gene_list", self.gene_list, "holds a feature_id twice; remove it")
+            raise BadInput("S005", "data.gene_list", self.gene_list, "holds a feature_id twice; remove it")
         if self.gene_list and self.genes != len(self.gene_list):
-            raise BadInput("data.genes", self.genes, f"data.gene_list holds {len(self.gene_list)}; make them agree")
+            raise BadInput(
+                "S006", "data.genes", self.genes, f"data.gene_list holds {len(self.gene_list)}; make them agree"
+            )
         if self.batch_key and self.gene_rule != "seurat_v3":
-            raise BadInput("data.batch_key", self.batch_key, "goes with gene_rule = 'seurat_v3'; remove one of them")
+            raise BadInput(
+                "S007", "data.batch_key", self.batch_key, "goes with gene_rule = 'seurat_v3'; remove one of them"
+            )
         if self.split_from is not None and self.split_by == "cell":
             raise BadInput(
+                "S008",
                 "data.split_from",
                 self.split_from,
                 "carries over donors or data sets; cells have no name to know them by",
@@ -114,7 +122,7 @@ class GridSpec(Frozen):
         for name in ("sizes", "genes", "cells", "seeds", "donors"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
-                raise BadInput(f"grid.{name}", values, "holds a value twice; remove it")
+                raise BadInput("S009", f"grid.{name}", values, "holds a value twice; remove it")
         return self
 
 
@@ -146,19 +154,25 @@ class LearningRateSpec(Frozen):
         per_size = {f"lr.per_size.{size}": rates for size, rates in self.per_size.items()}
         for field, rates in {"lr.rates": self.rates, **per_size}.items():
             if len(set(rates)) != len(rates):
-                raise BadInput(field, rates, "holds a rate twice; remove it")
+                raise BadInput("S010", field, rates, "holds a rate twice; remove it")
             if self.rule == "fixed" and len(rates) != 1:
-                raise BadInput(field, rates, "holds several rates; with rule = 'fixed' give one, or name another rule")
+                raise BadInput(
+                    "S011", field, rates, "holds several rates; with rule = 'fixed' give one, or name another rule"
+                )
             if self.compares and len(rates) < 2:
-                raise BadInput(field, rates, f"holds one rate; with rule = {self.rule!r} give at least 2")
+                raise BadInput("S012", field, rates, f"holds one rate; with rule = {self.rule!r} give at least 2")
         if self.rule == "transfer":
             if self.per_size:
-                raise BadInput("lr.per_size", sorted(self.per_size), "does not go with rule = 'transfer'; remove it")
+                raise BadInput(
+                    "S013", "lr.per_size", sorted(self.per_size), "does not go with rule = 'transfer'; remove it"
+                )
             for name in ("tune_size", "check_size"):
                 if getattr(self, name) is None:
-                    raise BadInput(f"lr.{name}", None, "goes with rule = 'transfer'; name a size of the grid")
+                    raise BadInput("S014", f"lr.{name}", None, "goes with rule = 'transfer'; name a size of the grid")
             if self.tune_size == self.check_size:
-                raise BadInput("lr.check_size", self.check_size, "is lr.tune_size as well; name another, far larger")
+                raise BadInput(
+                    "S015", "lr.check_size", self.check_size, "is lr.tune_size as well; name another, far larger"
+                )
         return self
 
     @property
@@ -199,7 +213,7 @@ class TrunkRules(Frozen):
     @model_validator(mode="after")
     def _no_branch_twice(self) -> TrunkRules:
         if len(set(self.branches)) != len(self.branches):
-            raise BadInput("train.trunk.branches", self.branches, "holds a share twice; remove it")
+            raise BadInput("S016", "train.trunk.branches", self.branches, "holds a share twice; remove it")
         return self
 
 
@@ -258,7 +272,7 @@ class TrainingRules(Frozen):
         """Optimizer steps of the whole budget; only resolved rules have them."""
         if isinstance(self.max_cells_seen, dict):
             raise BadInput(
-                "train.max_cells_seen", self.max_cells_seen, "is a table by size; resolve it for one size first"
+                "S017", "train.max_cells_seen", self.max_cells_seen, "is a table by size; resolve it for one size first"
             )
         return self.max_cells_seen // self.cells_per_step
 
@@ -301,7 +315,9 @@ class TrainSpec(TrainingRules):
         budget = self.max_cells_seen
         if isinstance(budget, dict):
             if size not in budget and "default" not in budget:
-                raise BadInput("train.max_cells_seen", sorted(budget), f"add a line for {size}, or `default = N`")
+                raise BadInput(
+                    "S018", "train.max_cells_seen", sorted(budget), f"add a line for {size}, or `default = N`"
+                )
             budget = budget[size] if size in budget else budget["default"]
         steps = max(1, round(budget * fraction / self.cells_per_step))
         given = {name: getattr(self, name) for name in TrainingRules.model_fields}
@@ -345,6 +361,7 @@ class ResourceSpec(Frozen):
     def _offload_has_an_engine(self) -> ResourceSpec:
         if self.offload_optimizer and (self.engine != "deepspeed" or self.zero_stage < 1):
             raise BadInput(
+                "S019",
                 "resources.offload_optimizer",
                 True,
                 f"goes with engine = 'deepspeed' and zero_stage >= 1, not {self.engine!r} and {self.zero_stage}; "
@@ -416,7 +433,9 @@ class PricesSpec(Frozen):
     def _gpus_agree(self) -> PricesSpec:
         for name, node in self.nodes.items():
             if node.gpu is not None and not node.gpus:
-                raise BadInput(f"prices.nodes.{name}.gpu", node.gpu, "names a GPU of a node without; give gpus = 1")
+                raise BadInput(
+                    "S020", f"prices.nodes.{name}.gpu", node.gpu, "names a GPU of a node without; give gpus = 1"
+                )
         return self
 
 
@@ -437,6 +456,7 @@ class SweepSpec(Frozen):
     def _consistent(self) -> SweepSpec:
         if self.train.threads > self.resources.cpus:
             raise BadInput(
+                "S021",
                 "train.threads",
                 self.train.threads,
                 f"is more than resources.cpus = {self.resources.cpus}; a run would never start",
@@ -456,6 +476,7 @@ class SweepSpec(Frozen):
             self.train.rules(name)
         if max(self.grid.genes) > self.data.genes:
             raise BadInput(
+                "S022",
                 "grid.genes",
                 max(self.grid.genes),
                 f"is more than data.genes = {self.data.genes}; raise that, or lower this",
@@ -463,19 +484,21 @@ class SweepSpec(Frozen):
         for name in ("tune_size", "check_size"):
             size = getattr(self.lr, name)
             if self.lr.rule == "transfer" and size not in self.grid.sizes:
-                raise BadInput(f"lr.{name}", size, f"is no size of the grid; use {', '.join(self.grid.sizes)}")
+                raise BadInput("S023", f"lr.{name}", size, f"is no size of the grid; use {', '.join(self.grid.sizes)}")
         if self.lr.compares and self.lr.choose_seed in self.grid.seeds:
             raise BadInput(
-                "lr.choose_seed", self.lr.choose_seed, "is also in grid.seeds; a choice needs a seed of its own"
+                "S024", "lr.choose_seed", self.lr.choose_seed, "is also in grid.seeds; a choice needs a seed of its own"
             )
         for name, given in self.resources.workers.items():
             field, ends = f"resources.workers.{name}", given if isinstance(given, list) else [given]
             if isinstance(given, list) and (len(given) != 2 or given[0] >= given[1]):
-                raise BadInput(field, given, "is no range; give one number, or the fewest and the most as [4, 8]")
+                raise BadInput(
+                    "S034", field, given, "is no range; give one number, or the fewest and the most as [4, 8]"
+                )
             if min(ends) < 1:
-                raise BadInput(field, given, "must be greater than 0")
+                raise BadInput("S035", field, given, "must be greater than 0")
             if any(self.train.cells_per_step % workers for workers in ends):
-                raise BadInput(field, given, f"must divide train.cells_per_step = {self.train.cells_per_step}")
+                raise BadInput("S025", field, given, f"must divide train.cells_per_step = {self.train.cells_per_step}")
         return self
 
     def shape(self, size: str, field: str = "grid.sizes") -> Shape:
@@ -483,19 +506,23 @@ class SweepSpec(Frozen):
         if size in self.sizes:
             if not re.fullmatch(_PLAIN_NAME, size):
                 raise BadInput(
-                    "sizes", size, "becomes part of file names; use letters, digits, dot, dash and underscore"
+                    "S026", "sizes", size, "becomes part of file names; use letters, digits, dot, dash and underscore"
                 )
             wanted = {"width", "layers", "heads", "feedforward"}
             given = self.sizes[size]
             if set(given) != wanted:
                 odd = sorted(wanted.symmetric_difference(given))
-                raise BadInput(f"sizes.{size}", odd, "give exactly width, layers, heads and feedforward")
+                raise BadInput("S027", f"sizes.{size}", odd, "give exactly width, layers, heads and feedforward")
             try:
                 return Shape(**given)
             except BadInput as error:
-                raise BadInput(error.field.replace("sizes", f"sizes.{size}", 1), error.value, error.remedy) from error
+                raise BadInput(
+                    error.code, error.field.replace("sizes", f"sizes.{size}", 1), error.value, error.remedy
+                ) from error
         if size not in LADDER:
-            raise BadInput(field, size, f"is no known size; use {', '.join(LADDER)}, or add a table [sizes.{size}]")
+            raise BadInput(
+                "S028", field, size, f"is no known size; use {', '.join(LADDER)}, or add a table [sizes.{size}]"
+            )
         return LADDER[size]
 
 
@@ -519,9 +546,14 @@ def parse_spec(text: str, source: str = "spec") -> SweepSpec:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise BadInput(source, str(error), "is not TOML; mend that place") from error
+        raise BadInput("S029", source, str(error), "is not TOML; mend that place") from error
+    return spec_of(table, source)
+
+
+def spec_of(table: Mapping[str, Any], source: str = "spec") -> SweepSpec:
+    """A spec from its tables; BadInput with one line for anything that is not one."""
     try:
-        return SweepSpec.model_validate(table)
+        return SweepSpec.model_validate(dict(table))
     except ValidationError as error:
         raise _first_problem(error, source) from error
 
@@ -531,7 +563,7 @@ def load_spec(path: str | Path) -> SweepSpec:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput("spec", str(path), "cannot be read as a text file; name a TOML file") from error
+        raise BadInput("S030", "spec", str(path), "cannot be read as a text file; name a TOML file") from error
     return parse_spec(text, str(path))
 
 
@@ -543,12 +575,14 @@ def _first_problem(error: ValidationError, source: str) -> BadInput:
         return cause
     where = _place(problem["loc"]) or source
     if problem["type"] == "extra_forbidden":
-        return BadInput(where, problem["input"], "is no known key; remove it or correct its spelling")
+        return BadInput("S031", where, problem["input"], "is no known key; remove it or correct its spelling")
     if problem["type"] == "missing":
-        return BadInput(where, None, "is missing; add it")
+        return BadInput("S032", where, None, "is missing; add it")
     # A field of several types yields one problem per type: the way out names them all.
     messages = [one["msg"].removeprefix("Value error, ") for one in problems if _place(one["loc"]) == where]
-    return BadInput(where, problem["input"], ", or ".join(message[0].lower() + message[1:] for message in messages))
+    return BadInput(
+        "S033", where, problem["input"], ", or ".join(message[0].lower() + message[1:] for message in messages)
+    )
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +19,9 @@ import pytest
 from conftest import TINY_SWEEP
 
 from scaling_ray.cli import build_parser, main
+from scaling_ray.errors import EXIT_CODES
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def h5ad(path: Path, counts: np.ndarray) -> Path:
@@ -132,7 +138,7 @@ def test_the_verbs_are_these() -> None:
     assert sorted(VERBS) == sorted(
         "init, run, census plant, census import, census check, shards build, shards verify, plan, sweep, fit, audit, "
         "report, reference, reproduce, status, node-watch, track replay, track check, track models, export, embed, "
-        "bench stream, bench train, doctor".split(", ")
+        "bench stream, bench train, doctor, explain, completion".split(", ")
     )
 
 
@@ -145,6 +151,129 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"scaling-ray {verb}" in shown
     for action in VERBS[verb]._actions:
         assert action.help, f"{verb} does not say what {action.dest} is"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_sentence_and_examples_that_its_parser_takes(verb: str) -> None:
+    parser = VERBS[verb]
+    about = str(parser.description)
+    assert about[0].islower() and not about.endswith(".") and "\n" not in about
+    examples = [line.strip() for line in str(parser.epilog).splitlines() if line.startswith("  ")]
+    assert examples
+    for example in examples:
+        program, *words = shlex.split(example)
+        options = build_parser().parse_args(words)
+        assert program == "scaling-ray" and options.handler is parser.get_default("handler"), example
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_says_its_unit_and_its_default(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    shown = VERBS[verb].format_help()
+    for action in VERBS[verb]._actions:
+        if action.type in (int, float):
+            assert action.metavar, f"{verb} {action.option_strings}: in what unit?"
+        if action.option_strings and action.default not in (None, False, [], argparse.SUPPRESS):
+            assert f"(default: {action.default})" in shown, f"{verb} {action.option_strings}"
+
+
+def test_help_lists_every_verb_and_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    for verb in VERBS:
+        assert re.search(rf"^ +{verb.split()[0]}( |$)", shown, re.MULTILINE), verb
+    for code, meaning in EXIT_CODES.items():
+        assert re.search(rf"^ +{code}  {re.escape(meaning)}$", shown, re.MULTILINE), code
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["plan"], "plan: the following arguments are required: SPEC.toml"),
+        (["plan", "demo", "--max-cost", "much"], "plan: argument --max-cost: invalid float value: 'much'"),
+        (["census", "plnt", "--out", "x"], "census: argument VERB: invalid choice: 'plnt'"),
+        (["plan", "demo", "--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_a_line_that_no_verb_takes_is_refused_in_one_line(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    line = one_line(capsys)
+    assert line.startswith(f"scaling-ray: {complaint}") and "--help` shows an example [V029]" in line
+
+
+def test_explain_says_cause_and_way_out_of_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "absent.toml"]) == 2
+    code = one_line(capsys)[-6:]
+    assert main(["explain", code]) == 0
+    shown = capsys.readouterr().out
+    assert "is no file and no example" in shown and "name a TOML file" in shown and "exit code 2" in shown
+    assert main(["explain", "S9999"]) == 2
+    assert "is no code of this version" in one_line(capsys)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_code_for_a_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    code = capsys.readouterr().out
+    assert "scaling-ray" in code and "_ARGCOMPLETE" in code
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered", "withheld"),
+    [
+        ("scaling-ray st", {"status"}, {"sweep"}),
+        ("scaling-ray census ", {"plant", "import", "check"}, {"plan"}),
+        ("scaling-ray plan de", {"demo"}, {"demo.txt"}),
+        ("scaling-ray plan ./", {"./my.toml"}, {"./cells.h5ad"}),
+        ("scaling-ray plan demo --max-c", {"--max-cost", "--max-cpu-hours"}, {"--max-gpu-hours"}),
+        ("scaling-ray census check ce", {"cells.h5ad"}, set()),
+        ("scaling-ray export sweep law-", {"law-a", "law-b"}, {"rate-c"}),
+        ("scaling-ray bench train --precision ", {"fp32", "bf16"}, set()),
+        ("scaling-ray completion ", {"bash", "zsh", "fish"}, set()),
+    ],
+)
+def test_a_shell_is_offered_what_can_follow(typed: str, offered: set[str], withheld: set[str], tmp_path: Path) -> None:
+    for file in ("my.toml", "cells.h5ad", "demo.txt"):
+        (tmp_path / file).touch()
+    for run in ("law-a", "law-b", "rate-c"):
+        (tmp_path / "sweep" / "runs" / run).mkdir(parents=True)
+    answer = tmp_path / "answer"
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "COMP_LINE": typed,
+        "COMP_POINT": str(len(typed)),
+        "COMP_TYPE": "9",
+    }
+    code = "import sys; from scaling_ray.cli import main; sys.exit(main())"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **asked, "PYTHONPATH": str(REPOSITORY)},
+        cwd=tmp_path,
+        check=True,
+    )
+    found = {line.strip() for line in answer.read_text().splitlines()}
+    assert offered <= found and not withheld & found, found
+
+
+def test_a_shell_completes_a_line_itself(tmp_path: Path) -> None:
+    """As a user sets it up: the code is read by a real shell, which then answers Tab."""
+    command = Path(sys.executable).parent
+    script = f"""
+        export PATH="{command}:$PATH" PYTHONPATH="{REPOSITORY}"
+        source <(scaling-ray completion bash)
+        COMP_LINE="scaling-ray track re" COMP_POINT=20 COMP_TYPE=9 COMP_WORDS=(scaling-ray track re) COMP_CWORD=2
+        _python_argcomplete scaling-ray re track
+        echo "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["replay"], done.stderr
 
 
 def test_the_installed_command_answers() -> None:

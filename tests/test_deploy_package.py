@@ -57,7 +57,7 @@ def checkout(tmp_path: Path) -> Path:
 def test_every_file_of_the_code_goes_along_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
     names = packed(checkout, tmp_path / "package.zip")
     assert names == tracked()
-    assert {"scaling_ray/cli.py", "jobs/sweep.py", "scaling_ray/specs/demo.toml"} <= names
+    assert {"scaling_ray/cli/__main__.py", "jobs/sweep.py", "scaling_ray/specs/demo.toml"} <= names
 
 
 def test_no_cell_goes_along_whatever_its_folder_is_called(checkout: Path, tmp_path: Path) -> None:

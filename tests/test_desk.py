@@ -10,6 +10,7 @@ import pytest
 from conftest import synthetic_cells, write_cells_as_shards
 
 from scaling_ray.errors import BadInput, BudgetSpent, StorageFailed
+from scaling_ray.pace import span
 from scaling_ray.results.sweep_files import SweepFiles
 from scaling_ray.runs import runs_of
 from scaling_ray.shards.format import SPLITS, read_manifest
@@ -114,7 +115,9 @@ def test_a_lost_node_costs_nothing_however_often(tmp_path: Path) -> None:
 
 def forbid_writing(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     def full(name: str, data: bytes) -> None:
-        raise BadInput("--out", name, "cannot be used") from OSError(28, os.strerror(28), name)  # as a LocalPlace does
+        raise BadInput("P001", "--out", name, "cannot be used") from OSError(
+            28, os.strerror(28), name
+        )  # as a LocalPlace does
 
     monkeypatch.setattr(call.files.place, "write", full)
 
@@ -197,3 +200,25 @@ def test_what_no_node_can_hold_fails_and_the_others_go_on(tmp_path: Path) -> Non
     failures = [call.files.run(run.run_id).failure() for run in runs if run.size == "B"]
     assert [failure.failure for failure in failures if failure is not None] == ["bad_input", "bad_input"]
     assert all(failure and "needs 4 CPUs, the cluster can have 2" in failure.message for failure in failures)
+
+
+def test_a_run_that_ended_is_told_with_the_time_that_the_others_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Call(tmp_path)
+    now = [1_000.0]
+    monkeypatch.setattr("scaling_ray.sweep.state.time.monotonic", lambda: now[0])
+    state = SweepState(
+        call.state.spec, call.state.manifest, call.state.shards, call.files, call.state.runs, call.said.append
+    )
+    hours = {run["run_id"]: run["hours"] for run in make_plan(call.state.spec, "cpu")[0]["settings"]}
+    ended = call.state.runs[0]
+    now[0] += 60.0
+    call.files.run(ended.run_id).record_failure(ended, "bug", "it broke")
+    state.announce(ended, 60.0)
+    ahead = 60.0 * (sum(hours.values()) - hours[ended.run_id]) / hours[ended.run_id]
+    assert call.said[-1].endswith(f"failed (bug)  60 s, about {span(ahead)} left")
+    for run in call.state.runs[1:]:
+        call.files.run(run.run_id).record_failure(run, "bug", "it broke")
+        state.announce(run, 1.0)
+    assert call.said[-1].endswith("failed (bug)  1 s"), "the last one leaves nothing"

@@ -19,7 +19,7 @@ from test_network import GENES, Reference, network_of
 
 from scaling_ray.census.source import Census
 from scaling_ray.cli import main
-from scaling_ray.embed import EMBEDDING
+from scaling_ray.embedding import EMBEDDING
 from scaling_ray.model.exported import read_record, save_model
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.neighbours import NEIGHBOURS, Sample, compare_with_components

@@ -14,15 +14,19 @@ import pytest
 from conftest import TINY_SWEEP
 from test_cli import VERBS, one_line
 
-from scaling_ray import verbs
 from scaling_ray.cli import main
 from scaling_ray.doctor import LIGHT_PACKAGES, USES
 from scaling_ray.errors import BadInput
 from scaling_ray.extras import EXTRAS, missing_modules, require_extras
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LIGHT_MODULES = {"numpy", "scipy", "pyarrow", "pydantic", "jinja2", "markupsafe", "resvg_py"}
-LIGHT_VERBS = ("init", "plan", "fit", "audit", "report", "reference", "status", "shards verify", "doctor")
+LIGHT_MODULES = {"numpy", "scipy", "pyarrow", "pydantic", "jinja2", "markupsafe", "resvg_py"} | {
+    *("rich", "rich_argparse", "argcomplete")
+}
+LIGHT_VERBS = (
+    *("init", "plan", "fit", "audit", "report", "reference", "status", "shards verify", "doctor"),
+    *("explain", "completion"),
+)
 BLOCKED = sorted({module for modules in EXTRAS.values() for module in modules} | {"deepspeed", "s3fs"})
 
 
@@ -71,30 +75,35 @@ def modules_behind(start: list[str]) -> set[str]:
     return found - set(sys.stdlib_module_names)
 
 
-def handler_imports(name: str) -> list[str]:
-    """What the function of a verb imports, in its own body."""
-    tree = ast.parse(Path(str(verbs.__file__)).read_text())
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    called = [
-        node.func.id
-        for node in ast.walk(functions[name])
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    ]
-    own = [functions[name], *(functions[other] for other in called if other in functions)]
-    return [module for function in own for node in ast.walk(function) for module in names_of(node)]
+def handler_imports(module: str, name: str) -> list[str]:
+    """What the function of a verb imports, in its own body and in those of the command line's that it calls."""
+    path = file_of(module)
+    assert path is not None
+    tree = ast.parse(path.read_text())
+    functions = {node.name: (module, node.name) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for line in tree.body:
+        if isinstance(line, ast.ImportFrom) and str(line.module).startswith("scaling_ray.cli."):
+            functions |= {alias.name: (str(line.module), alias.name) for alias in line.names}
+    own = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    found = [imported for node in ast.walk(own) for imported in names_of(node)]
+    for node in ast.walk(own):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions:
+            where, called = functions[node.func.id]
+            found += handler_imports(where, called) if (where, called) != (module, name) else []
+    return found
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_loads_nothing_but_the_extras_it_names(verb: str) -> None:
     needs, handler = VERBS[verb].get_default("needs"), VERBS[verb].get_default("handler")
     allowed = LIGHT_MODULES | {module for extra in needs for module in EXTRAS[extra]}
-    assert modules_behind(handler_imports(handler.__name__)) <= allowed
+    assert modules_behind(handler_imports(handler.__module__, handler.__name__)) <= allowed
     assert (verb in LIGHT_VERBS) == (needs == ())
 
 
 def test_the_scan_sees_what_is_heavy() -> None:
     assert {"torch", "ray"} <= modules_behind(["scaling_ray.sweep.run"])
-    assert "tiledbsoma" in modules_behind(handler_imports("shards_build"))
+    assert "tiledbsoma" in modules_behind(handler_imports("scaling_ray.cli.shards", "build"))
 
 
 def test_every_extra_is_declared_and_known_to_the_doctor() -> None:
@@ -116,7 +125,7 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(monkeypatch:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(BadInput) as refusal:
         require_extras("sweep", "train", "cluster", "track")
-    assert str(refusal.value) == "sweep: 'torch, ray': not installed; pip install 'scaling-ray[train,cluster]'"
+    assert str(refusal.value) == "sweep: 'torch, ray': not installed; pip install 'scaling-ray[train,cluster]' [V001]"
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in LIGHT_VERBS])

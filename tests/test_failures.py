@@ -106,7 +106,7 @@ def test_being_stopped_is_no_failure(tmp_path: Path) -> None:
     run = small_run()
 
     def stopped() -> None:
-        raise Preempted("stopped")
+        raise Preempted("M000", "stopped")
 
     with pytest.raises(Preempted):
         guarded(sweep_at(tmp_path), [run], stopped)

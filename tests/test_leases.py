@@ -423,7 +423,7 @@ class Switch:
     def check(self) -> None:
         self.asked += 1
         if self.lost:
-            raise LeaseHeld("another driver took over here")
+            raise LeaseHeld("P000", "another driver took over here")
 
 
 def changes(place: Place, folder: Path) -> dict[str, Callable[[], object]]:

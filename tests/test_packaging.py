@@ -102,6 +102,9 @@ def test_types_and_specs_are_in_the_wheel(installed: Installation) -> None:
 def test_the_light_verbs_work(installed: Installation, tmp_path: Path) -> None:
     assert installed.verb("--version").strip() == "0.1.0"
     assert "VERB" in installed.verb("--help")
+    assert "_ARGCOMPLETE" in installed.verb("completion", "bash")
+    assert "not installed" in installed.verb("explain", "V001")
+    assert installed.call("python", "-c", "import scaling_ray; print(scaling_ray.plan('demo'))").returncode == 0
     for name in example_names():
         assert name in installed.verb("init", "--list")
         assert " runs, " in installed.verb("plan", name)
@@ -132,7 +135,9 @@ def test_a_verb_says_which_extra_is_missing(installed: Installation, arguments: 
     done = installed.call("scaling-ray", *arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("scaling-ray: ") and line.endswith(f"not installed; pip install 'scaling-ray[{extras}]'")
+    assert line.startswith("scaling-ray: ") and line.endswith(
+        f"not installed; pip install 'scaling-ray[{extras}]' [V001]"
+    )
     assert list(installed.folder.iterdir()) == []
 
 

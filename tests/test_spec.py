@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling_ray.errors import BadInput, DamagedFiles
+from scaling_ray.errors import BadInput, DamagedFiles, LeaseHeld, Lost
 from scaling_ray.runs import RunSpec, runs_of
 from scaling_ray.spec import SweepSpec, TrainingRules, TrainSpec, load_spec, parse_spec
 
@@ -185,10 +185,14 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_errors_survive_the_way_between_processes() -> None:
-    bad = pickle.loads(pickle.dumps(BadInput("field", 3, "the way out")))
-    assert (str(bad), bad.field, bad.value, bad.remedy) == ("field: 3: the way out", "field", 3, "the way out")
-    damaged = pickle.loads(pickle.dumps(DamagedFiles(["a: gone", "b: cut"])))
-    assert (str(damaged), damaged.problems) == ("a: gone; b: cut", ["a: gone", "b: cut"])
+    bad = pickle.loads(pickle.dumps(BadInput("S000", "field", 3, "the way out")))
+    assert (str(bad), bad.field, bad.value, bad.remedy) == ("field: 3: the way out [S000]", "field", 3, "the way out")
+    damaged = pickle.loads(pickle.dumps(DamagedFiles("D000", ["a: gone", "b: cut"])))
+    assert (str(damaged), damaged.problems) == ("a: gone; b: cut [D000]", ["a: gone", "b: cut"])
+    lost = pickle.loads(pickle.dumps(Lost("M000", "a node is gone", node_gone=True)))
+    assert (str(lost), lost.said, lost.node_gone) == ("a node is gone [M000]", "a node is gone", True)
+    held = pickle.loads(pickle.dumps(LeaseHeld("P000", "another works here")))
+    assert (type(held), str(held), held.code) == (LeaseHeld, "another works here [P000]", "P000")
 
 
 def test_grid_is_the_product_with_rate_trials_first() -> None:

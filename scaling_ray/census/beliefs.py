@@ -185,7 +185,7 @@ def _tell_columns(found: Belief) -> None:
 def _tell_libraries(found: Belief, cells: CellFile, rules: Rules) -> None:
     stats = found.counts.stats
     if not found.kept.any():
-        raise BadInput(found.file, "no cell", "has a count of a gene; nothing is left to import")
+        raise BadInput("C001", found.file, "no cell", "has a count of a gene; nothing is left to import")
     totals = stats.totals[found.kept]
     low, middle, high = np.quantile(totals, [0.05, 0.5, 0.95])
     found.rows.append(

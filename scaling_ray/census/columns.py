@@ -164,6 +164,7 @@ def _donor_column(file: str, given: pd.DataFrame, folded: dict[str, str], donor:
     if donor and usual is None:
         like = ", ".join(like_donors(given)) or ", ".join(map(str, given.columns[:12])) or "no column"
         raise BadInput(
+            "C002",
             "--donor",
             ", ".join(donor),
             f"is no obs column of {file}; it has {like} (--donor @file: one donor per file)",
@@ -179,5 +180,5 @@ def _as_bool(column: pd.Series, name: str) -> np.ndarray:
     text = column.astype(str).str.lower()
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     if not text.isin(known).all():
-        raise BadInput(name, text[~text.isin(known)].iloc[0], "must be true or false for every cell")
+        raise BadInput("C003", name, text[~text.isin(known)].iloc[0], "must be true or false for every cell")
     return text.map(known).to_numpy(bool)

@@ -178,7 +178,7 @@ def resolve_genes(
     left_out = dict(Counter(kind[kind != ""].tolist()))
     if not len(column):
         what = ", ".join(f"{count:,} {name}" for name, count in left_out.items()) or "nothing"
-        raise BadInput(f"{file}: genes", what, "holds no genes; give the file of gene expression")
+        raise BadInput("C004", f"{file}: genes", what, "holds no genes; give the file of gene expression")
     sources = id_sources(var)
     ids_from = _best_source(sources, kind == "")
     given = sources[ids_from][column]
@@ -188,7 +188,7 @@ def resolve_genes(
     notes: list[str] = []
     if as_given:
         if organism is None:
-            raise BadInput("--organism", None, "goes with --gene-ids given; name homo_sapiens or mus_musculus")
+            raise BadInput("C005", "--organism", None, "goes with --gene-ids given; name homo_sapiens or mus_musculus")
         ids, kept, matched = given, np.ones(len(given), bool), "ids as they stand (--gene-ids given)"
     else:
         ids, species, matched = _identified(file, given, names, known or {}, organism, notes)
@@ -288,6 +288,7 @@ def _identified(
     if told < LEAST_MATCHED * len(ids) and told + mapped < LEAST_MATCHED * len(ids):
         shown = ", ".join(f"{name} {count:,}" for name, count in hits.items())
         raise BadInput(
+            "C006",
             f"{file}: gene names",
             f"{told + mapped:,} of {len(ids):,} known",
             f"give Ensembl ids in a column of var; known names: {shown} ({table_source('homo_sapiens')}, "
@@ -328,9 +329,10 @@ def _one_species(file: str, species: Iterable[str], organism: str | None) -> tup
         organism = next(iter(counts), "")
     elif not counts[organism]:
         shown = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
-        raise BadInput("--organism", organism, f"has no gene in {file}; it holds {shown or 'no Ensembl id'}")
+        raise BadInput("C007", "--organism", organism, f"has no gene in {file}; it holds {shown or 'no Ensembl id'}")
     if organism not in SPECIES:
         raise BadInput(
+            "C008",
             f"{file}: species",
             f"{counts[organism]:,} ids {organism}",
             f"is not supported; a Census here holds {' or '.join(SPECIES)}",
@@ -341,7 +343,7 @@ def _one_species(file: str, species: Iterable[str], organism: str | None) -> tup
 def _two_species(file: str, counts: Mapping[str, int], what: str = "genes of several species") -> BadInput:
     shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     remedy = "one Census holds one species; give one, or keep one species' genes with --organism NAME"
-    return BadInput(f"{file}: {what}", shown, remedy)
+    return BadInput("C009", f"{file}: {what}", shown, remedy)
 
 
 def _refuse_repeats(file: str, ids: np.ndarray, given: np.ndarray) -> None:
@@ -351,6 +353,7 @@ def _refuse_repeats(file: str, ids: np.ndarray, given: np.ndarray) -> None:
     again = values[repeats > 1][0]
     shown = ", ".join(dict.fromkeys(str(text) for text in given[ids == again]))
     raise BadInput(
+        "C010",
         f"{file}: feature_id",
         again,
         f"occurs more than once ({int((repeats - 1).sum()):,} such; the file says {shown}); make gene ids unique",

@@ -168,7 +168,7 @@ def _summable(block: Any) -> Any:
 def unreadable(field: str, error: Exception, what: str = "cannot be read") -> BadInput:
     """The line for a part of a file that a library does not read."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    return BadInput(field, first, f"{what}; write the file again")
+    return BadInput("C011", field, first, f"{what}; write the file again")
 
 
 def is_group_of_cells(group: h5py.Group) -> bool:

@@ -27,6 +27,7 @@ from scaling_ray.census.layout import OBS_STRING_COLUMNS, TWIN_OF, CensusWriter,
 from scaling_ray.census.matrices import FoundCounts, find_counts
 from scaling_ray.census.readers import cell_file_name, open_cells
 from scaling_ray.errors import BadInput
+from scaling_ray.pace import Pace
 from scaling_ray.storage import file_sha256
 
 BELIEFS_NAME = "import.json"
@@ -71,7 +72,7 @@ def import_h5ad(
         if {name: record["about"].get(name) for name in about} == about:
             say(f"{out}: already there")
             return out
-        raise BadInput("out", str(out), "holds another Census; remove it or name a new directory")
+        raise BadInput("C012", "out", str(out), "holds another Census; remove it or name a new directory")
     with _believed(files, names, asked, say) as found:
         return _write(out, found, asked, about, say)
 
@@ -92,10 +93,10 @@ def check_files(files: Sequence[Path], rules: Rules, show: Say) -> None:
 def _dataset_ids(files: Sequence[Path]) -> list[str]:
     """A name for each file: its own, with its folder's before it where two have one name."""
     if not files:
-        raise BadInput("files", [], "name at least one file of cells")
+        raise BadInput("C013", "files", [], "name at least one file of cells")
     for file in files:
         if not file.exists():
-            raise BadInput("file", str(file), "does not exist")
+            raise BadInput("C014", "file", str(file), "does not exist; correct its name")
     names = [cell_file_name(file) for file in files]
     again = Counter(names)
     names = [
@@ -103,7 +104,7 @@ def _dataset_ids(files: Sequence[Path]) -> list[str]:
         for name, file in zip(names, files, strict=True)
     ]
     if len(set(names)) < len(names):
-        raise BadInput("files", names, "two files of one name; a file's name becomes its dataset_id")
+        raise BadInput("C015", "files", names, "two files of one name; a file's name becomes its dataset_id")
     return names
 
 
@@ -162,7 +163,7 @@ def _check_donor_flags(tables: list[pd.DataFrame], rules: Rules) -> None:
     for name in rules.donor:
         if tables and name != DONOR_IS_FILE and not any(has_column(table, name) for table in tables):
             held = ", ".join(map(str, tables[0].columns[:12])) or "no column"
-            raise BadInput("--donor", name, f"is no obs column of any file; the first has {held}")
+            raise BadInput("C016", "--donor", name, f"is no obs column of any file; the first has {held}")
 
 
 def _write(out: Path, joined: Joined | None, rules: Rules, about: dict[str, object], say: Say) -> Path:
@@ -195,7 +196,7 @@ def _write(out: Path, joined: Joined | None, rules: Rules, about: dict[str, obje
         organism=joined.organism,
         twins=joined.twin_of is not None,
     ) as writer:
-        done = 0
+        pace = Pace("imported", n_cells, say)
         for at, (file, column) in enumerate(zip(joined.files, joined.column, strict=True)):
             frame = joined.obs[at]
             if joined.twin_of is not None:
@@ -209,8 +210,7 @@ def _write(out: Path, joined: Joined | None, rules: Rules, about: dict[str, obje
                 if stop > first:
                     writer.append(frame.iloc[first:stop], wide)
                 first = stop
-                done += counts.shape[0]
-                say(f"imported {done:,} of {n_cells:,} cells")
+                pace.add(counts.shape[0])
         about = about | {
             "counts_from": {belief.file: belief.counts.place for belief in beliefs},
             "columns": {belief.file: belief.columns.mapped for belief in beliefs},

@@ -80,7 +80,7 @@ def join(files: Sequence[File], rules: Rules) -> Joined:
         shown = ", ".join(
             f"{belief.file} {len(belief.genes.column):,} genes of {belief.genes.organism}" for _, belief in files
         )
-        raise BadInput("files", shown, "hold several species; one Census holds one, so import them apart")
+        raise BadInput("C017", "files", shown, "hold several species; one Census holds one, so import them apart")
     rows: list[Row] = []
     warnings: list[str] = []
     shared = _shared(files)
@@ -123,7 +123,7 @@ def _tell_genes(files: Sequence[File], shared: set[str], rules: Rules, rows: lis
     everything = len(set().union(*(belief.genes.feature_id.tolist() for _, belief in files)))
     shown = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     if not shared:
-        raise BadInput("files", shown, "share no gene; gene ids of one kind are needed in all of them")
+        raise BadInput("C018", "files", shown, "share no gene; gene ids of one kind are needed in all of them")
     kept = len(shared) if rules.genes == "intersection" else everything
     rows.append(("genes", f"{kept:,} ({rules.genes}); {len(shared):,} are in every file ({shown})"))
     if len(shared) < _FEW_SHARED_GENES * min(sizes.values()):

@@ -129,12 +129,14 @@ def existing(out: Path) -> dict[str, Any] | None:
     if not out.exists():
         return None
     if not out.is_dir():
-        raise BadInput("out", str(out), "is a file; name a new directory")
+        raise BadInput("C019", "out", str(out), "is a file; name a new directory")
     if not any(out.iterdir()):
         return None
     record_path = out / RECORD_NAME
     if not record_path.is_file():
-        raise BadInput("out", str(out), "is not empty and holds no complete Census; remove it or name a new directory")
+        raise BadInput(
+            "C020", "out", str(out), "is not empty and holds no complete Census; remove it or name a new directory"
+        )
     record = json.loads(record_path.read_text())
     check_whole(out, record)
     return record
@@ -146,6 +148,7 @@ def check_whole(root: Path, record: dict[str, Any]) -> None:
     promised = (record["files"], record["bytes"])
     if found != promised:
         raise BadInput(
+            "C021",
             "census",
             str(root),
             f"is incomplete: {found[0]} files of {found[1]} bytes, {promised[0]} of {promised[1]} expected; "

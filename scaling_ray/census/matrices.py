@@ -46,15 +46,15 @@ def find_counts(cells: CellFile, layer: str | None = None, *, trust_counts: bool
     """
     if layer is not None and layer not in cells.places:
         if layer in cells.unread:
-            raise BadInput("--layer", layer, f"of {cells.name} {cells.unread[layer]}")
-        raise BadInput("--layer", layer, f"is not in {cells.name}; it has {', '.join(cells.places)}")
+            raise BadInput("C022", "--layer", layer, f"of {cells.name} {cells.unread[layer]}; name another")
+        raise BadInput("C023", "--layer", layer, f"is not in {cells.name}; it has {', '.join(cells.places)}")
     reasons: dict[str, str] = dict(cells.unread)
     good: dict[str, FoundCounts] = {}
     for place in [layer] if layer is not None else cells.places:
         var = cells.var(place)
         if cells.shape(place) != (len(cells.obs), len(var)):
-            sizes = f"does not fit {len(cells.obs)} cells and {len(var)} genes"
-            raise BadInput(f"{cells.name}:{place}", cells.shape(place), sizes)
+            sizes = f"does not fit {len(cells.obs)} cells and {len(var)} genes; write the file again"
+            raise BadInput("C024", f"{cells.name}:{place}", cells.shape(place), sizes)
         kinds = kinds_of(var)
         stats, reason = _looked_at(cells, place, np.flatnonzero(kinds == ""))
         if reason:
@@ -63,17 +63,20 @@ def find_counts(cells: CellFile, layer: str | None = None, *, trust_counts: bool
             good[place] = FoundCounts(place, reasons, var, kinds, stats)
     if not good:
         why = "; ".join(f"{place}: {reason}" for place, reason in reasons.items()) or "the file has no matrix"
-        raise BadInput(cells.name, "no raw counts", f"{why}. Store raw counts in X, raw.X or a layer")
+        raise BadInput("C025", cells.name, "no raw counts", f"{why}. Store raw counts in X, raw.X or a layer")
     first, *others = good
     differing = [place for place in others if not _same(cells, good[first], good[place])]
     if differing:
         raise BadInput(
-            "--layer", [first, *differing], f"hold different raw counts in {cells.name}; say which one with --layer"
+            "C026",
+            "--layer",
+            [first, *differing],
+            f"hold different raw counts in {cells.name}; say which one with --layer",
         )
     why = "" if trust_counts else why_no_counts(good[first].stats)
     if why:
         raise BadInput(
-            f"{cells.name}:{first}", "no raw counts", f"{why}. Give raw counts, or --trust-counts if these are"
+            "C027", f"{cells.name}:{first}", "no raw counts", f"{why}. Give raw counts, or --trust-counts if these are"
         )
     return good[first]
 
@@ -145,6 +148,7 @@ def doubts_of_totals(file: str, stats: ValueStats, obs: pd.DataFrame, cut_counts
         return []
     if found.share < LEAST_LIBRARY and not cut_counts:
         raise BadInput(
+            "C028",
             f"{file}: library sizes",
             f"{found.share:.1%} of {found.column}",
             f"the counts of {stats.genes:,} genes sum to {found.counts:,.0f} a cell and {found.column} says "

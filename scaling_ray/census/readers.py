@@ -57,7 +57,7 @@ def open_cells(path: Path) -> Iterator[CellFile]:
     """
     path = Path(path)
     if not path.exists():
-        raise BadInput("file", str(path), "does not exist")
+        raise BadInput("C029", "file", str(path), "does not exist; correct its name")
     with ExitStack() as stack:
         yield _opened(path, stack)
 
@@ -75,13 +75,17 @@ def _opened(path: Path, stack: ExitStack) -> CellFile:
         plain = _unpacked(path, stack)
     _refuse_known(path, lower)
     if not h5py.is_hdf5(plain):
-        raise BadInput("file", str(path), f"is no whole .h5ad file nor any other that is read here: {READABLE}")
+        raise BadInput(
+            "C030", "file", str(path), f"is no whole .h5ad file nor any other that is read here; give {READABLE}"
+        )
     if lower.endswith(".loom"):
         return _loom(path, plain)
     try:
         file = stack.enter_context(h5py.File(plain, "r"))
     except OSError as error:
-        raise BadInput("file", str(path), f"is no whole .h5ad file, it was cut short ({_first(error)})") from error
+        raise BadInput(
+            "C031", "file", str(path), f"is no whole .h5ad file, it was cut short ({_first(error)}); copy it again"
+        ) from error
     if "mod" in file:
         return _stored(f"{path.name}", ".h5mu", _rna_of(path, file))
     if is_group_of_cells(file):
@@ -93,13 +97,18 @@ def _opened(path: Path, stack: ExitStack) -> CellFile:
     if {"matrix", "row_attrs", "col_attrs"} <= set(file):
         return _loom(path, plain)
     held = ", ".join(list(file)[:6])
-    raise BadInput("file", str(path), f"is HDF5 with {held or 'nothing in it'}, and none of {READABLE}")
+    raise BadInput(
+        "C032",
+        "file",
+        str(path),
+        f"is HDF5 with {held or 'nothing in it'}, and none of {READABLE}; name the file of counts",
+    )
 
 
 def _refuse_known(path: Path, lower: str) -> None:
     for ending, remedy in _CONVERT.items():
         if lower.endswith(ending):
-            raise BadInput("file", str(path), f"{remedy}; read here: {READABLE}")
+            raise BadInput("C033", "file", str(path), f"{remedy}; read here: {READABLE}")
 
 
 def _first(error: Exception) -> str:
@@ -120,7 +129,7 @@ def _unpacked(path: Path, stack: ExitStack) -> Path:
         with gzip.open(path, "rb") as packed, open(plain, "wb") as unpacked:
             shutil.copyfileobj(packed, unpacked, 2**24)
     except (OSError, EOFError) as error:
-        raise BadInput("file", str(path), f"is no whole gzip file ({_first(error)})") from error
+        raise BadInput("C034", "file", str(path), f"is no whole gzip file ({_first(error)}); copy it again") from error
     return plain
 
 
@@ -128,7 +137,12 @@ def _rna_of(path: Path, file: h5py.File) -> h5py.Group:
     held = list(file["mod"])
     found = next((name for name in _RNA if name in held), None)
     if found is None:
-        raise BadInput("file", str(path), f"holds {', '.join(held)} and no modality of RNA ({', '.join(_RNA)})")
+        raise BadInput(
+            "C035",
+            "file",
+            str(path),
+            f"holds {', '.join(held)} and no modality of RNA ({', '.join(_RNA)}); give a file of RNA",
+        )
     return file["mod"][found]
 
 
@@ -145,7 +159,7 @@ def _loaded(path: Path, container: str, read: Any) -> LoadedCells:
         with _quiet():
             return LoadedCells(path.name, f"{container}, read whole", read())
     except MemoryError as error:
-        raise BadInput("file", str(path), "does not fit this machine's memory; write it as .h5ad") from error
+        raise BadInput("C036", "file", str(path), "does not fit this machine's memory; write it as .h5ad") from error
     except Exception as error:  # noqa: BLE001 - other people's readers raise anything on a damaged file
         raise unreadable(path.name, error) from error
 
@@ -156,7 +170,7 @@ def _old_h5ad(path: Path, plain: Path) -> LoadedCells:
 
 def _loom(path: Path, plain: Path) -> LoadedCells:
     if find_spec("loompy") is None:
-        raise BadInput("file", str(path), "is a .loom file; pip install 'scaling-ray[loom]' reads it")
+        raise BadInput("C037", "file", str(path), "is a .loom file; pip install 'scaling-ray[loom]' reads it")
     return _loaded(path, ".loom", lambda: _read_loom(plain))
 
 
@@ -172,7 +186,9 @@ def _read_loom(plain: Path) -> anndata.AnnData:
 def _tenx_h5(path: Path, plain: Path, file: h5py.File) -> LoadedCells:
     genomes = [] if "matrix" in file else [name for name, node in file.items() if "barcodes" in node]
     if len(genomes) > 1:
-        raise BadInput("file", str(path), f"holds several genomes ({', '.join(genomes)}); a Census holds one species")
+        raise BadInput(
+            "C038", "file", str(path), f"holds several genomes ({', '.join(genomes)}); a Census holds one species"
+        )
     import scanpy
 
     return _loaded(path, "10x .h5", lambda: scanpy.read_10x_h5(plain, gex_only=False))
@@ -188,27 +204,31 @@ def _folder(path: Path, stack: ExitStack) -> CellFile:
         except Exception as error:  # noqa: BLE001 - zarr raises its stores' own errors
             raise unreadable(path.name, error) from error
         if not whole:
-            raise BadInput("file", str(path), "is a .zarr store without obs and var; write it with write_zarr")
+            raise BadInput("C039", "file", str(path), "is a .zarr store without obs and var; write it with write_zarr")
         return _stored(path.name, ".zarr", root)
     matrices = [name for name in names if name.lower().removesuffix(".gz").endswith("matrix.mtx")]
     if len(matrices) == 1:
         return _mtx(path, matrices[0][: matrices[0].lower().index("matrix.mtx")], path.name)
     if matrices:
         remedy = f"holds {len(matrices)} matrices; name each file, such as {path / matrices[0]}"
-        raise BadInput("file", str(path), remedy)
+        raise BadInput("C040", "file", str(path), remedy)
     inside = [name for name in names if name.lower().endswith((".h5ad", ".h5", ".loom", ".h5mu", ".zarr"))]
     inner = [name for name in names if (path / name).is_dir() and "feature_bc_matrix" in name]
     if inside or inner:
         remedy = f"is a folder; name what is in it, such as {path / (inside + inner)[0]}"
-        raise BadInput("file", str(path), remedy)
+        raise BadInput("C041", "file", str(path), remedy)
     shown = ", ".join(names[:4]) or "nothing"
-    raise BadInput("file", str(path), f"is a folder with {shown}, and none of {READABLE}")
+    raise BadInput(
+        "C042", "file", str(path), f"is a folder with {shown}, and none of {READABLE}; name the file of counts"
+    )
 
 
 def _mtx(folder: Path, prefix: str | None, name: str) -> LoadedCells:
     """A 10x folder, of any version of Cell Ranger, also with a prefix before its three files (as GEO has them)."""
     if prefix is None:
-        raise BadInput("file", str(folder / name), "is no matrix.mtx; a 10x folder has one, and two tables beside")
+        raise BadInput(
+            "C043", "file", str(folder / name), "is no matrix.mtx; a 10x folder has one, and two tables beside"
+        )
     there = {entry.name for entry in folder.iterdir()}
 
     def beside(*stems: str) -> Path:
@@ -216,7 +236,12 @@ def _mtx(folder: Path, prefix: str | None, name: str) -> LoadedCells:
             for ending in ("", ".gz"):
                 if f"{prefix}{stem}{ending}" in there:
                     return folder / f"{prefix}{stem}{ending}"
-        raise BadInput("file", str(folder), f"has {prefix}matrix.mtx and no {prefix}{stems[0]} beside it")
+        raise BadInput(
+            "C044",
+            "file",
+            str(folder),
+            f"has {prefix}matrix.mtx and no {prefix}{stems[0]} beside it; copy the whole folder",
+        )
 
     matrix, features, barcodes = beside("matrix.mtx"), beside("features.tsv", "genes.tsv"), beside("barcodes.tsv")
     return _loaded(folder if prefix == "" else folder / name, "10x mtx", lambda: _read_mtx(matrix, features, barcodes))

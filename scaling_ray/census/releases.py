@@ -27,7 +27,9 @@ def newest_release() -> Release:
     try:
         told = cellxgene_census.get_census_version_description("stable")
     except requests.RequestException as error:
-        raise BadInput("census", "stable", "the directory of releases cannot be reached; check the network") from error
+        raise BadInput(
+            "C045", "census", "stable", "the directory of releases cannot be reached; check the network"
+        ) from error
     except (ValueError, KeyError) as error:
-        raise BadInput("census", "stable", "the directory of releases cannot be read; try later") from error
+        raise BadInput("C046", "census", "stable", "the directory of releases cannot be read; try later") from error
     return Release(str(told["release_build"]), told["release_date"])

@@ -53,14 +53,14 @@ class Census:
         self._root, self.uri = root, uri
         if not {"census_info", "census_data"} <= set(root):
             root.close()
-            raise BadInput("census", uri, f"is a SOMA collection but no Census; {_WAYS}")
+            raise BadInput("C047", "census", uri, f"is a SOMA collection but no Census; {_WAYS}")
         held = sorted(root["census_data"])
         if organism is None:
             organism = held[0] if len(held) == 1 else ORGANISM
         self.organism = organism
         if organism not in held:
             root.close()
-            raise BadInput("organism", organism, f"is not in this Census; it holds {held}")
+            raise BadInput("C048", "organism", organism, f"is not in this Census; it holds {held}")
         experiment = root["census_data"][organism]
         self._obs, self._rna = experiment.obs, experiment.ms["RNA"]
         self._x = self._rna.X["raw"]
@@ -71,6 +71,7 @@ class Census:
         if not self.schema_version.startswith(f"{SCHEMA_MAJOR}."):
             root.close()
             raise BadInput(
+                "C049",
                 "census schema",
                 self.schema_version,
                 f"is not the {SCHEMA_MAJOR}.x this version reads; upgrade scaling-ray, or name an older release",
@@ -123,21 +124,21 @@ class Census:
             uri = _local_path(where, check)
             if uri is None:
                 if not where.startswith("s3://"):
-                    raise BadInput("census", where, f"is neither; {_WAYS}")
+                    raise BadInput("C050", "census", where, f"is neither; {_WAYS}")
                 uri = where
                 config |= _s3_config(uri, region, anonymous)
             context = cellxgene_census.get_default_soma_context(tiledb_config=config)
             return cls(cellxgene_census.open_soma(uri=uri, context=context), uri, organism)
         except soma.DoesNotExistError as error:
-            raise BadInput("census", where, f"holds no Census; {_WAYS}") from error
+            raise BadInput("C051", "census", where, f"holds no Census; {_WAYS}") from error
         except ValueError as error:
             if isinstance(error, BadInput) or "encoding" not in str(error):
                 raise
             raise BadInput(
-                "census", where, f"cannot be read by this tiledbsoma ({_first_line(error)}); upgrade it"
+                "C052", "census", where, f"cannot be read by this tiledbsoma ({_first_line(error)}); upgrade it"
             ) from error
         except soma.SOMAError as error:
-            raise BadInput("census", where, f"cannot be read ({_first_line(error)}); {_WAYS}") from error
+            raise BadInput("C053", "census", where, f"cannot be read ({_first_line(error)}); {_WAYS}") from error
 
     @classmethod
     def _open_release(cls, version: str, organism: str | None, config: dict[str, Any]) -> Census:
@@ -146,10 +147,13 @@ class Census:
             root = cellxgene_census.open_soma(census_version=version, context=context)
         except requests.RequestException as error:
             raise BadInput(
-                "census", version, "the directory of releases cannot be reached; check the network, or give a URI"
+                "C054",
+                "census",
+                version,
+                "the directory of releases cannot be reached; check the network, or give a URI",
             ) from error
         except ValueError as error:
-            raise BadInput("census", version, "is no known Census release; try stable") from error
+            raise BadInput("C055", "census", version, "is no known Census release; try stable") from error
         return cls(root, root.uri, organism)
 
     def __enter__(self) -> Self:
@@ -208,13 +212,14 @@ class Census:
         known = list(self._obs.keys())
         for name in columns:
             if name not in known:
-                raise BadInput("obs column", name, f"is not in this Census; it has {', '.join(known)}")
+                raise BadInput("C056", "obs column", name, f"is not in this Census; it has {', '.join(known)}")
 
     def _obs_tables(self, columns: Sequence[str] | None, value_filter: str | None) -> Iterator[pa.Table]:
         try:
             yield from self._obs.read(column_names=columns, value_filter=value_filter or None)
         except soma.SOMAError as error:
             raise BadInput(
+                "C057",
                 "value_filter",
                 value_filter,
                 f"is not understood ({_first_line(error)}); write e.g. tissue_general == 'lung' and "
@@ -288,7 +293,7 @@ class Census:
             BadInput: the range leaves the Census, or a value is negative, fractional or beyond int32.
         """
         if not 0 <= start < stop <= self.n_cells:
-            raise BadInput("cell range", (start, stop), f"choose 0 <= start < stop <= {self.n_cells}")
+            raise BadInput("C058", "cell range", (start, stop), f"choose 0 <= start < stop <= {self.n_cells}")
         table = patiently(
             lambda: self._x.read((slice(start, stop - 1), slice(None))).tables().concat(), self._may_come_back
         )
@@ -318,7 +323,7 @@ def _as_counts(values: np.ndarray, where: str) -> np.ndarray:
     wrong = counts.astype(values.dtype) != values
     if wrong.any() or (len(counts) and counts.min() < 0):
         first = float(values[np.argmax(wrong | (counts < 0))])
-        raise BadInput("X/raw", first, f"is no count ({where}); a Census of raw counts is needed")
+        raise BadInput("C059", "X/raw", first, f"is no count ({where}); a Census of raw counts is needed")
     return counts
 
 
@@ -328,7 +333,7 @@ def _local_path(where: str, check: bool) -> str | None:
         return None
     path = Path(unquote(urlparse(where).path) if where.startswith("file://") else where).absolute()
     if not path.exists():
-        raise BadInput("census", where, f"does not exist; {_WAYS}")
+        raise BadInput("C060", "census", where, f"does not exist; {_WAYS}")
     record = path / RECORD_NAME
     if check and record.is_file():
         check_whole(path, json.loads(record.read_text()))
@@ -346,7 +351,7 @@ def _s3_config(uri: str, region: str | None, anonymous: bool | None) -> dict[str
     if endpoint:
         address = urlparse(endpoint)
         if address.scheme not in ("http", "https") or not address.netloc:
-            raise BadInput("AWS_ENDPOINT_URL", endpoint, "must look like http://host:port")
+            raise BadInput("C061", "AWS_ENDPOINT_URL", endpoint, "must look like http://host:port")
         config |= {
             "vfs.s3.endpoint_override": address.netloc,
             "vfs.s3.scheme": address.scheme,

@@ -54,7 +54,7 @@ def published_directory(given: Path | None = None) -> Path:
         if all((place / name).is_file() for name in (CANONICAL, ALL_RUNS)):
             return place
     where_looked = str(given) if given else ", ".join(str(place) for place in places)
-    raise BadInput("published", where_looked, f"does not hold {CANONICAL} and {ALL_RUNS}; name their directory")
+    raise BadInput("T001", "published", where_looked, f"does not hold {CANONICAL} and {ALL_RUNS}; name their directory")
 
 
 def audit(directory: Path | None = None) -> dict[str, Any]:
@@ -348,4 +348,6 @@ def _column(runs: list[dict[str, str]], name: str) -> Floats:
     try:
         return np.array([float(run[name]) for run in runs])
     except (KeyError, ValueError) as error:
-        raise BadInput(name, str(error), "the published tables need this column, in numbers") from error
+        raise BadInput(
+            "T002", name, str(error), "the published tables need this column, in numbers; restore them"
+        ) from error

@@ -105,12 +105,14 @@ def select_points(columns: Mapping[str, Any], anchors: Sequence[str], agreement:
     """
     for name, meaning in (("params", "trainable parameters of each run"), ("loss", "its loss on held-out cells")):
         if name not in columns:
-            raise BadInput(name, sorted(columns), f"the table needs a column {name}: {meaning}")
+            raise BadInput("T003", name, sorted(columns), f"the table needs a column {name}; add it: {meaning}")
     names = [name for name in read_by_laws(agreement) if name in columns]
     count = len(columns["loss"])
     for name in names:
         if len(columns[name]) != count:
-            raise BadInput(name, len(columns[name]), f"has another number of rows than loss ({count})")
+            raise BadInput(
+                "T004", name, len(columns[name]), f"has another number of rows than loss ({count}); make them equal"
+            )
     text = {name: np.array(["" if v is None else str(v) for v in columns[name]]) for name in names}
     excluded: list[dict[str, Any]] = []
     keep, diverged = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
@@ -133,7 +135,9 @@ def select_points(columns: Mapping[str, Any], anchors: Sequence[str], agreement:
     if "run_id" in text:
         ids, seen = np.unique(text["run_id"][keep & (text["run_id"] != "")], return_counts=True)
         if np.any(seen > 1):
-            raise BadInput("run_id", str(ids[seen > 1][0]), "stands in the table more than once; keep one row per run")
+            raise BadInput(
+                "T005", "run_id", str(ids[seen > 1][0]), "stands in the table more than once; keep one row per run"
+            )
     values = {name: _numbers(columns[name], name, keep) for name in NUMBERS if name in columns}
     for name in ("params", "loss", "cells"):
         if name in values:
@@ -144,7 +148,9 @@ def select_points(columns: Mapping[str, Any], anchors: Sequence[str], agreement:
     aside = np.array([is_anchor(size, width, anchors) for size, width in zip(sizes, widths, strict=True)])
     drop(aside, "anchor size, never a point")
     if not np.any(keep):
-        raise BadInput("table", count, "no finished run is left that could be a point of a law")
+        raise BadInput(
+            "T006", "table", count, "no finished run is left that could be a point of a law; finish some runs"
+        )
     table = {name: values[name] if name in values else text[name] for name in names} | {"row": np.arange(count) + 1}
     axes = [name for name in ("params", "cells") if name in table and name in _known(table, keep)]
     lost: Rows = {str(name): table[name][diverged & ~aside] for name in axes}
@@ -168,7 +174,7 @@ def _numbers(column: Sequence[Any], name: str, keep: NDArray) -> NDArray:
             values[i] = float(value)
         except (TypeError, ValueError) as error:
             if keep[i]:
-                raise BadInput(name, value, f"row {i + 1}: not a number") from error
+                raise BadInput("T007", name, value, f"row {i + 1}: not a number; correct it") from error
     return values
 
 
@@ -180,7 +186,7 @@ def _refuse_bad(name: str, column: Sequence[Any], bad: NDArray) -> None:
     if name == "loss":
         way_out += " (a run that diverged: status failed, failure diverged)"
     what = f"row {shown}" if bad.size == 1 else f"rows {shown}"
-    raise BadInput(name, str(column[bad[0]]), f"{what}: must be a positive finite number; {way_out}")
+    raise BadInput("T008", name, str(column[bad[0]]), f"{what}: must be a positive finite number; {way_out}")
 
 
 def _ids(text: Rows, mask: NDArray) -> dict[str, Any]:

@@ -41,12 +41,12 @@ def read_record(directory: Path) -> ModelRecord:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         remedy = f"holds no readable {RECORD}; make a model with `scaling-ray export`"
-        raise BadInput("model", str(directory), remedy) from error
+        raise BadInput("M012", "model", str(directory), remedy) from error
     fields = unseal(text, str(path), "export the model again")
     version, known = fields.pop("version", None), ModelRecord.model_fields["version"].default
     if version != known:
         raise BadInput(
-            f"{path}: version", version, f"is not known here, only {known} is; use the version that wrote it"
+            "M013", f"{path}: version", version, f"is not known here, only {known} is; use the version that wrote it"
         )
     return ModelRecord.parse(text, str(path))
 
@@ -63,13 +63,13 @@ def load_model(directory: Path) -> tuple[MaskedGeneTransformer, ModelRecord]:
     try:
         weights = path.read_bytes()
     except OSError as error:
-        raise BadInput(str(path), error.strerror, remedy) from error
+        raise BadInput("M014", str(path), error.strerror, remedy) from error
     found = hashlib.sha256(weights).hexdigest()
     if found != record.weights_sha256:
-        raise BadInput(str(path), f"sha256 {found[:12]}, not {record.weights_sha256[:12]}", remedy)
+        raise BadInput("M015", str(path), f"sha256 {found[:12]}, not {record.weights_sha256[:12]}", remedy)
     network = MaskedGeneTransformer(record.shape, len(record.feature_ids))
     try:
         network.load_state_dict(load(weights))
     except (SafetensorError, RuntimeError) as error:
-        raise BadInput(str(path), str(error), f"does not fit {RECORD}; export the model again") from error
+        raise BadInput("M016", str(path), str(error), f"does not fit {RECORD}; export the model again") from error
     return network.eval(), record

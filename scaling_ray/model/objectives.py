@@ -70,7 +70,7 @@ def register(objective: Objective) -> None:
     """
     name = objective.facts.name
     if name in _KNOWN and type(_KNOWN[name]) is not type(objective):
-        raise BadInput("objective", name, "is the name of another objective; choose another one")
+        raise BadInput("M017", "objective", name, "is the name of another objective; choose another one")
     OBJECTIVES[name] = objective.facts
     _KNOWN[name] = objective
 
@@ -78,5 +78,7 @@ def register(objective: Objective) -> None:
 def objective_named(name: str) -> Objective:
     """The objective of a name; BadInput where no such is registered in this process."""
     if name not in _KNOWN:
-        raise BadInput("train.objective", name, f"is not registered here; use {', '.join(_KNOWN)}, or register it")
+        raise BadInput(
+            "M018", "train.objective", name, f"is not registered here; use {', '.join(_KNOWN)}, or register it"
+        )
     return _KNOWN[name]

@@ -82,7 +82,7 @@ def class_of_component(truth: PlantedTruth, told: int) -> NDArray[np.int64]:
     In a plant of the law the ``told`` most frequent states of each group, in another of all states. Effects stay apart.
     """
     if told < 0:
-        raise BadInput("told", told, "choose 0 or more")
+        raise BadInput("C062", "told", told, "choose 0 or more")
     if isinstance(truth.spec, LawSpec):
         path = np.minimum(truth.state_path, told)
         of_state = np.ravel_multi_index(tuple(path.T), truth.spec.branching)
@@ -127,7 +127,7 @@ def limited_excess(
     """
     for field, limits in (("told", told), ("rank", rank)):
         if any(n < 0 for n in limits):
-            raise BadInput(field, list(limits), "choose 0 or more")
+            raise BadInput("C063", field, list(limits), "choose 0 or more")
     masked, dataset = np.asarray(masked, bool), np.asarray(dataset, np.int64)
     weight_of = posteriors(
         truth, counts=counts, panel=panel, raw_sum=raw_sum, masked=masked, measured=measured, dataset=dataset
@@ -182,10 +182,10 @@ def excess_by_cells(truth: PlantedTruth, told_excess: Floats, cells: Sequence[in
         least_seen: sightings that make a state known.
     """
     if not isinstance(truth.spec, LawSpec):
-        raise BadInput("truth", "tree", "has no law; use a Census planted with --law")
+        raise BadInput("C064", "truth", "tree", "has no law; use a Census planted with --law")
     probability = truth.spec.state_probability()
     if len(told_excess) != len(probability):
-        raise BadInput("told_excess", len(told_excess), f"needs a value for told = 0 to {len(probability) - 1}")
+        raise BadInput("C065", "told_excess", len(told_excess), f"needs a value for told = 0 to {len(probability) - 1}")
     gained = np.append(np.asarray(told_excess)[:-1] - np.asarray(told_excess)[1:], 0.0)
     return np.array([float(gained @ binom.cdf(least_seen - 1, n, probability)) for n in cells])
 
@@ -198,5 +198,5 @@ def exponent(n: Sequence[float] | NDArray[np.number], excess: Sequence[float] | 
     """
     x, y = np.asarray(n, float), np.asarray(excess, float)
     if len(x) < 2 or (x <= 0).any() or (y <= 0).any():
-        raise BadInput("excess", y.tolist(), "needs two or more points, all above 0")
+        raise BadInput("C066", "excess", y.tolist(), "needs two or more points, all above 0")
     return -float(np.polyfit(np.log(x), np.log(y), 1)[0])

@@ -325,7 +325,7 @@ def _check(
 ) -> None:
     cells, genes = counts.shape
     if recipe not in ("corrected", "published"):
-        raise BadInput("recipe", recipe, "choose corrected or published")
+        raise BadInput("C067", "recipe", recipe, "choose corrected or published")
     for field, array, shape in (
         ("panel", panel, (genes,)),
         ("raw_sum", raw_sum, (cells,)),
@@ -334,14 +334,19 @@ def _check(
         ("dataset", dataset, (cells,)),
     ):
         if array.shape != shape:
-            raise BadInput(field, array.shape, f"expected the shape {shape} that goes with counts")
+            raise BadInput("C068", field, array.shape, f"expected the shape {shape} that goes with counts")
     if len(np.unique(panel)) != genes or panel.min() < 0 or panel.max() >= truth.spec.n_genes:
-        raise BadInput("panel", panel.tolist(), f"must be distinct joinids below {truth.spec.n_genes}")
+        raise BadInput("C069", "panel", panel.tolist(), f"must be distinct joinids below {truth.spec.n_genes}")
     if not np.array_equal(measured, truth.measured[dataset][:, panel]):
-        raise BadInput("measured", "array", "differs from the truth's list for these data sets and genes")
+        raise BadInput(
+            "C070", "measured", "array", "differs from the truth's list for these data sets and genes; take that list"
+        )
     if (masked & ~measured).any():
-        raise BadInput("masked", "array", "a gene that was not measured cannot be a target")
+        raise BadInput("C071", "masked", "array", "a gene that was not measured cannot be a target; mask measured ones")
     if (counts[~measured] != 0).any() or (counts.sum(axis=1) > raw_sum).any():
         raise BadInput(
-            "counts", "array", "counts of unmeasured genes, or more than raw_sum; are these cells of this plant?"
+            "C072",
+            "counts",
+            "array",
+            "counts of unmeasured genes, or more than raw_sum; are these cells of this plant?",
         )

@@ -10,6 +10,7 @@ import pandas as pd
 
 from scaling_ray.census.layout import OBS_STRING_COLUMNS, CensusWriter, Dataset, existing
 from scaling_ray.errors import BadInput
+from scaling_ray.pace import Pace
 from scaling_ray.planted.draw import CellRange, draw_range
 from scaling_ray.planted.law import LawSpec
 from scaling_ray.planted.truth import TRUTH_NAME, PlantedTruth, PlantSpec, Spec
@@ -79,9 +80,9 @@ def plant(
     out = Path(out)
     for field, value, low, high in (("cells", n_cells, 1, 10**9), ("genes", n_genes, 4, 100_000)):
         if not low <= value <= high:
-            raise BadInput(field, value, f"choose {low} to {high}")
+            raise BadInput("C073", field, value, f"choose {low} to {high}")
     if seed < 0:
-        raise BadInput("seed", seed, "choose 0 or more")
+        raise BadInput("C074", "seed", seed, "choose 0 or more")
     say = progress or (lambda line: None)
     truth = PlantedTruth(spec or PlantSpec(n_genes=n_genes, seed=seed), n_cells)
     about = {"kind": "planted", "n_cells": n_cells, "table_sha256": truth.table_sha256, "spec": repr(truth.spec)}
@@ -90,7 +91,7 @@ def plant(
         if record["about"] == about:
             say(f"{out}: already there")
             return out
-        raise BadInput("out", str(out), "holds another Census; remove it or name a new directory")
+        raise BadInput("C075", "out", str(out), "holds another Census; remove it or name a new directory")
 
     size = truth.spec.range_cells
     with CensusWriter(
@@ -102,11 +103,12 @@ def plant(
         categories=_categories(truth),
         build_tag=f"planted-{truth.spec.seed}",
     ) as writer:
+        pace = Pace("planted", n_cells, say)
         for index in range(-(-n_cells // size)):
             cells = draw_range(truth, index)
             here = min(size, n_cells - index * size)
             writer.append(_obs(truth, cells, index).iloc[:here], cells.counts[:here])
-            say(f"planted {index * size + here:,} of {n_cells:,} cells")
+            pace.add(here)
         return writer.publish(about=about, documents={TRUTH_NAME: truth.to_json()})
 
 
@@ -124,9 +126,11 @@ def plant_law(
         BadInput: as ``plant``; or ``n_genes`` leaves no gene beside the markers.
     """
     if n_genes <= LawSpec().n_markers:
-        raise BadInput("genes", n_genes, f"choose more than the {LawSpec().n_markers} markers of the law's states")
+        raise BadInput(
+            "C076", "genes", n_genes, f"choose more than the {LawSpec().n_markers} markers of the law's states"
+        )
     if seed < 0:
-        raise BadInput("seed", seed, "choose 0 or more")
+        raise BadInput("C077", "seed", seed, "choose 0 or more")
     return plant(out, n_cells=n_cells, n_genes=n_genes, seed=seed, spec=LawSpec(n_genes, seed), progress=progress)
 
 

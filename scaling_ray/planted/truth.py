@@ -248,7 +248,7 @@ def load_truth(path: str | Path) -> PlantedTruth:
     if path.is_dir():
         path = path / TRUTH_NAME
     if not path.is_file():
-        raise BadInput("truth", str(path), "does not exist; only a planted Census has one")
+        raise BadInput("C078", "truth", str(path), "does not exist; only a planted Census has one")
     return parse_truth(path.read_text(), str(path))
 
 
@@ -258,20 +258,23 @@ def parse_truth(plant_json: str, source: str) -> PlantedTruth:
         text = json.loads(plant_json)
         version, stored = text["truth_version"], dict(text["spec"])
         if version != TRUTH_VERSION:
-            raise BadInput("truth_version", version, f"this version reads {TRUTH_VERSION}; plant the Census again")
+            raise BadInput(
+                "C079", "truth_version", version, f"this version reads {TRUTH_VERSION}; plant the Census again"
+            )
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
         design = text.get("design", "tree")
         if design not in _SPECS:
             raise BadInput(
-                "design", design, f"choose {' or '.join(_SPECS)}; this version of the program plants no other"
+                "C080", "design", design, f"choose {' or '.join(_SPECS)}; this version of the program plants no other"
             )
         spec = _SPECS[design](**fields)
         n_cells, expected = int(text["n_cells"]), text["table_sha256"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise BadInput("truth", source, f"is no plant.json ({error}); plant the Census again") from error
+        raise BadInput("C081", "truth", source, f"is no plant.json ({error}); plant the Census again") from error
     truth = PlantedTruth(spec, n_cells)
     if truth.table_sha256 != expected:
         raise BadInput(
+            "C082",
             "table_sha256",
             truth.table_sha256,
             f"differs from {expected} in {source}: this machine does not derive the table the Census was drawn from; "

@@ -85,7 +85,9 @@ def read_sweep(source: Path | str | Place) -> Sweep:
     manifest = files.known_manifest()
     for split in ("train", "val", "test"):
         if split not in manifest.splits:
-            raise BadInput(MANIFEST, f"splits.{split}", "is missing; run the sweep again to write the file anew")
+            raise BadInput(
+                "R001", MANIFEST, f"splits.{split}", "is missing; run the sweep again to write the file anew"
+            )
     links = {run_id: tracking_link(found) for run_id, found in tracked.items()}
     folder = str(place)
     return Sweep(
@@ -118,7 +120,9 @@ def _planned(plan: Mapping[str, Any]) -> dict[str, Planned]:
             for setting in plan["settings"]
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(PLAN, repr(error), "is no plan of this version; run the sweep again to write it anew") from error
+        raise BadInput(
+            "R002", PLAN, repr(error), "is no plan of this version; run the sweep again to write it anew"
+        ) from error
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> list[Evaluation]:

@@ -107,11 +107,16 @@ def compare(
         BadInput: losses of other units or columns, so that nothing can be compared; a tolerance below 0.
     """
     if not 0 <= tolerance_share < 1:
-        raise BadInput("--tolerance", tolerance_share, "must be a share of the drop, at least 0 and below 1")
+        raise BadInput("R008", "--tolerance", tolerance_share, "must be a share of the drop, at least 0 and below 1")
     for name in ("loss_unit", "loss"):
         there, here = getattr(reference.origin, name), getattr(found.origin, name)
         if there is not None and here is not None and there != here:
-            raise BadInput(f"reference: {name}", there, f"the repetition's is {here!r}: these losses do not compare")
+            raise BadInput(
+                "R009",
+                f"reference: {name}",
+                there,
+                f"the repetition's is {here!r}: these losses do not compare; name a reference of the same",
+            )
     drop = reference.drop()
     tolerance = tolerance_share * drop
     cases = [*_losses(reference, found, tolerance), *_laws(reference, found, tolerance, tolerance_share)]

@@ -81,7 +81,9 @@ def read_history(place: Place) -> list[Entry]:
     try:
         entries = [Entry.model_validate_json(line) for line in lines]
     except ValidationError as error:
-        raise BadInput(f"{place}/{HISTORY}", str(error).splitlines()[0], "is no history; move it away") from error
+        raise BadInput(
+            "R010", f"{place}/{HISTORY}", str(error).splitlines()[0], "is no history; move it away"
+        ) from error
     return sorted({each.due_ms: each for each in entries}.values(), key=lambda each: each.due_ms)
 
 

@@ -148,7 +148,12 @@ class SweepRecord(Record):
         """From the gene mean to the best setting: all that was learned. Without a baseline, from the worst setting."""
         means = [sum(s.losses.values()) / len(s.losses) for s in self.settings if s.losses]
         if not means:
-            raise BadInput("settings", self.name, "has no finished run, so there is nothing to compare")
+            raise BadInput(
+                "R011",
+                "settings",
+                self.name,
+                "has no finished run, so there is nothing to compare; make it of a sweep with some",
+            )
         tops = [each.gene_mean for each in self.baselines if each.gene_mean is not None] or means
         return max(max(tops) - min(means), 1e-9 * max(means))
 
@@ -234,7 +239,12 @@ def _record(
     rows = _rows(columns)
     settings, unfinished = _settings(rows)
     if not settings:
-        raise BadInput("sweep", name, "has no finished run of its grid, so there is nothing to keep or compare")
+        raise BadInput(
+            "R012",
+            "sweep",
+            name,
+            "has no finished run of its grid, so there is nothing to keep or compare; finish some runs",
+        )
     told: dict[str, Any] = {column: _the_one([row[column] for row in rows]) for column in _PROTOCOL}
     census = None if manifest is None else manifest.census
     origin = Origin(

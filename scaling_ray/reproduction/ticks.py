@@ -16,11 +16,11 @@ def parse_tick(text: str) -> datetime:
     try:
         found = datetime.fromisoformat(text)
     except ValueError as error:
-        raise BadInput("--tick", text, "is no time; write 2026-11-28 or 2026-11-28T03:17Z") from error
+        raise BadInput("R013", "--tick", text, "is no time; write 2026-11-28 or 2026-11-28T03:17Z") from error
     if len(text) == len("2026-11-28"):
         return found.replace(tzinfo=UTC)
     if found.tzinfo is None:
-        raise BadInput("--tick", text, "has no zone; end it in Z (UTC) or in an offset such as +01:00")
+        raise BadInput("R014", "--tick", text, "has no zone; end it in Z (UTC) or in an offset such as +01:00")
     return found.astimezone(UTC)
 
 

@@ -48,10 +48,10 @@ class Webhook:
         self.host = parts.hostname or ""
         local = parts.scheme == "http" and self.host in _LOOPBACK
         if not self.host or not (parts.scheme == "https" or local):
-            raise BadInput("--webhook", f"{parts.scheme}://{self.host}/...", "must begin with https://")
+            raise BadInput("R015", "--webhook", f"{parts.scheme}://{self.host}/...", "must begin with https://")
         secret = os.environ.get(SECRET)
         if not secret:
-            raise BadInput(SECRET, None, "is not set; the message to --webhook is signed with it")
+            raise BadInput("R016", SECRET, None, "is not set; the message to --webhook is signed with it")
         self._url, self._secret = url, secret.encode()
 
     def send(self, message: Mapping[str, Any], sleep: Callable[[float], None] = time.sleep) -> str | None:

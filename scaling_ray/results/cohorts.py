@@ -53,7 +53,7 @@ def fit_cohorts(rows: Sequence[Row], progress: Progress | None = None) -> dict[i
         try:
             fits[genes] = fit_columns(columns, progress=progress)
         except BadInput as error:
-            fits[genes] = nothing_to_fit(str(error), columns, AGREEMENT)
+            fits[genes] = nothing_to_fit(error.said, columns, AGREEMENT)
     return fits
 
 

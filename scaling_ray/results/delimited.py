@@ -8,10 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaling_ray.errors import BadInput
 from scaling_ray.results.fields import is_unknown, parse
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _SEPARATORS = ",;\t|"
 _NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
@@ -43,20 +46,39 @@ def read_fields(path: Path) -> Fields:
         BadInput: no such file, not a table, no rows, or two columns of one name that differ.
     """
     if not path.is_file():
-        raise BadInput("table", str(path), "no such file" if not path.exists() else "is no file")
+        raise BadInput(
+            "T009",
+            "table",
+            str(path),
+            "no such file; correct its name" if not path.exists() else "is no file; name one",
+        )
     if path.suffix == ".parquet":
         header, records, separator, notes = *_parquet(path), ",", list[str]()
     else:
         header, records, separator = _lines(path)
         notes = [] if separator == "," else [f"fields are separated by {_NAMES[separator]}"]
+    return _fields(header, records, separator, notes, str(path))
+
+
+def fields_in(table: pa.Table, name: str) -> Fields:
+    """The fields of a table that is in memory; BadInput as :func:`read_fields`, about a table of this name."""
+    return _fields(*_arrow(table), ",", [], name)
+
+
+def _fields(header: list[str], records: list[list[Any]], separator: str, notes: list[str], source: str) -> Fields:
     blank = [all(value is None for value in record) for record in records]
     if any(blank):
         notes.append(f"{sum(blank)} blank rows left out")
     records = [record for record, nothing in zip(records, blank, strict=True) if not nothing]
     if not records:
-        raise BadInput("table", str(path), "has no rows")
+        raise BadInput("T010", "table", source, "has no rows; give a row for each run")
     if all(parse(name) is not None for name in header):
-        raise BadInput("table", ", ".join(header), "its first line should name the columns, as in params,seed,loss")
+        raise BadInput(
+            "T011",
+            "table",
+            ", ".join(header),
+            "its first line should name the columns, as in params,seed,loss; add that line",
+        )
     columns: dict[str, list[Any]] = {}
     for number, (name, *values) in enumerate(zip(header, *records, strict=True)):
         name = name or f"Unnamed: {number}"
@@ -69,7 +91,9 @@ def read_fields(path: Path) -> Fields:
         elif columns[name] == values:
             notes.append(f"{name} stands in the table twice with equal values; one is read")
         else:
-            raise BadInput(name, f"{header.count(name)} columns", "two columns of one name; rename or remove one")
+            raise BadInput(
+                "T012", name, f"{header.count(name)} columns", "two columns of one name; rename or remove one"
+            )
     return Fields(columns, separator, tuple(notes))
 
 
@@ -98,7 +122,7 @@ def _lines(path: Path) -> tuple[list[str], list[list[Any]], str]:
         else:
             lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
     except csv.Error as error:
-        raise BadInput("table", str(path), f"is not a CSV table ({error})") from error
+        raise BadInput("T013", "table", str(path), f"is not a CSV table ({error}); correct that line") from error
     first = _line_of_names(lines)
     header = [name.strip() for name in lines[first]] if lines[first:] else []
     rows = lines[first + 1 :]
@@ -112,7 +136,10 @@ def _lines(path: Path) -> tuple[list[str], list[list[Any]], str]:
             fields = [""] * len(header)
         if len(fields) < len(header) or any(fields[len(header) :]):
             raise BadInput(
-                "table", f"{path.name} line {number}", f"does not have the {len(header)} fields of its header"
+                "T014",
+                "table",
+                f"{path.name} line {number}",
+                f"does not have the {len(header)} fields of its header; correct that line",
             )
         records.append([field or None for field in fields[: len(header)]])
     return header, records, separator
@@ -131,9 +158,9 @@ def _text(path: Path) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise BadInput("table", str(path), f"is not a CSV table in UTF-8 ({error}); save it as one") from error
+        raise BadInput("T015", "table", str(path), f"is not a CSV table in UTF-8 ({error}); save it as one") from error
     if "\0" in text:
-        raise BadInput("table", str(path), "is not a CSV table; save it as one")
+        raise BadInput("T016", "table", str(path), "is not a CSV table; save it as one")
     return text
 
 
@@ -159,6 +186,10 @@ def _parquet(path: Path) -> tuple[list[str], list[list[Any]]]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise BadInput("table", str(path), f"is not a Parquet file ({error})") from error
+        raise BadInput("T017", "table", str(path), f"is not a Parquet file ({error}); write it again") from error
+    return _arrow(table)
+
+
+def _arrow(table: pa.Table) -> tuple[list[str], list[list[Any]]]:
     fields = [[None if is_unknown(value) else value for value in column.to_pylist()] for column in table.columns]
     return list(table.column_names), [list(record) for record in zip(*fields, strict=True)]

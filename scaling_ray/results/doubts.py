@@ -34,7 +34,7 @@ def refuse_bad(
     """
     for i in rows:
         if isinstance(values[i], str):
-            raise BadInput(name, values[i], f"row {i + 1}: not a number")
+            raise BadInput("T018", name, values[i], f"row {i + 1}: not a number; correct it")
     bad = [i for i in rows if values[i] is None or not (math.isfinite(values[i]) and values[i] > 0)]
     if bad:
         numbers = ", ".join(str(i + 1) for i in bad[:_MOST_ROWS_NAMED]) + (", ..." if bad[_MOST_ROWS_NAMED:] else "")
@@ -43,7 +43,7 @@ def refuse_bad(
             way_out += " (a run that diverged: status failed, failure diverged)"
         what = f"row {numbers}" if len(bad) == 1 else f"rows {numbers}"
         shown = (values if fields is None else fields)[bad[0]]
-        raise BadInput(name, str(shown), f"{what}: must be a positive finite number; {way_out}")
+        raise BadInput("T019", name, str(shown), f"{what}: must be a positive finite number; {way_out}")
     if name != "loss" and rows:
         _refuse_unit(name, header, [values[i] for i in rows])
 
@@ -53,11 +53,13 @@ def _refuse_unit(name: str, header: str, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
     way_out = f"if they are millions or billions, name the column '{header} (M)' or '{header} (B)', or write 125M, 1.3B"
     if low < 1:
-        raise BadInput(header, f"{low:g}", f"below one, and {name} are counted in ones; {way_out}")
+        raise BadInput("T020", header, f"{low:g}", f"below one, and {name} are counted in ones; {way_out}")
     if high < _FEWEST_SMALL and any(value != int(value) for value in values):
-        raise BadInput(header, f"{low:g} to {high:g}", f"fractions, and {name} are counted in ones; {way_out}")
+        raise BadInput("T021", header, f"{low:g} to {high:g}", f"fractions, and {name} are counted in ones; {way_out}")
     if high > _LARGEST[name]:
-        raise BadInput(header, f"{high:g}", f"more {name} than any run has: a unit is said twice, or is wrong")
+        raise BadInput(
+            "T022", header, f"{high:g}", f"more {name} than any run has; a unit is said twice, or is wrong: correct it"
+        )
 
 
 def refuse_doubtful(header: str, fields: Sequence[Any], sign: Sign, *, whole: bool) -> None:
@@ -78,7 +80,9 @@ def refuse_doubtful(header: str, fields: Sequence[Any], sign: Sign, *, whole: bo
     doubtful = _WITH_COMMA if whole == (sign == ",") else _WITH_POINT
     for field in fields:
         if isinstance(field, str) and doubtful.fullmatch(field):
-            raise BadInput(header, field, "may have a decimal sign or thousands apart; write all numbers as 1234.5")
+            raise BadInput(
+                "T023", header, field, "may have a decimal sign or thousands apart; write all numbers as 1234.5"
+            )
 
 
 def perplexity_like(header: str, losses: Sequence[float]) -> list[str]:

@@ -92,7 +92,9 @@ def decimal_sign(fields: Iterable[Any], separator: str) -> Sign:
         elif commas:
             unsure = text
     if comma and point:
-        raise BadInput("table", f"{comma} and {point}", "a decimal comma and a decimal point; write numbers in one way")
+        raise BadInput(
+            "T024", "table", f"{comma} and {point}", "a decimal comma and a decimal point; write numbers in one way"
+        )
     return "," if comma or (unsure and not point and separator in ";\t|") else "."
 
 
@@ -146,12 +148,12 @@ def numbers(name: str, fields: Sequence[Any], sign: Sign, scale: float = 1.0) ->
     plain = [number.value for number in read if number is not None and not number.mark]
     if "%" in marks and len(marks) > 1:
         raise BadInput(
-            name, ", ".join(sorted(marks - {"%", ""}) or ["plain numbers"]), "beside percent; use one of them"
+            "T025", name, ", ".join(sorted(marks - {"%", ""}) or ["plain numbers"]), "beside percent; use one of them"
         )
     if shown - {"%"} and any(0 < abs(value) < 1e3 for value in plain):
         small = min((value for value in plain if value), key=abs)
         raise BadInput(
-            name, f"{small:g}", f"beside numbers in {', '.join(sorted(shown))}; write all of them in one way"
+            "T026", name, f"{small:g}", f"beside numbers in {', '.join(sorted(shown))}; write all of them in one way"
         )
     values: list[Any] = []
     for field, number in zip(fields, read, strict=True):

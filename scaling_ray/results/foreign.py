@@ -54,7 +54,7 @@ class Choices:
 
 
 def read_table(
-    path: Path | str,
+    source: Path | str | Fields,
     *,
     same: Sequence[str] = (),
     by: str | None = None,
@@ -71,7 +71,8 @@ def read_table(
     finished run has. Runs of one size and data are repeats, so whatever else differs between them stops the table.
 
     Args:
-        path: a .parquet file, or text with one line per run, separated by commas, semicolons, tabs, bars or spaces.
+        source: a .parquet file, or text with one line per run, separated by commas, semicolons, tabs, bars or spaces;
+            or the fields of a table that was read already.
         same: columns that are ignored, whatever they hold.
         by: a column whose values are read apart, into ``parts``.
         last: a column of numbers: of each run only the row with the highest is read.
@@ -83,7 +84,7 @@ def read_table(
         BadInput: no such file, not a table, no or several columns for parameters or loss, a column or row that is not
             what it should be, or a difference between runs that would count as repeats.
     """
-    fields = read_fields(Path(path))
+    fields = source if isinstance(source, Fields) else read_fields(Path(source))
     asked = [best] if isinstance(best, str) else list(best)
     choices = Choices(
         same=tuple(resolve(name, fields.columns, "--same") for name in same),
@@ -93,7 +94,12 @@ def read_table(
     apart = None if by is None else resolve(by, fields.columns, "--by")
     for name in (*choices.same, *((apart,) if apart else ())):
         if name in (choices.last, *choices.best) or (name in choices.same and name == apart):
-            raise BadInput("--same", name, "a column can be ignored, taken apart or chosen from, not two of these")
+            raise BadInput(
+                "T027",
+                "--same",
+                name,
+                "a column can be ignored, taken apart or chosen from, not two of these; name it once",
+            )
     columns = {name: values for name, values in fields.columns.items() if name not in choices.same}
     states = _states(columns)
     finished = [i for i in range(fields.rows) if is_finished(*states[i])]
@@ -103,14 +109,16 @@ def read_table(
     if apart is None:
         return reader.table(every, set(finished))
     if len(set(columns[apart])) > _MOST_PARTS:
-        raise BadInput("--by", apart, f"has {len(set(columns[apart]))} values; more than {_MOST_PARTS} are no parts")
+        raise BadInput(
+            "T028", "--by", apart, f"has {len(set(columns[apart]))} values; more than {_MOST_PARTS} are no parts"
+        )
     parts = {}
     for value in sorted({str(v) for v in columns[apart]}, key=_in_order):
         rows = [i for i in every if str(columns[apart][i]) == value]
         try:
             parts[f"{apart}={value}"] = reader.table(rows, set(finished))
         except BadInput as error:
-            raise BadInput(error.field, error.value, f"{error.remedy} (in {apart}={value})") from error
+            raise BadInput(error.code, error.field, error.value, f"{error.remedy} (in {apart}={value})") from error
     return Table({}, (f"{len(parts)} parts by {apart}",), parts)
 
 

@@ -114,7 +114,7 @@ def resolve(asked: str, columns: Mapping[str, Sequence[Any]], option: str) -> st
     if len(found) == 1:
         return found[0].text
     near = difflib.get_close_matches(asked, list(columns), n=3, cutoff=0.4) or list(columns)[:8]
-    raise BadInput(option, asked, f"the table has no such column; it has {', '.join(near)}")
+    raise BadInput("T029", option, asked, f"the table has no such column; it has {', '.join(near)}")
 
 
 def _of_one_name(
@@ -137,9 +137,9 @@ def _of_one_name(
         names = [each.text for each in found]
         if measured:
             ways = ", ".join(f"--loss {shlex.quote(each)} takes {each}" for each in names[:3])
-            raise BadInput("loss", ", ".join(names), f"several losses; {ways}")
+            raise BadInput("T030", "loss", ", ".join(names), f"several losses; {ways}")
         if needed:
-            raise BadInput(name, ", ".join(names), "two columns of one name; rename or remove one")
+            raise BadInput("T031", name, ", ".join(names), "two columns of one name; rename or remove one")
         return None
     return Source(found[0].text, found[0].scale)
 
@@ -166,6 +166,7 @@ def _loss(
         held_out = {own: source for own, source in found.items() if own != "loss"}
         if not held_out:
             raise BadInput(
+                "T032",
                 "loss",
                 training.header,
                 f"the only loss is that of training; --loss {training.header} takes it, and a held-out loss is better",
@@ -178,7 +179,9 @@ def _loss(
         if other is not None and own_name and not _equal(columns, finished, found["loss"], other):
             both = (found["loss"].header, other.header)
             ways = ", ".join(f"--loss {each} takes {each}" for each in both)
-            raise BadInput("loss", ", ".join(both), f"two losses that differ, and which is meant is not said; {ways}")
+            raise BadInput(
+                "T033", "loss", ", ".join(both), f"two losses that differ, and which is meant is not said; {ways}"
+            )
     if found:
         whole = [own for own, source in found.items() if all(columns[source.header][i] is not None for i in finished)]
         name = (whole or list(found))[0]
@@ -206,17 +209,19 @@ def _loss_by_its_words(
         return "loss", Source(plain[0].text, plain[0].scale), _said_perplexity(plain[0], notes)
     if training is not None and not plain:
         raise BadInput(
+            "T034",
             "loss",
             training.header,
             f"the only loss is that of training; --loss {training.header} takes it, and a held-out loss is better",
         )
     if plain:
         names = [header.text for header in plain]
-        raise BadInput("loss", ", ".join(names), f"several losses; name one, as in --loss {names[0]}")
+        raise BadInput("T035", "loss", ", ".join(names), f"several losses; name one, as in --loss {names[0]}")
     raise BadInput(
+        "T036",
         "loss",
         sorted(columns),
-        f"the table needs one of the columns {', '.join(name for _, name in _LOSS_NAMES[:4])}, "
+        f"the table has no loss; it needs one of the columns {', '.join(name for _, name in _LOSS_NAMES[:4])}, "
         f"or its name: --loss COLUMN",
     )
 
@@ -252,9 +257,10 @@ def _name_params(
     near = [header.text for header in headers.values() if any("param" in word for word in header.words)]
     hint = f" (near: {', '.join(near[:4])})" if near else ""
     raise BadInput(
+        "T037",
         "params",
         sorted(columns),
-        f"the table needs a column params (or N): trainable parameters of each run{hint}",
+        f"the table needs a column params (or N); add it: trainable parameters of each run{hint}",
     )
 
 

@@ -58,6 +58,7 @@ def last_of_runs(found: Repeats, name: str, along: Sequence[Hashable]) -> list[i
         lengths = Counter(runs).values()
         if apart and min(lengths) == 1 < max(lengths):
             raise BadInput(
+                "T044",
                 f"--last {name}",
                 f"{len(runs)} rows",
                 "it is not clear which rows belong to one run; the table needs a column run_id",
@@ -66,18 +67,23 @@ def last_of_runs(found: Repeats, name: str, along: Sequence[Hashable]) -> list[i
     for i, (run, value) in enumerate(zip(runs, along, strict=True)):
         if not isinstance(value, int | float):
             raise BadInput(
-                f"--last {name}", value, f"row {found.rows[i]}: is no number, so no row of a run is the last"
+                "T045",
+                f"--last {name}",
+                value,
+                f"row {found.rows[i]}: is no number, so no row of a run is the last; correct it, or name another",
             )
         if not math.isfinite(found.losses[i]):
             continue
         if run in last and value == along[last[run]]:
             rows = f"rows {found.rows[last[run]]} and {found.rows[i]}"
-            raise BadInput(f"--last {name}", value, f"{rows} of one run have the same; the table needs a column run_id")
+            raise BadInput(
+                "T046", f"--last {name}", value, f"{rows} of one run have the same; the table needs a column run_id"
+            )
         if run not in last or value > _number(along[last[run]]):
             last[run] = i
     if len(last) == len(runs):
         raise BadInput(
-            f"--last {name}", f"{len(runs)} rows", "no run has two rows; leave it out, or add a column run_id"
+            "T047", f"--last {name}", f"{len(runs)} rows", "no run has two rows; leave it out, or add a column run_id"
         )
     return sorted(last.values())
 
@@ -132,9 +138,10 @@ def refuse_differences(found: Repeats) -> None:
     others = [other for other in changing if other != name]
     also = f" (so do {', '.join(others[:_MOST_NAMED])}{', ...' if others[_MOST_NAMED:] else ''})" if others else ""
     raise BadInput(
+        "T048",
         name,
         ", ".join(map(_shown, shown[:_MOST_NAMED])) + (f", ... ({len(shown)} values)" if shown[_MOST_NAMED:] else ""),
-        f"changes between runs of one {what} in {len(mixed)} of {all_of_them}, which are no repeats then{also}: "
+        f"changes between runs of one {what} in {len(mixed)} of {all_of_them}, which are no repeats then{also}; "
         f"{_ways_out(name, values)}",
     )
 
@@ -154,10 +161,11 @@ def _refuse_rows_of_one_run(found: Repeats) -> None:
     if found.data is not None and not _follows(found.cells, runs):
         along.append(found.data)
     raise BadInput(
+        "T049",
         name,
         _shown(doubled[0]),
         f"stands in the table more than once ({len(runs)} rows of {len(rows)} runs), and rows of one run depend on "
-        f"each other: keep one row per run, --last {_option(along[0] if along else 'COLUMN')} keeps the last of each, "
+        f"each other; keep one row per run, --last {_option(along[0] if along else 'COLUMN')} keeps the last of each, "
         f"--same {_option(name)} takes all rows as runs",
     )
 

@@ -140,7 +140,7 @@ class StandingReader:
         plan = self._sweep.plan()
         if plan is None and not rows:
             place = self._sweep.place
-            raise BadInput(place.field, str(place), f"holds no {PLAN} and no {RESULTS}; run the sweep first")
+            raise BadInput("T050", place.field, str(place), f"holds no {PLAN} and no {RESULTS}; run the sweep first")
         planned = [_planned(setting) for setting in plan["settings"]] if plan is not None else []
         known = {one.run_id for one in planned}
         planned += [_planned_of(row) for row in rows.values() if row.run_id not in known]

@@ -6,6 +6,11 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from scaling_ray.console import plain, table
+from scaling_ray.pace import span
 from scaling_ray.results.standing import Entry, RunStanding, Standing, by_number
 
 MOST_LINES = 20
@@ -13,9 +18,13 @@ MOST_LINES = 20
 
 
 def standing_lines(standing: Standing) -> list[str]:
-    """Matrix, counts, rate and time, what waits and for what, failures."""
-    lines = _matrix(standing)
-    lines += ["", counts_line(standing), *_rate_lines(standing)]
+    """Matrix, counts, rate and time, what waits and for what, failures; as plain lines."""
+    return plain(standing_view(standing))
+
+
+def standing_view(standing: Standing) -> Group:
+    """The same for a terminal: full entries are green, running ones cyan, failed ones red."""
+    lines = ["", counts_line(standing), *_rate_lines(standing)]
     if standing.waiting_for:
         lines += ["", f"{len(standing.waiting_for)} units wait, {len(standing.in_flight)} are in flight:"]
         lines += _first(f"  {unit}: {reason}" if reason else f"  {unit}" for unit, reason in standing.waiting_for)
@@ -26,7 +35,11 @@ def standing_lines(standing: Standing) -> list[str]:
             classes[name] = classes.get(name, 0) + 1
         lines += ["", "failed: " + ", ".join(f"{count} {name}" for name, count in sorted(classes.items()))]
         lines += _first(_failure_line(run) for run in standing.failures)
-    return lines
+    return Group(*_matrix(standing), *(Text(line, style=_style_of(line)) for line in lines))
+
+
+def _style_of(line: str) -> str:
+    return "red" if line.startswith("failed: ") else ""
 
 
 def counts_line(standing: Standing) -> str:
@@ -41,13 +54,13 @@ def short_line(standing: Standing) -> str:
 
 def run_lines(standing: Standing) -> list[str]:
     """A line per run, and the counts."""
-    lines = []
+    rows = []
     for run in standing.runs:
         end = "" if run.test_loss is None else f"test_loss {run.test_loss:.4f}"
         if run.status == "running" and run.share:
             end = f"{run.share:.0%}"
-        lines.append(f"{run.status:8} {run.planned.run_id:56} {end}{run.failure or ''}".rstrip())
-    return [*lines, counts_line(standing)]
+        rows.append((run.status, run.planned.run_id, f"{end}{run.failure or ''}"))
+    return [*plain(table((), rows)), counts_line(standing)]
 
 
 def as_json(standing: Standing) -> dict[str, Any]:
@@ -65,9 +78,9 @@ def _run_fields(run: RunStanding) -> dict[str, Any]:
     return fields.pop("planned") | fields
 
 
-def _matrix(standing: Standing) -> list[str]:
+def _matrix(standing: Standing) -> list[RenderableType]:
     """Per panel of genes, a row per size and a column per number of cells; runs that choose rates stand first."""
-    lines: list[str] = []
+    parts: list[RenderableType] = []
     both = [*standing.rate_entries, *standing.entries]
     for genes in sorted({entry.genes for entry in both}):
         here = [entry for entry in both if entry.genes == genes]
@@ -75,17 +88,14 @@ def _matrix(standing: Standing) -> list[str]:
         columns = [*(["rates"] if any(e.cells == "rates" for e in here) else []), *sorted(labels, key=by_number)]
         sizes = list(dict.fromkeys((e.params, e.size) for e in sorted(here, key=lambda e: (e.params, e.size))))
         by_place = {(entry.size, entry.params, entry.cells): entry for entry in here}
-        head = [f"{genes:,} genes", *(_column_name(column) for column in columns)]
-        table = [head]
+        rows: list[list[str | Text]] = []
         for params, size in sizes:
-            cells = (
-                by_place[size, params, column] if (size, params, column) in by_place else None for column in columns
-            )
-            table.append([f"{size} ({params:,})", *("" if cell is None else _entry_text(cell) for cell in cells)])
-        widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-        lines += [""] if lines else []
-        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-    return [*lines, "(done/total; r: running, f: failed)"]
+            places = [(size, params, column) for column in columns]
+            entries = [_entry_text(by_place[one]) if one in by_place else Text() for one in places]
+            rows.append([f"{size} ({params:,})", *entries])
+        parts += [Text()] if parts else []
+        parts.append(table([f"{genes:,} genes", *(_column_name(column) for column in columns)], rows))
+    return [*parts, Text("(done/total; r: running, f: failed)")]
 
 
 def _column_name(column: str) -> str:
@@ -95,10 +105,11 @@ def _column_name(column: str) -> str:
     return name if "donors" in name else f"{name} cells"
 
 
-def _entry_text(entry: Entry) -> str:
+def _entry_text(entry: Entry) -> Text:
     running = f" {entry.running}r" if entry.running else ""
     failed = f" {entry.failed}f" if entry.failed else ""
-    return f"{entry.done}/{entry.total}{running}{failed}"
+    style = "red" if entry.failed else "cyan" if entry.running else "green" if entry.done == entry.total else ""
+    return Text(f"{entry.done}/{entry.total}{running}{failed}", style=style)
 
 
 def _rate_lines(standing: Standing) -> list[str]:
@@ -109,13 +120,13 @@ def _rate_lines(standing: Standing) -> list[str]:
         between = (
             "from the first run's start to the last one's end" if standing.has_ended else "since the first run began"
         )
-        lines.append(f"{rate}{_span(standing.elapsed_seconds)} {between}")
+        lines.append(f"{rate}{span(standing.elapsed_seconds)} {between}")
     if standing.counts["running"] and standing.silent_seconds is not None:
-        lines.append(f"nothing was written for {_span(standing.silent_seconds)}: is a driver running?")
+        lines.append(f"nothing was written for {span(standing.silent_seconds)}: is a driver running?")
     if standing.seconds_left is not None and standing.cpu_hours_left:
         source = "at the recent rate" if standing.estimate_from == "recent rate" else "by the plan, nothing is measured"
         hours = f"{_amount(standing.cpu_hours_left)} planned CPU-hours"
-        lines.append(f"about {_span(standing.seconds_left)} left ({source}; {hours})")
+        lines.append(f"about {span(standing.seconds_left)} left ({source}; {hours})")
     if standing.cost_left is not None and standing.cost_spent is not None:
         lines.append(f"planned cost: {standing.cost_spent:,.2f} behind, {standing.cost_left:,.2f} left")
     return lines
@@ -135,14 +146,3 @@ def _first(lines: Iterable[str]) -> list[str]:
 
 def _amount(value: float) -> str:
     return f"{value:,.1f}" if value >= 10 else f"{value:.2g}"
-
-
-def _span(seconds: float) -> str:
-    """Such as "2 d 03 h", "3 h 05 min", "12 min" or "45 s"."""
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24:02} h"

@@ -126,7 +126,9 @@ class RunFiles:
         # A chosen rate may not have been known when the file was first written.
         fields = [name for name in differing(there.identity, run.identity) if name != "lr"] if there else []
         if fields:
-            raise BadInput("run_id", run.run_id, f"stands for another {fields[0]} here; sweep into a new directory")
+            raise BadInput(
+                "W008", "run_id", run.run_id, f"stands for another {fields[0]} here; sweep into a new directory"
+            )
         write_sealed(self.place, RUN_SPEC, run.model_dump(mode="json"))
 
     def spec(self) -> RunSpec | None:
@@ -138,7 +140,7 @@ class RunFiles:
             return RunSpec.model_validate_json(json.dumps(fields))
         except ValueError as error:
             reason = str(error).splitlines()[0]
-            raise BadInput(f"{self.place}/{RUN_SPEC}", reason, "is not a run's spec; remove it") from error
+            raise BadInput("W009", f"{self.place}/{RUN_SPEC}", reason, "is not a run's spec; remove it") from error
 
     def result(self) -> RunResult | None:
         """The committed result, or None."""
@@ -209,7 +211,9 @@ class SweepFiles:
         """The sweep's spec as it was given; raises BadInput where the place holds no sweep."""
         data = self.place.read_if_there(SPEC)
         if data is None:
-            raise BadInput(self.place.field, str(self), f"holds no {SPEC}; name the --out of a `scaling-ray sweep`")
+            raise BadInput(
+                "W010", self.place.field, str(self), f"holds no {SPEC}; name the --out of a `scaling-ray sweep`"
+            )
         return data.decode()
 
     def spec(self) -> SweepSpec:
@@ -225,7 +229,9 @@ class SweepFiles:
         """The sweep's copy of its shards' manifest; raises BadInput where there is none."""
         manifest = self.manifest()
         if manifest is None:
-            raise BadInput(self.place.field, str(self), f"holds no {MANIFEST}; name the --out of a `scaling-ray sweep`")
+            raise BadInput(
+                "W011", self.place.field, str(self), f"holds no {MANIFEST}; name the --out of a `scaling-ray sweep`"
+            )
         return manifest
 
     def plan(self) -> dict[str, Any] | None:

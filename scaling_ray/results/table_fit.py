@@ -37,14 +37,16 @@ def _refuse_unfinished(table: Table) -> None:
     if not any(is_finished(None, state) for state in states):
         found = ", ".join(sorted({str(state) for state in states}))
         header = table["columns_used"]["status"]
-        raise BadInput(header, found, "no run is finished; the words for that are done, finished, completed, success")
+        raise BadInput(
+            "T051", header, found, "no run is finished; the words for that are done, finished, completed, success"
+        )
 
 
 def _fit_part(part: Table, progress: Callable[[str], None] | None) -> dict[str, Any]:
     try:
         return fit_columns(part, progress=progress)
     except BadInput as error:
-        return nothing_to_fit(str(error), part, AGREEMENT)
+        return nothing_to_fit(error.said, part, AGREEMENT)
 
 
 def said(found: Mapping[str, Any]) -> Iterator[str]:

@@ -59,7 +59,7 @@ def bench_stream(
     """
     for field, value in (("--batch", cells_per_batch), ("--cells", cells), ("--cpus", cpus)):
         if value < 1:
-            raise BadInput(field, value, "must be at least 1")
+            raise BadInput("D001", field, value, "must be at least 1")
     shards = open_place(where, "shards")
     manifest = read_manifest(shards)
     genes = manifest.genes if genes is None else genes

@@ -12,7 +12,6 @@ import importlib.metadata
 import os
 import re
 import resource
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from scaling_ray.census.source import Census
 from scaling_ray.cluster import own_errors, ray, ray_session
 from scaling_ray.errors import BadInput
+from scaling_ray.pace import Pace
 from scaling_ray.records import FileEntry, Record, ShardManifest, SplitEntry
 from scaling_ray.shards.format import (
     BLOCK_GENES,
@@ -126,7 +126,7 @@ def build_shards(
     if isinstance(target, LocalPlace):
         output_directory(target.path.parent)
         if target.path.is_file():
-            raise BadInput("--out", str(out), "is a file; name a directory")
+            raise BadInput("D002", "--out", str(out), "is a file; name a directory")
     there = target.names()
     if MANIFEST in there:
         return _existing(target, spec, census, any(name.startswith(BUILDING) for name in there))
@@ -141,17 +141,20 @@ def _existing(target: Place, spec: SweepSpec, census: str, unswept: bool) -> Sha
     if manifest.data != rules:
         differing = sorted(key for key in rules if manifest.data.get(key) != rules[key])
         raise BadInput(
-            "--out", str(target), f"holds shards made by other rules ({', '.join(differing)}); name another place"
+            "D003",
+            "--out",
+            str(target),
+            f"holds shards made by other rules ({', '.join(differing)}); name another place",
         )
     there = other_census(manifest.census, census)
     if there is not None:
         remedy = f"holds shards of another Census ({there}); name another place, or remove it"
-        raise BadInput("--out", str(target), remedy)
+        raise BadInput("D004", "--out", str(target), remedy)
     if unswept:
         target.remove(BUILDING)
     problems = verify(target)
     if problems:
-        raise BadInput("--out", str(target), f"{problems[0]}; remove the directory and build again")
+        raise BadInput("D005", "--out", str(target), f"{problems[0]}; remove the directory and build again")
     return manifest
 
 
@@ -231,6 +234,7 @@ class _Build:
         if plan.rules != rules:
             differing = sorted(key for key in rules if plan.rules.get(key) != rules[key])
             raise BadInput(
+                "D006",
                 "--out",
                 str(self.target),
                 f"holds an unfinished build by other rules ({', '.join(differing)}); finish it, or remove it",
@@ -238,13 +242,17 @@ class _Build:
         there = other_census(plan.census, self.census)
         if there is not None:
             raise BadInput(
-                "--out", str(self.target), f"holds an unfinished build of another Census ({there}); finish or remove it"
+                "D007",
+                "--out",
+                str(self.target),
+                f"holds an unfinished build of another Census ({there}); finish or remove it",
             )
 
     def _check_cluster(self) -> None:
         largest = max((float(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]), default=0.0)
         if not os.environ.get("RAY_ADDRESS") and largest < self.memory_bytes:
             raise BadInput(
+                "D008",
                 "resources.task_memory_gib",
                 self.spec.resources.task_memory_gib,
                 f"is more than the {largest / 2**30:.2f} GiB that Ray may use here; lower it",
@@ -282,7 +290,7 @@ class _Build:
         waiting = [part for part in plan.parts if part.facts_name not in done]
         if not waiting:
             return
-        rate = _Rate("read", sum(part.cells for part in waiting), plan.cells, self.progress)
+        rate = _pace("read", sum(part.cells for part in waiting), plan.cells, self.progress)
         arguments = [(self.census, self.building, part, self.memory_bytes) for part in waiting]
         for number, _ in self._tasks(_range_task, arguments):
             rate.add(waiting[number].cells)
@@ -376,7 +384,7 @@ class _Build:
             )
             for bucket in waiting
         ]
-        rate = _Rate("written", sum(sizes[bucket] for bucket in waiting), plan.cells, self.progress)
+        rate = _pace("written", sum(sizes[bucket] for bucket in waiting), plan.cells, self.progress)
         for number, _ in self._tasks(_gather_task, arguments):
             rate.add(sizes[waiting[number]])
         records = [f"{folder}{name}.json" for _, name in names]
@@ -442,26 +450,8 @@ class _Build:
         return pa.table({"dataset_id": plan.labels["dataset_id"], "measured": encode_block(measured.astype(np.uint16))})
 
 
-class _Rate:
-    """Lines of progress with a rate and the remaining time, every few seconds and at the end."""
-
-    def __init__(self, done: str, cells: int, of: int, progress: Progress) -> None:
-        self._verb, self._left, self._total, self._progress = done, cells, of, progress
-        self._began = self._last = time.monotonic()
-        self._cells = 0
-
-    def add(self, cells: int) -> None:
-        """Count cells that are done."""
-        self._cells += cells
-        self._left -= cells
-        now = time.monotonic()
-        if self._left and now - self._last < REPORT_SECONDS:
-            return
-        self._last = now
-        rate = self._cells / max(now - self._began, 1e-9)
-        remaining = f", {self._left / rate:,.0f} s left" if self._left else ""
-        done = self._total - self._left
-        self._progress(f"{self._verb} {done:,} of {self._total:,} cells, {rate:,.0f} cells/s{remaining}")
+def _pace(verb: str, left: int, total: int, progress: Progress) -> Pace:
+    return Pace(verb, total, progress, before=total - left, every_seconds=REPORT_SECONDS)
 
 
 def _bucket_cells(split_cells: Sequence[int], file_cells: int) -> list[int]:
@@ -475,6 +465,7 @@ def _refuse_large_counts(beyond: Ints, order: Ints, plan: BuildPlan) -> None:
     if len(wrong):
         cell, gene, count = (int(value) for value in wrong[np.argmax(wrong[:, 2])])
         raise BadInput(
+            "D009",
             "counts",
             count,
             f"of gene {plan.feature_ids[gene]} in cell {cell} ({len(wrong)} such) is more than {LARGEST_COUNT}; "
@@ -492,7 +483,7 @@ def _splits(plan: BuildPlan, gathered: list[GatheredFile], dropped: dict[str, in
         cells = sum(entry.rows for entry in files)
         if not cells:
             taken = {rule: dropped[rule] for rule in ("drop_duplicates", "min_counts") if rule in dropped}
-            raise BadInput("data.min_counts", taken, f"cells dropped leave none in {name}; ask for less")
+            raise BadInput("D010", "data.min_counts", taken, f"cells dropped leave none in {name}; ask for less")
         splits[name] = SplitEntry(
             cells=cells,
             fraction=cells / whole,

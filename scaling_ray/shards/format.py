@@ -144,7 +144,7 @@ def read_manifest(where: Path | str | Place) -> ShardManifest:
     manifest = _manifest(open_place(where, "shards"))
     overlaps = _groups_in_two_splits(manifest)
     if overlaps:
-        raise DamagedFiles(overlaps)
+        raise DamagedFiles("D011", overlaps)
     return manifest
 
 
@@ -153,7 +153,7 @@ def _manifest(shards: Place) -> ShardManifest:
         return ShardManifest.parse(shards.read(MANIFEST), f"{shards}/{MANIFEST}")
     except FileNotFoundError as error:
         remedy = f"holds no {MANIFEST}; make shards with `scaling-ray shards build`"
-        raise BadInput("shards", str(shards), remedy) from error
+        raise BadInput("D012", "shards", str(shards), remedy) from error
 
 
 def _groups_in_two_splits(manifest: ShardManifest) -> list[str]:
@@ -175,7 +175,7 @@ def verify(where: Path | str | Place) -> list[str]:
         try:
             unseal(text, MANIFEST, "build the shards anew")
         except BadInput as error:
-            return [str(error)]
+            return [error.said]
     manifest = _manifest(shards)
     expected = {entry.path: entry for split in manifest.splits.values() for entry in split.files}
     expected |= {entry.path: entry for entry in manifest.tables}

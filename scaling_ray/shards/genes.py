@@ -118,7 +118,9 @@ def gene_list_order(feature_ids: Sequence[str], wanted: Sequence[str]) -> Ints:
     unknown = [name for name in wanted if name not in place]
     if unknown:
         shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
-        raise BadInput("data.gene_list", shown, "is no feature_id of this Census; remove it or correct its spelling")
+        raise BadInput(
+            "D013", "data.gene_list", shown, "is no feature_id of this Census; remove it or correct its spelling"
+        )
     return np.array([place[name] for name in wanted], dtype=np.int64)
 
 
@@ -138,7 +140,7 @@ def rank_genes(batches: Iterable[Batch], n_genes: int, data: DataSpec, feature_i
         feature_ids: (G,), for ``list``.
     """
     if data.genes > n_genes:
-        raise BadInput("data.genes", data.genes, f"is more than the {n_genes} genes of this Census; lower it")
+        raise BadInput("D014", "data.genes", data.genes, f"is more than the {n_genes} genes of this Census; lower it")
     ranks: list[NDArray[np.float32]] = []
     scores, total, cells = np.zeros(n_genes), np.zeros(n_genes), 0
     left_out: list[str] = []
@@ -158,7 +160,9 @@ def rank_genes(batches: Iterable[Batch], n_genes: int, data: DataSpec, feature_i
         ranks.append(rank)
         scores += score
     if cells < 2:
-        raise BadInput("data.fractions.train", data.fractions.train, f"leaves {cells} training cells; use more cells")
+        raise BadInput(
+            "D015", "data.fractions.train", data.fractions.train, f"leaves {cells} training cells; use more cells"
+        )
     mean = total / cells
     if data.gene_rule == "list":
         order, scores = gene_list_order(feature_ids, data.gene_list), mean
@@ -169,7 +173,10 @@ def rank_genes(batches: Iterable[Batch], n_genes: int, data: DataSpec, feature_i
     else:
         if not ranks:
             raise BadInput(
-                "data.gene_rule", "seurat_v3", "finds too few genes that vary in these training cells; use by_mean"
+                "D016",
+                "data.gene_rule",
+                "seurat_v3",
+                "finds too few genes that vary in these training cells; use by_mean",
             )
         scores /= len(ranks)
         order = _by_median_rank(np.stack(ranks), scores)[: data.genes]

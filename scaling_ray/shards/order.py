@@ -123,10 +123,12 @@ def donor_rows(donor: NDArray[np.int32], n_donors: int, n_cells: int | None, see
 def check_donors(n_donors: int, chosen: int, n_cells: int | None, cells: int, seed: int) -> None:
     """BadInput where there are fewer donors, or they hold fewer cells, than a run asks for."""
     if chosen < n_donors:
-        raise BadInput("grid.donors", n_donors, f"is more than the {chosen} donors of the training split; lower it")
+        raise BadInput(
+            "D017", "grid.donors", n_donors, f"is more than the {chosen} donors of the training split; lower it"
+        )
     if n_cells is not None and cells < n_cells:
         remedy = f"hold {cells} training cells at seed {seed}, fewer than {n_cells}; take more donors"
-        raise BadInput("grid.donors", n_donors, remedy)
+        raise BadInput("D018", "grid.donors", n_donors, remedy)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,9 @@ def unpack(data: bytes, name: str) -> Arrays:
         length = int.from_bytes(data[:8], "little")
         return safetensors.numpy.load(pa.Codec("zstd").decompress(memoryview(data)[8:], length, asbytes=True))
     except (OSError, ValueError, safetensors.SafetensorError, pa.ArrowInvalid) as error:
-        raise DamagedFiles([f"{name}: is damaged ({str(error).splitlines()[0]}); remove it and call again"]) from error
+        raise DamagedFiles(
+            "D019", [f"{name}: is damaged ({str(error).splitlines()[0]}); remove it and call again"]
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def check_memory(data: DataSpec, memory_bytes: int, file_cells: int) -> None:
     needed = PROCESS_BYTES + int(1.3 * file_cells * 2 * data.genes)
     if needed > memory_bytes:
         raise BadInput(
+            "D020",
             "data.genes",
             data.genes,
             f"needs {needed / 2**30:.2f} GiB in a task that writes a shard file; "
@@ -118,11 +119,14 @@ def carried_groups(data: DataSpec) -> tuple[dict[str, str], str | None]:
         manifest = ShardManifest.parse(source.read(MANIFEST), data.split_from)
     except FileNotFoundError as error:
         raise BadInput(
-            "data.split_from", data.split_from, "holds no manifest.json; name that of older shards"
+            "D021", "data.split_from", data.split_from, "holds no manifest.json; name that of older shards"
         ) from error
     if manifest.split_by != data.split_by:
         raise BadInput(
-            "data.split_by", data.split_by, f"the shards of data.split_from were split by {manifest.split_by}"
+            "D022",
+            "data.split_by",
+            data.split_by,
+            f"the shards of data.split_from were split by {manifest.split_by}; set split_by to that, or split anew",
         )
     return {group: split for split, entry in manifest.splits.items() for group in entry.groups}, manifest.data_hash
 
@@ -168,7 +172,9 @@ def prepare(census: Census, uri: str, data: DataSpec, memory_bytes: int, layout:
         BadInput: this Census cannot serve the rules.
     """
     if data.genes > census.n_genes:
-        raise BadInput("data.genes", data.genes, f"is more than the {census.n_genes} genes of this Census; lower it")
+        raise BadInput(
+            "D023", "data.genes", data.genes, f"is more than the {census.n_genes} genes of this Census; lower it"
+        )
     check_memory(data, memory_bytes, layout.file_cells)
     var = census.var()
     feature_ids = var["feature_id"].astype(str).tolist()
@@ -216,7 +222,7 @@ def _presence(census: Census, dataset_ids: list[str]) -> NDArray[np.bool_]:
     for name in dataset_ids:
         if name not in row_of:
             raise BadInput(
-                "census.dataset_id", name, "is in obs and not in the presence matrix; this Census is damaged"
+                "D024", "census.dataset_id", name, "is in obs and not in the presence matrix; this Census is damaged"
             )
     measured: NDArray[np.bool_] = presence[[row_of[name] for name in dataset_ids]].toarray().astype(bool)
     return measured

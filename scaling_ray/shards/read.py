@@ -109,26 +109,26 @@ class _ShardFile:
         try:
             self._file = pq.ParquetFile(shards.parquet_source(name), pre_buffer=True)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DamagedFiles([f"{name}: {error}"]) from error
+            raise DamagedFiles("D025", [f"{name}: {error}"]) from error
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
         try:
             return self._file.read(columns=columns, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DamagedFiles([f"{self.name}: {error}"]) from error
+            raise DamagedFiles("D026", [f"{self.name}: {error}"]) from error
 
     def row_group(self, index: int, columns: list[str]) -> pa.Table:
         try:
             return self._file.read_row_group(index, columns=columns, use_threads=False)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DamagedFiles([f"{self.name}: {error}"]) from error
+            raise DamagedFiles("D027", [f"{self.name}: {error}"]) from error
 
 
 def check_genes(genes: int, manifest: ShardManifest) -> None:
     """BadInput where the shards hold fewer genes."""
     if genes > manifest.genes:
         raise BadInput(
-            "grid.genes", genes, f"is more than the {manifest.genes} genes of the shards; build them with more"
+            "D028", "grid.genes", genes, f"is more than the {manifest.genes} genes of the shards; build them with more"
         )
 
 
@@ -140,7 +140,7 @@ def read_split(where: Path | str | Place, manifest: ShardManifest, split: str, g
     for entry in manifest.splits[split].files:
         table = _ShardFile(shards, entry.path).table(columns_for(genes))
         if table.num_rows != entry.rows:
-            raise DamagedFiles([f"{entry.path}: holds {table.num_rows} cells, the manifest says {entry.rows}"])
+            raise DamagedFiles("D029", [f"{entry.path}: holds {table.num_rows} cells, the manifest says {entry.rows}"])
         tables.append(table)
     return decode_cells(pa.concat_tables(tables), genes, manifest.genes, read_measured(shards, manifest, genes))
 
@@ -207,7 +207,7 @@ def read_rows(
         table = files[group.file].row_group(group.number, columns)
         if table.num_rows != group.stop - group.start:
             message = f"row group {group.number} holds {table.num_rows} cells, {group.stop - group.start} were written"
-            raise DamagedFiles([f"{group.file}: {message}"])
+            raise DamagedFiles("D030", [f"{group.file}: {message}"])
         there = _as_slice(np.flatnonzero(of == index))
         here = _as_slice(rows[there] - group.start)
         if isinstance(there, slice):
@@ -256,7 +256,7 @@ def run_order(
         BadInput: the split, or the run's donors, hold fewer cells than the run asks for.
     """
     if run.cells is not None and run.cells > n_train:
-        raise BadInput("grid.cells", run.cells, f"is more than the {n_train} training cells; lower it")
+        raise BadInput("D031", "grid.cells", run.cells, f"is more than the {n_train} training cells; lower it")
     rows: RunRows
     if run.donors is not None:
         if donor is None:
@@ -318,7 +318,7 @@ def with_held_out(feed: Feed, held_out: list[Cells], seed: int) -> ResidentFeed:
     """
     if not isinstance(feed, ResidentFeed):
         raise BadInput(
-            "train.held_out_in_training", True, "needs training cells in memory; raise resources.resident_gib"
+            "D032", "train.held_out_in_training", True, "needs training cells in memory; raise resources.resident_gib"
         )
     cells = joined([feed.own_cells(), *held_out])
     return ResidentFeed(cells, RunOrder(RunRows(len(cells), len(cells)), np.array([0, len(cells)]), seed))

@@ -74,6 +74,7 @@ def split_groups(
     """
     if len(sizes) < len(fractions):
         raise BadInput(
+            "D033",
             "data.split_by",
             sorted(sizes),
             f"gives {len(sizes)} groups for {len(fractions)} splits; split by another column",
@@ -95,7 +96,10 @@ def split_groups(
     empty = sorted(set(fractions) - set(best.values()))
     if empty:
         raise BadInput(
-            "data.split_from", empty, "would be left without a group: too few of this Census are new; split anew"
+            "D034",
+            "data.split_from",
+            empty,
+            "would be left without a group: too few of this Census are new; split anew",
         )
     return best
 
@@ -149,7 +153,7 @@ def select_cells(
         BadInput: a rule that leaves nothing or asks for a value that no cell has, naming it; too few groups to split.
     """
     if not len(joinid):
-        raise BadInput("data.value_filter", data.value_filter, "matches no cell of this Census; correct it")
+        raise BadInput("D035", "data.value_filter", data.value_filter, "matches no cell of this Census; correct it")
     salt = _text_key(data.salt)
     dropped = {"value_filter": census_cells - len(joinid)}
     chosen = np.arange(len(joinid))
@@ -158,7 +162,9 @@ def select_cells(
         dropped[f"keep.{name}"] = int((~kept).sum())
         chosen = chosen[kept]
         if not len(chosen):
-            raise BadInput(f"data.keep.{name}", wanted, "matches no cell that the rules before it left; correct it")
+            raise BadInput(
+                "D036", f"data.keep.{name}", wanted, "matches no cell that the rules before it left; correct it"
+            )
     if data.cap_cells is not None:
         kept = _within_caps(joinid[chosen], columns[data.cap_by], chosen, data, salt)
         dropped["cap_cells"] = int((~kept).sum())
@@ -209,6 +215,7 @@ def _split_labels(
             continue
         if kept.setdefault(first[label], carried[label]) != carried[label]:
             raise BadInput(
+                "D037",
                 "data.split_from",
                 label,
                 f"is the same {'person' if data.split_by == 'donor_id' else 'data set'} as {first[label]!r} and was in "
@@ -220,6 +227,7 @@ def _split_labels(
         people = {label: cells for label, cells in sizes.items() if not is_nobody(label)}
         if nobody and len(people) < 2:
             raise BadInput(
+                "D038",
                 "data.split_by",
                 sorted(sizes),
                 f"{unknown:,} cells have no donor ({', '.join(nobody)}) and {len(people)} "
@@ -259,7 +267,9 @@ def _has_one_of(name: str, codes: NDArray[np.int32], labels: list[str], wanted: 
     there = set(labels).union(*(label.split(MANY_VALUES) for label in labels))
     if (absent := [value for value in wanted if value not in there]) and len(absent) < len(wanted):
         near = difflib.get_close_matches(absent[0], sorted(there), n=3) or sorted(there)[:5]
-        raise BadInput(f"data.keep.{name}", absent, f"is no value of this column; did you mean {', '.join(near)}?")
+        raise BadInput(
+            "D039", f"data.keep.{name}", absent, f"is no value of this column; did you mean {', '.join(near)}?"
+        )
     good = [label in named or bool(named & set(label.split(MANY_VALUES))) for label in labels]
     return np.array(good, dtype=bool)[codes]
 
@@ -270,7 +280,12 @@ def _within_caps(joinid: Ints, column: Coded, chosen: Ints, data: DataSpec, salt
     if isinstance(data.cap_cells, dict):
         unknown = sorted(set(data.cap_cells) - set(labels) - {"default"})
         if unknown:
-            raise BadInput(f"data.cap_cells.{unknown[0]}", data.cap_cells[unknown[0]], f"is no {data.cap_by} here")
+            raise BadInput(
+                "D040",
+                f"data.cap_cells.{unknown[0]}",
+                data.cap_cells[unknown[0]],
+                f"is no {data.cap_by} here; correct it",
+            )
         most = [data.cap_cells.get(label, data.cap_cells.get("default", len(joinid))) for label in labels]
     else:
         most = [data.cap_cells or len(joinid)] * len(labels)
@@ -293,7 +308,9 @@ def _split_cells(twins: Ints, fractions: dict[str, float], salt: int) -> NDArray
     """Splits of cells; copies of a cell, which have one number in ``twins`` (N,), take one split."""
     cells, inverse = np.unique(twins, return_inverse=True)
     if len(cells) < len(fractions):
-        raise BadInput("data.split_by", "cell", f"gives {len(cells)} cells for {len(fractions)} splits; use more cells")
+        raise BadInput(
+            "D041", "data.split_by", "cell", f"gives {len(cells)} cells for {len(fractions)} splits; use more cells"
+        )
     order = keyed_permutation(salt, cells)
     held_out = [max(1, round(fractions[name] * len(cells))) for name in SPLITS[1:]]
     split = np.zeros(len(cells), dtype=np.int8)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from scaling_ray import errors
 from scaling_ray.cluster import own_errors, ray
-from scaling_ray.errors import BadInput, DamagedFiles, ScalingRayError
+from scaling_ray.errors import DamagedFiles, ScalingRayError
 from scaling_ray.records import ShardManifest
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.order import WINDOW_ROWS, RunOrder, Window
@@ -69,9 +69,7 @@ def _cells(tables: list[pa.Table], genes: int, measured: NDArray[np.bool_]) -> C
 
 def _arguments(error: ScalingRayError) -> list[Any]:
     """The arguments that construct this error of the package again."""
-    if isinstance(error, BadInput):
-        return [error.field, error.value, error.remedy]
-    return [error.problems] if isinstance(error, DamagedFiles) else [str(error)]
+    return list(error.__reduce__()[1])
 
 
 def _pipeline(items: list[dict[str, Any]], read: Any, cpus: float, tasks: int) -> Generator[pa.Table, None, None]:
@@ -114,7 +112,9 @@ def read_resident(where: Path | str | Place, manifest: ShardManifest, split: str
 
     cells = _cells(list(_pipeline(items, read, 1.0, len(items))), genes, measured)
     if len(cells) != manifest.splits[split].cells:
-        raise DamagedFiles([f"{split}: holds {len(cells)} cells, the manifest says {manifest.splits[split].cells}"])
+        raise DamagedFiles(
+            "D042", [f"{split}: holds {len(cells)} cells, the manifest says {manifest.splits[split].cells}"]
+        )
     return cells
 
 

@@ -17,7 +17,7 @@ def example_names() -> list[str]:
 def example_path(name: str) -> Path:
     """The file of a shipped example."""
     if name not in example_names():
-        raise BadInput("NAME", name, f"is no example; use one of {', '.join(example_names())}")
+        raise BadInput("S034", "NAME", name, f"is no example; use one of {', '.join(example_names())}")
     return _FOLDER / f"{name}.toml"
 
 
@@ -38,5 +38,8 @@ def spec_path(given: str | Path) -> Path:
     if str(given) in example_names():
         return example_path(str(given))
     raise BadInput(
-        "spec", str(given), f"is no file and no example; name a TOML file, or one of {', '.join(example_names())}"
+        "S035",
+        "spec",
+        str(given),
+        f"is no file and no example; name a TOML file, or one of {', '.join(example_names())}",
     )

@@ -66,7 +66,7 @@ def open_place(where: str | Path | Place, field: str = "--out") -> Place:
     if text.startswith("s3://"):
         return S3Place(text, field)
     if "://" in text:
-        raise BadInput(field, text, "is neither a directory nor an s3:// URI; name one of them")
+        raise BadInput("P001", field, text, "is neither a directory nor an s3:// URI; name one of them")
     return LocalPlace(Path(text).absolute(), field)
 
 

@@ -150,14 +150,16 @@ def publish_directory(temporary: Path, final: Path, kept: Path | None = None) ->
 def output_directory(path: str | Path, field: str = "--out") -> Path:
     """A directory this process can write to, created if needed; BadInput if it cannot be one."""
     if "://" in str(path):
-        raise BadInput(field, str(path), "is no local directory; results go to a disk that every node mounts")
+        raise BadInput("P002", field, str(path), "is no local directory; results go to a disk that every node mounts")
     directory = Path(path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(field, str(path), f"cannot be a directory ({error.strerror}); name another place") from error
+        raise BadInput(
+            "P003", field, str(path), f"cannot be a directory ({error.strerror}); name another place"
+        ) from error
     if not os.access(directory, os.W_OK):
-        raise BadInput(field, str(path), "is not writable; name another place")
+        raise BadInput("P004", field, str(path), "is not writable; name another place")
     return directory
 
 

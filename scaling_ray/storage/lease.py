@@ -42,7 +42,7 @@ class Lease:
         except BlockingIOError as error:
             holder = Holder.parse(path.read_bytes())
             self._close()
-            raise LeaseHeld(held_by_another(path.parent, holder)) from error
+            raise LeaseHeld("P005", held_by_another(path.parent, holder)) from error
         try:
             body = self._holder.body(0)
             os.pwrite(self._handle, body, 0)
@@ -94,7 +94,7 @@ class FollowedLease:
                 self._lost = holder is None or holder.token != self.token
             self._looked = began
         if self._lost:
-            raise LeaseHeld(f"{self._place}: another driver took over here; this process stops")
+            raise LeaseHeld("P006", f"{self._place}: another driver took over here; this process stops")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # When it was looked at last means nothing on another machine.

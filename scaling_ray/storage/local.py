@@ -32,7 +32,7 @@ class LocalPlace(Place):
             raise
         except OSError as error:
             remedy = f"cannot be used ({error.strerror}); mend that or name another place, then call again"
-            raise BadInput(self.field, self.uri, remedy) from error
+            raise BadInput("P007", self.field, self.uri, remedy) from error
 
     @contextmanager
     def _changing(self) -> Iterator[None]:

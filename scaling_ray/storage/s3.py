@@ -40,7 +40,7 @@ class S3Place(Place):
     def __init__(self, uri: str, field: str = "--out", settings: S3Settings | None = None) -> None:
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if not bucket or not prefix.strip("/"):
-            raise BadInput(field, uri, "needs a bucket and a folder in it: s3://BUCKET/FOLDER")
+            raise BadInput("P008", field, uri, "needs a bucket and a folder in it: s3://BUCKET/FOLDER")
         super().__init__(f"s3://{bucket}/{prefix.strip('/')}", field)
         self.bucket, self.prefix = bucket, prefix.strip("/") + "/"
         self.settings = settings or S3Settings()
@@ -89,11 +89,11 @@ class S3Place(Place):
             if code == "InvalidRange":
                 raise RangeBeyondEnd(f"{self.uri}/{name}") from error
             remedy = f"S3 refuses {operation} ({code}); mend that and call again"
-            raise BadInput(self.field, self.uri, remedy) from error
+            raise BadInput("P009", self.field, self.uri, remedy) from error
         except (BotoCoreError, OSError, ValueError) as error:  # ValueError: an endpoint that is no URL
             reason = " ".join(str(error).split())[:160]
             remedy = f"cannot be reached ({reason}); nothing is lost: call again when it can"
-            raise BadInput(self.field, self.uri, remedy) from error
+            raise BadInput("P010", self.field, self.uri, remedy) from error
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """See Place."""
@@ -300,7 +300,7 @@ def _temporary_directory() -> Iterator[Path]:
 
 def _unusable_temporary(error: OSError) -> BadInput:
     remedy = f"cannot be used ({error.strerror}); mend that, or set TMPDIR to another directory, then call again"
-    return BadInput("TMPDIR", tempfile.gettempdir(), remedy)
+    return BadInput("P011", "TMPDIR", tempfile.gettempdir(), remedy)
 
 
 class _Ranges(io.RawIOBase):

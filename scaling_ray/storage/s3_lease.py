@@ -68,7 +68,7 @@ class S3Lease:
                 while not self._over and not self._is_fresh():
                     self._renew(self._place)
         if self._over:
-            raise LeaseHeld(f"{self._place}: {self._over}")
+            raise LeaseHeld("P012", f"{self._place}: {self._over}")
 
     def __enter__(self) -> S3Lease:
         self._take()
@@ -149,7 +149,7 @@ class S3Lease:
                     return
                 continue
             if seen not in ("", etag) or (state == "running" and stood_still < needed / 2):
-                raise LeaseHeld(held_by_another(self._place, holder))
+                raise LeaseHeld("P013", held_by_another(self._place, holder))
             if not seen:
                 seen, seen_at = etag, seconds_since_boot()
                 who = holder or "another driver"

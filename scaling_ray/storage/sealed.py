@@ -40,12 +40,14 @@ def unseal(text: bytes | str, source: str, remedy: str = "make it anew") -> dict
         fields = json.loads(whole)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(source, reason, f"is no JSON, so cut short or damaged; {remedy}") from error
+        raise BadInput("P014", source, reason, f"is no JSON, so cut short or damaged; {remedy}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get(SEAL), str):
-        raise BadInput(source, f"no field {SEAL!r}", f"was written by another version, or is damaged; {remedy}")
+        raise BadInput("P015", source, f"no field {SEAL!r}", f"was written by another version, or is damaged; {remedy}")
     found, said = _digest(whole), fields.pop(SEAL)
     if found != said:
-        raise BadInput(source, f"sha256 {found[:12]}, not {said[:12]}", f"was changed since it was written; {remedy}")
+        raise BadInput(
+            "P016", source, f"sha256 {found[:12]}, not {said[:12]}", f"was changed since it was written; {remedy}"
+        )
     return fields
 
 

@@ -65,21 +65,23 @@ class Capacity:
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             remedy = "cannot be read as YAML; name a cluster's file for `ray up`"
-            raise BadInput("--cluster", str(path), remedy) from error
+            raise BadInput("W012", "--cluster", str(path), remedy) from error
         kinds = found.get("available_node_types") if isinstance(found, dict) else None
         if not isinstance(kinds, dict) or not kinds:
-            raise BadInput("--cluster", str(path), "has no available_node_types; name a cluster's file for `ray up`")
+            raise BadInput(
+                "W013", "--cluster", str(path), "has no available_node_types; name a cluster's file for `ray up`"
+            )
         workers = _whole(found, "max_workers", str(path), None)
         head = found.get("head_node_type")
         nodes = []
         for name, kind in kinds.items():
             place = f"available_node_types.{name}"
             if not isinstance(kind, dict):
-                raise BadInput(place, kind, "is no table; give resources and max_workers")
+                raise BadInput("W014", place, kind, "is no table; give resources and max_workers")
             count = _whole(kind, "max_workers", place, workers)
             if count is None:
                 remedy = "is missing; say how many nodes of this kind there may be (for a head alone 0)"
-                raise BadInput(f"{place}.max_workers", None, remedy)
+                raise BadInput("W015", f"{place}.max_workers", None, remedy)
             nodes.append(NodeType(str(name), _resources(kind, str(name), place, known or {}), count + (name == head)))
         return cls(tuple(nodes), None if workers is None else workers + 1)
 
@@ -195,7 +197,7 @@ def _spare(node: NodeType, bundle: Mapping[str, float]) -> tuple[int, float]:
 def _whole(table: Mapping[str, Any], name: str, place: str, default: int | None) -> int | None:
     value = table.get(name, default)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise BadInput(f"{place}.{name}", value, "must be a whole number of at least 0")
+        raise BadInput("W016", f"{place}.{name}", value, "must be a whole number of at least 0")
     return value
 
 
@@ -207,9 +209,9 @@ def _resources(
         not isinstance(amount, int | float) or isinstance(amount, bool) or amount < 0 for amount in written.values()
     )
     if odd:
-        raise BadInput(f"{place}.resources", written, "must be a table of amounts, such as {CPU: 16, GPU: 1}")
+        raise BadInput("W017", f"{place}.resources", written, "must be a table of amounts, such as {CPU: 16, GPU: 1}")
     found = dict(known[name] if name in known else {}) | {str(key): float(value) for key, value in written.items()}
     if "CPU" not in found:
         remedy = f"says no CPU; write it there (such as {{CPU: 16}}), or add [prices.nodes.{name}] to the spec"
-        raise BadInput(f"{place}.resources", written, remedy)
+        raise BadInput("W018", f"{place}.resources", written, remedy)
     return found

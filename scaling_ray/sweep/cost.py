@@ -79,9 +79,9 @@ def _rates_file(path: Path) -> RatesFile:
         machine = Machine(**found["machine"]) if "machine" in found else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "holds no measured rates; write it with `scaling-ray bench train --spec SPEC.toml --out FILE`"
-        raise BadInput("--rates", str(path), remedy) from error
+        raise BadInput("W019", "--rates", str(path), remedy) from error
     if not all(math.isfinite(rate) and rate > 0 for rate in rates.values()):
-        raise BadInput("--rates", str(path), "holds a rate that is not above 0; measure it again")
+        raise BadInput("W020", "--rates", str(path), "holds a rate that is not above 0; measure it again")
     return RatesFile(machine, rates)
 
 

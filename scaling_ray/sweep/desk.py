@@ -197,7 +197,8 @@ class Desk:
                 raise
             if now - self._paused_since > PATIENCE_SECONDS:
                 self.problem = StorageFailed(
-                    f"{self.state.files}: {failure}; all that was trained is saved; make room and call again to go on"
+                    "W021",
+                    f"{self.state.files}: {failure.said}; what was trained is saved; make room and call again to go on",
                 )
             self._look_again = now + PAUSE_SECONDS
             return True
@@ -228,8 +229,9 @@ class Desk:
         if over is not None and self.problem is None:
             left = len(self.state.waiting())
             self.problem = BudgetSpent(
+                "W022",
                 f"{self.state.files}: {over}; {left} of {len(self.state.runs)} runs to go, all saved; "
-                "raise it and call again to go on"
+                "raise it and call again to go on",
             )
             self.state.files.request_stop()
             self._stopping = True
@@ -321,7 +323,7 @@ class Desk:
         except (ScalingRayError, OSError) as error:
             storage = storage_failure(error)
             if storage is not None:
-                self.pause(str(storage))
+                self.pause(storage.said)
             elif self.problem is None:
                 if not isinstance(error, ScalingRayError):
                     raise

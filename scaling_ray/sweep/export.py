@@ -72,16 +72,21 @@ def export_model(sweep: Path | str, run_id: str, out: Path | str, shards: Path |
     own = _run_files(files, run_id)
     result = own.result()
     if result is None:
-        raise BadInput("run_id", run_id, _why_no_result(own))
+        raise BadInput("M019", "run_id", run_id, _why_no_result(own))
     run = own.spec()
     if run is None:
-        raise BadInput(f"{own.place}/spec.json", None, "is missing; run the sweep again")
+        raise BadInput("M020", f"{own.place}/spec.json", None, "is missing; run the sweep again")
     for field, found, wanted in (
         ("run_id", result.run_id, run_id),
         ("data_hash", result.data_hash, manifest.data_hash),
     ):
         if found != wanted:
-            raise BadInput(f"{own.place}/result.json", found, f"is not the {field} of this sweep, {wanted}")
+            raise BadInput(
+                "M021",
+                f"{own.place}/result.json",
+                found,
+                f"is not the {field} of this sweep, {wanted}; sweep into a new directory",
+            )
     genes = _genes(files, manifest, shards).slice(0, run.genes)
     weights = _chosen_weights(own, run, result)
     facts: dict[str, Any] = run.model_dump(include={"run_id", "size", "width", "layers", "heads", "feedforward"})
@@ -103,7 +108,9 @@ def export_model(sweep: Path | str, run_id: str, out: Path | str, shards: Path |
         save_model(building, weights, facts)
         publish_directory(building, target)
     except OSError as error:
-        raise BadInput("--out", str(target), f"cannot be written ({error.strerror})") from error
+        raise BadInput(
+            "M022", "--out", str(target), f"cannot be written ({error.strerror}); name another place"
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
@@ -115,9 +122,11 @@ def _check_target(target: Path, run_id: str) -> None:
     try:
         there = read_record(target).run_id
     except BadInput as error:
-        raise BadInput("--out", str(target), "is there already and is no model; name a new directory") from error
+        raise BadInput(
+            "M023", "--out", str(target), "is there already and is no model; name a new directory"
+        ) from error
     if there != run_id:
-        raise BadInput("--out", str(target), f"holds the model of {there}; name a new directory")
+        raise BadInput("M024", "--out", str(target), f"holds the model of {there}; name a new directory")
 
 
 def _run_files(sweep: SweepFiles, run_id: str) -> RunFiles:
@@ -127,7 +136,7 @@ def _run_files(sweep: SweepFiles, run_id: str) -> RunFiles:
         near = difflib.get_close_matches(run_id, sorted(known), n=3, cutoff=0.3)
         near += [name for name in sorted(known) if run_id and run_id in name and name not in near][: 3 - len(near)]
         remedy = f"did you mean {' or '.join(near)}?" if near else f"`scaling-ray status {sweep}` lists its runs"
-        raise BadInput("run_id", run_id, f"is no run of {sweep}; {remedy}")
+        raise BadInput("M025", "run_id", run_id, f"is no run of {sweep}; {remedy}")
     return sweep.run(run_id)
 
 
@@ -153,18 +162,18 @@ def _chosen_weights(files: RunFiles, run: RunSpec, result: RunResult) -> dict[st
     try:
         chosen = _chosen_checkpoint(files, result)
         if other := differing(chosen.facts["identity"], run.identity):
-            raise BadInput(f"checkpoint.{other[0]}", where, f"is of another run; {remedy}")
+            raise BadInput("M026", f"checkpoint.{other[0]}", where, f"is of another run; {remedy}")
         weights = model_tensors(chosen.tensors())
         load_weights(MaskedGeneTransformer(run.shape, run.genes, outputs_per_gene=run.outputs_per_gene), weights)
     except FileNotFoundError as error:
-        raise BadInput("checkpoint", where, f"is missing; {remedy}") from error
+        raise BadInput("M027", "checkpoint", where, f"is missing; {remedy}") from error
     except UNREADABLE as error:
         if isinstance(error, BadInput) and error.field.startswith("checkpoint."):
             raise
-        raise BadInput("checkpoint", where, f"is damaged ({error}); {remedy}") from error
+        raise BadInput("M028", "checkpoint", where, f"is damaged ({error}); {remedy}") from error
     broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
-        raise BadInput("checkpoint", where, f"is damaged ({broken[0]} is not finite); {remedy}")
+        raise BadInput("M029", "checkpoint", where, f"is damaged ({broken[0]} is not finite); {remedy}")
     return weights
 
 
@@ -186,16 +195,18 @@ def _genes(sweep: SweepFiles, manifest: ShardManifest, shards: Path | str | None
         source = open_place(shards, "--shards")
         manifest_there = read_manifest(source)
         if manifest_there.data_hash != manifest.data_hash:
-            raise BadInput("--shards", str(shards), "are not the shards of this sweep")
+            raise BadInput(
+                "M030", "--shards", str(shards), "are not the shards of this sweep; name those it was trained on"
+            )
         manifest, data = manifest_there, _shards_genes(source)
     elif (kept := sweep.place.read_if_there(GENES)) is not None:
         data = kept
     else:
-        raise BadInput("sweep", str(sweep), f"holds no {GENES}; name its shards with --shards")
+        raise BadInput("M031", "sweep", str(sweep), f"holds no {GENES}; name its shards with --shards")
     expected = {entry.path: entry.sha256 for entry in manifest.tables}.get(GENES)
     if hashlib.sha256(data).hexdigest() != expected:
         remedy = "is not the one the manifest names (sha256 differs); name whole shards with --shards"
-        raise BadInput(GENES, str(shards or sweep), remedy)
+        raise BadInput("M032", GENES, str(shards or sweep), remedy)
     return pq.read_table(pa.BufferReader(data), columns=["feature_id", "feature_name"])
 
 
@@ -210,4 +221,4 @@ def _shards_genes(shards: Place) -> bytes:
     try:
         return shards.read(GENES)
     except FileNotFoundError as error:
-        raise BadInput("--shards", str(shards), f"{GENES}: is missing; build the shards again") from error
+        raise BadInput("M033", "--shards", str(shards), f"{GENES}: is missing; build the shards again") from error

@@ -33,11 +33,11 @@ def storage_failure(error: BaseException) -> StorageFailed | None:
             return cause
         if isinstance(cause, OSError) and cause.errno in STORAGE_ERRNOS:
             where = f"{cause.filename}: " if cause.filename else ""
-            return StorageFailed(f"{where}{cause.strerror}")
+            return StorageFailed("W023", f"{where}{cause.strerror}")
         # libraries that write files themselves (safetensors, pyarrow) pass on the system's words alone
         said = [os.strerror(code) for code in STORAGE_ERRNOS if os.strerror(code) in str(cause)]
         if said and not isinstance(cause, ScalingRayError):
-            return StorageFailed(said[0])
+            return StorageFailed("W024", said[0])
         cause = cause.__cause__ or cause.__context__
     return None
 
@@ -52,7 +52,7 @@ def storage_errors(files: SweepFiles) -> Iterator[None]:
         if found is None or isinstance(error, StorageFailed):
             raise
         way_out = "what was trained is saved; make room or mount it again, and call again to go on"
-        raise StorageFailed(f"{files}: {found}; {way_out}") from error
+        raise StorageFailed("W052", f"{files}: {found.said}; {way_out}") from error
 
 
 def classify(error: BaseException) -> FailureClass:

@@ -81,7 +81,7 @@ def _ask(url: str, headers: dict[str, str], method: str = "GET") -> _Answer:
                 return _Answer(error.code, "", error.headers)
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise MetadataFailure(f"{url} does not answer ({str(reason) or type(reason).__name__})") from error
+        raise MetadataFailure("W025", f"{url} does not answer ({str(reason) or type(reason).__name__})") from error
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -141,7 +141,7 @@ class Aws:
         answer = _ask(url, {"X-aws-ec2-metadata-token-ttl-seconds": str(TOKEN_SECONDS)}, "PUT")
         self._token = _expect_200(url, answer).strip()
         if not self._token:
-            raise MetadataFailure(f"{url} gave an empty token")
+            raise MetadataFailure("W026", f"{url} gave an empty token")
 
 
 class Gcp:
@@ -170,7 +170,9 @@ class Gcp:
         if event == "TERMINATE_ON_HOST_MAINTENANCE":
             return Notice("gcp maintenance", f"maintenance-event {event}", since + GCP_MAINTENANCE_SECONDS)
         if preempted not in (None, "FALSE"):
-            raise MetadataFailure(f"{self._url}: instance/preempted is {preempted[:60]!r}, neither TRUE nor FALSE")
+            raise MetadataFailure(
+                "W027", f"{self._url}: instance/preempted is {preempted[:60]!r}, neither TRUE nor FALSE"
+            )
         self._last_clear = asked
         return None
 
@@ -182,7 +184,7 @@ class Gcp:
             return None
         text = _expect_200(url, answer).strip()
         if answer.headers["Metadata-Flavor"] != "Google":
-            raise MetadataFailure(f"{url} answers without the header Metadata-Flavor: Google")
+            raise MetadataFailure("W028", f"{url} answers without the header Metadata-Flavor: Google")
         return text
 
 
@@ -198,7 +200,9 @@ def find_metadata(provider: Provider, url: str | None, rebalance: bool = False) 
         url = url.rstrip("/")
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname or parts.path or parts.query:
-            raise BadInput("--metadata-url", url, "is no http://HOST[:PORT]")
+            raise BadInput(
+                "W029", "--metadata-url", url, "is no address of a metadata service; give http://HOST[:PORT]"
+            )
     both: tuple[Metadata, ...] = (Aws(url or AWS_URL, rebalance), Gcp(url or GCP_URL))
     if provider != "auto":
         return next(metadata for metadata in both if metadata.provider == provider)
@@ -213,7 +217,7 @@ def find_metadata(provider: Provider, url: str | None, rebalance: bool = False) 
 
 def _expect_200(url: str, answer: _Answer) -> str:
     if answer.status != 200:
-        raise MetadataFailure(f"{url} answers {answer.status}")
+        raise MetadataFailure("W030", f"{url} answers {answer.status}")
     return answer.text
 
 
@@ -224,7 +228,7 @@ def _fields(text: str, first: str, *others: str, source: str) -> tuple[Any, ...]
     except ValueError:
         found = None
     if not isinstance(found, dict) or not isinstance(found.get(first), str):
-        raise MetadataFailure(f"{source} is {text[:60]!r}, not a JSON object with {first!r}")
+        raise MetadataFailure("W031", f"{source} is {text[:60]!r}, not a JSON object with {first!r}")
     return tuple(found.get(name) for name in (first, *others))
 
 
@@ -233,5 +237,5 @@ def _seconds(at: str) -> float:
     try:
         parsed = datetime.fromisoformat(at)
     except (TypeError, ValueError) as error:
-        raise MetadataFailure(f"spot/instance-action: its time {at!r} is none") from error
+        raise MetadataFailure("W032", f"spot/instance-action: its time {at!r} is none") from error
     return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()

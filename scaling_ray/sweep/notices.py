@@ -57,7 +57,7 @@ def watch_node(
         MetadataFailure, ClusterUnreachable: with ``once`` only; else both are tried again.
     """
     if every_seconds <= 0:
-        raise BadInput("--every", every_seconds, "must be more than 0 seconds")
+        raise BadInput("W033", "--every", every_seconds, "must be more than 0 seconds")
     metadata = find_metadata(provider, metadata_url, rebalance)
     if metadata is None:
         progress(
@@ -83,7 +83,7 @@ def drain_now(deadline_seconds: float, node_id: str | None, progress: Progress) 
         ClusterUnreachable: no Ray answers here.
     """
     if deadline_seconds <= 0:
-        raise BadInput("--deadline", deadline_seconds, "must be more than 0 seconds")
+        raise BadInput("W034", "--deadline", deadline_seconds, "must be more than 0 seconds")
     deadline = time.time() + deadline_seconds
     give_up = time.monotonic() + min(LEAVE_SECONDS, deadline_seconds)
     while True:
@@ -224,12 +224,12 @@ def _from_ray(function: Callable[..., T], *arguments: Any, seconds: float = RAY_
         sending.close()
         try:
             if not receiving.poll(seconds):
-                raise ClusterUnreachable(f"Ray does not answer within {seconds:.0f} s")
+                raise ClusterUnreachable("W035", f"Ray does not answer within {seconds:.0f} s")
             answer = receiving.recv()
         except EOFError as error:
             said = noise.read().decode("utf-8", "replace").strip().splitlines()
             reason = said[-1][:200] if said else "it was killed"
-            raise ClusterUnreachable(f"the process that asks Ray ended without an answer: {reason}") from error
+            raise ClusterUnreachable("W036", f"the process that asks Ray ended without an answer: {reason}") from error
         finally:
             receiving.close()
             process.join(1.0)

@@ -114,7 +114,7 @@ def place(
             per_second = offer.price.lowest_per_hour * part * run.execution.workers / 3600
             found.append(Placed(seconds, low, high, source, share, memory, offer, per_second))
     if not found:
-        raise BadInput(f"prices.nodes, for {run.size}", sorted(_names(offers)), _misfit(run, memory))
+        raise BadInput("W037", f"prices.nodes, for {run.size}", sorted(_names(offers)), _misfit(run, memory))
     return min(found, key=lambda placed: (placed.seconds * (placed.cost_per_second or 0.0), placed.offer.name or ""))
 
 

@@ -112,7 +112,7 @@ def check_disk(spec: SweepSpec, runs: list[RunSpec]) -> None:
     needed = sum(disk_bytes(run)[0] for run in runs) + sum(training)
     if needed > spec.resources.disk_gib * 2**30:
         remedy = f"is less than the {needed / 2**30:.2f} GiB of this grid's checkpoints; raise it, or sweep fewer runs"
-        raise BadInput("resources.disk_gib", spec.resources.disk_gib, remedy)
+        raise BadInput("W038", "resources.disk_gib", spec.resources.disk_gib, remedy)
 
 
 def as_planned(runs: list[RunSpec], plan: Mapping[str, Any] | None) -> list[RunSpec]:
@@ -150,7 +150,7 @@ def make_plan(
         BadInput: a shape that the target can never hold, too little disk, a limit in money without prices.
     """
     if spec.budget.max_cost is not None and spec.prices is None:
-        raise BadInput("budget.max_cost", spec.budget.max_cost, "needs prices; add a table [prices]")
+        raise BadInput("W039", "budget.max_cost", spec.budget.max_cost, "needs prices; add a table [prices]")
     runs = as_planned(runs_of(spec, device), earlier)
     check_disk(spec, runs)
     is_known = capacity is not None or spec.prices is not None
@@ -241,10 +241,14 @@ def check_shapes(runs: Sequence[RunSpec], capacity: Capacity) -> None:
         remedy = f"asks for {asked} on one node, and the cluster has {capacity.described()}"
         if execution.workers > 1:
             fewest = execution.least_workers or execution.workers
-            raise BadInput(f"resources.workers.{run.size}", fewest, f"each {remedy}; use fewer, or more nodes")
+            raise BadInput("W040", f"resources.workers.{run.size}", fewest, f"each {remedy}; use fewer, or more nodes")
         if execution.gpus and not capacity.total("GPU"):
-            raise BadInput("resources.device", execution.device, f"{remedy}; add nodes with GPUs, or name a cpu")
-        raise BadInput("train.threads", execution.cpus, f"a run of {run.size} {remedy}; lower it, or add larger nodes")
+            raise BadInput(
+                "W041", "resources.device", execution.device, f"{remedy}; add nodes with GPUs, or name a cpu"
+            )
+        raise BadInput(
+            "W042", "train.threads", execution.cpus, f"a run of {run.size} {remedy}; lower it, or add larger nodes"
+        )
 
 
 def _jobs(runs: list[RunSpec], placed: list[Placed], stacks: list[list[str]]) -> tuple[list[list[int]], list[Job]]:

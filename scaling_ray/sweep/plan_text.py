@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from scaling_ray.console import plain, table
+
 SHOWN_RUNS = 120
 """Most runs that are listed one by one; of more, sizes alone are."""
 
@@ -16,30 +18,41 @@ def format_plan(plan: Mapping[str, Any]) -> str:
 
 
 def _runs(plan: Mapping[str, Any]) -> list[str]:
-    lines = [f"{'run':56} {'params':>11} {'cells':>8} {'cells_seen':>10} {'TFLOP':>9} {'MiB':>8} {'hours':>7}"]
-    for setting in plan["settings"]:
-        lines.append(
-            f"{setting['run_id']:56} {setting['params']:>11,} {setting['cells']!s:>8} {setting['max_cells_seen']:>10,} "
-            f"{setting['flops'] / 1e12:>9.2f} {setting['bytes'] / 2**20:>8.0f} {setting['hours']:>7.3f}"
+    head = ("run", "params", "cells", "cells_seen", "TFLOP", "MiB", "hours")
+    rows = [
+        (
+            setting["run_id"],
+            f"{setting['params']:,}",
+            str(setting["cells"]),
+            f"{setting['max_cells_seen']:,}",
+            f"{setting['flops'] / 1e12:.2f}",
+            f"{setting['bytes'] / 2**20:.0f}",
+            f"{setting['hours']:.3f}",
         )
-    return [*lines, ""]
+        for setting in plan["settings"]
+    ]
+    return [*plain(table(head, rows, right=range(1, len(head)))), ""]
 
 
 def _sizes(plan: Mapping[str, Any]) -> list[str]:
     priced = plan["totals"]["cost"] is not None
-    head = (
-        f"{'size':10} {'genes':>6} {'params':>12} {'runs':>5} {'TFLOP':>9} {'MiB':>8}  {'shape':26} {'hours':>24}  from"
-    )
-    lines = [head + (f"  {plan['totals']['currency']:>9}  node" if priced else "")]
+    head = ["size", "genes", "params", "runs", "TFLOP", "MiB", "shape", "hours", "from"]
+    rows = []
     for size in plan["sizes"]:
-        mib, told = f"{size['bytes'] / 2**20:>8.0f}", ", ".join(size["hours_from"])
-        hours = f"{size['hours']:.2f} ({size['hours_low']:.2f} to {size['hours_high']:.2f})"
-        line = (
-            f"{size['size']:10} {size['genes']:>6,} {size['params']:>12,} {size['runs']:>5} "
-            f"{size['flops'] / 1e12:>9.2f} {mib}  {shape_of(size):26} {hours:>24}  {told}"
-        )
-        lines.append(line + (f"  {size['cost']:>9.2f}  {size['node']}" if priced else ""))
-    return [*lines, ""]
+        row = [
+            size["size"],
+            f"{size['genes']:,}",
+            f"{size['params']:,}",
+            str(size["runs"]),
+            f"{size['flops'] / 1e12:.2f}",
+            f"{size['bytes'] / 2**20:.0f}",
+            shape_of(size),
+            f"{size['hours']:.2f} ({size['hours_low']:.2f} to {size['hours_high']:.2f})",
+            ", ".join(size["hours_from"]),
+        ]
+        rows.append([*row, f"{size['cost']:.2f}", size["node"]] if priced else row)
+    head += [plan["totals"]["currency"], "node"] if priced else []
+    return [*plain(table(head, rows, right=(1, 2, 3, 4, 5, 7, 9))), ""]
 
 
 def shape_of(size: Mapping[str, Any]) -> str:

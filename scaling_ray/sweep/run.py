@@ -91,7 +91,9 @@ def check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
     for key, wanted in rules.items():
         there = manifest.data[key]
         if there != wanted:
-            raise BadInput(f"data.{key}", wanted, f"the shards were made with {there!r}; build shards from this spec")
+            raise BadInput(
+                "W043", f"data.{key}", wanted, f"the shards were made with {there!r}; build shards from this spec"
+            )
     for run in runs_of(spec):
         if run.donors is not None:
             donor_cells = np.array(manifest.splits["train"].donor_cells)
@@ -101,7 +103,7 @@ def check_serves(spec: SweepSpec, manifest: ShardManifest) -> None:
     for cells in spec.grid.cells:
         if cells != "all" and cells > train_cells:
             raise BadInput(
-                "grid.cells", cells, f"is more than the {train_cells} training cells of the shards; lower it"
+                "W044", "grid.cells", cells, f"is more than the {train_cells} training cells of the shards; lower it"
             )
 
 
@@ -109,7 +111,7 @@ def _check_same_shards(files: SweepFiles, manifest: ShardManifest, shards: Place
     """Raise BadInput where the sweep's runs, finished or not, belong to other shards."""
     there = files.manifest()
     if there is not None and there.data_hash != manifest.data_hash:
-        raise BadInput("--shards", str(shards), "differ from those of this sweep; sweep into a new --out")
+        raise BadInput("W045", "--shards", str(shards), "differ from those of this sweep; sweep into a new --out")
 
 
 def _complete(state: SweepState, cluster: Path | None) -> list[Row]:
@@ -127,8 +129,9 @@ def _complete(state: SweepState, cluster: Path | None) -> list[Row]:
     if failed:
         first = failed[0]
         raise RunsFailed(
+            "W046",
             f"{len(failed)} of {len(rows)} runs have no result; first {first.run_id} ({first.failure}): "
-            f"see {state.files.run(first.run_id).place}/failure.json"
+            f"see {state.files.run(first.run_id).place}/failure.json",
         )
     return rows
 
@@ -136,7 +139,7 @@ def _complete(state: SweepState, cluster: Path | None) -> list[Row]:
 def _train(state: SweepState, cluster: Path | None) -> None:
     problems = verify(state.shards)
     if problems:
-        raise BadInput("--shards", str(state.shards), f"{problems[0]}; build the shards again")
+        raise BadInput("W047", "--shards", str(state.shards), f"{problems[0]}; build the shards again")
     cpus, files = state.spec.resources.cpus, state.files
     with ray_session(cpus), own_errors(), stop_on_sigterm(files, state.stopping), _followed(state), freed(files.place):
         capacity = capacity_here(cluster)
@@ -183,7 +186,7 @@ def _plan(state: SweepState, capacity: Capacity, joined: bool) -> None:
 def _check_stop(state: SweepState) -> None:
     if state.stop_requested():
         left = len(state.waiting())
-        raise Preempted(f"{state.files}: stopped with {left} runs to go, all saved; the same command goes on")
+        raise Preempted("W048", f"{state.files}: stopped with {left} runs to go, all saved; the same command goes on")
 
 
 def _train_is_resident(state: SweepState, genes: int) -> bool:

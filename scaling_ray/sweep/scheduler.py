@@ -120,7 +120,7 @@ class Scheduler:
             self._desk.stopped(unit.name)
         elif outcome == "lease":
             self._desk.stopped(unit.name)
-            self._desk.problem = self._desk.problem or LeaseHeld(str(result["reason"]))
+            self._desk.problem = self._desk.problem or LeaseHeld("W049", str(result["reason"]))
         else:
             self._desk.cut_off(Attempt(unit, cast(Cause, outcome), str(result["reason"])))
 

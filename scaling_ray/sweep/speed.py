@@ -104,7 +104,7 @@ def gpu_named(name: str, field: str) -> str:
     found = [kind for kind in GPUS if kind.lower() in name.lower().replace("-", " ").split()]
     found = found or [kind for kind in GPUS if kind.lower() in name.lower()]
     if not found:
-        raise BadInput(field, name, f"is no GPU that a plan knows; use {', '.join(GPUS)}")
+        raise BadInput("W050", field, name, f"is no GPU that a plan knows; use {', '.join(GPUS)}")
     return max(found, key=len)
 
 

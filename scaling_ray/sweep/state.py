@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
+from scaling_ray.pace import span
 from scaling_ray.records import ShardManifest
 from scaling_ray.results.columns import Row
 from scaling_ray.results.references import floor_name, reference_name
@@ -51,6 +53,8 @@ class SweepState:
         self.choose_rates()
         waiting = {run.run_id for run in self.waiting()}
         self._ended = {run.run_id for run in runs} - waiting
+        self._before, self._began = frozenset(self._ended), time.monotonic()
+        self._hours: dict[str, float] = {}
 
     def row(self, run: RunSpec) -> Row:
         """What is known of a run."""
@@ -106,7 +110,7 @@ class SweepState:
         self._ended.add(run.run_id)
         unit = row.loss_unit or "loss"
         end = f"val_loss {row.val_loss:.4f} {unit}" if row.status == "done" else f"failed ({row.failure or 'lost'})"
-        self.progress(f"[{len(self._ended):>3}/{len(self.runs)}] {run.run_id:55} {end}  {seconds:.0f} s")
+        self.progress(f"[{len(self._ended):>3}/{len(self.runs)}] {run.run_id:55} {end}  {seconds:.0f} s{self._left()}")
         files = self.files.run(run.run_id)
         for note in (one for one in files.rows() if one["kind"] == "note"):
             self.progress(f"{run.run_id}: {note['note']}")
@@ -115,6 +119,17 @@ class SweepState:
             planned = run.execution.micro_batch
             self.progress(f"{run.run_id}: memory allowed micro-batches of {result.micro_batch}, not {planned}")
         self.table.write()
+
+    def _left(self) -> str:
+        """Such as ", about 12 min left": planned hours ahead, at the speed of those that this call has behind it."""
+        if not self._hours:
+            plan = self.files.plan()
+            self._hours = {} if plan is None else {one["run_id"]: one["hours"] for one in plan["settings"]}
+        behind = sum(hours for run_id, hours in self._hours.items() if run_id in self._ended - self._before)
+        ahead = sum(hours for run_id, hours in self._hours.items() if run_id not in self._ended)
+        if not behind or not ahead:
+            return ""
+        return f", about {span((time.monotonic() - self._began) * ahead / behind)} left"
 
     def failed(self) -> list[Row]:
         """Rows of the runs that are missing a required result."""

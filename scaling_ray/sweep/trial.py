@@ -66,27 +66,27 @@ def train_unit(name: str, run_ids: Sequence[str], splits: dict[str, Any], around
     with Pulse(around.board, name):
         try:
             if around.sweep.stop_requested():
-                raise Preempted("a stop was requested before the unit began")
+                raise Preempted("W051", "a stop was requested before the unit began; call again to go on")
             runs = [_spec_of(around.sweep, run_id) for run_id in run_ids]
             if Unit(tuple(runs)).kind == "group":
                 _train_group(runs[0], around)
             else:
                 _train_here(runs, splits, around)
         except Preempted as error:
-            outcome, reason = "stopped", str(error)
+            outcome, reason = "stopped", error.said
         except LeaseHeld as error:
-            outcome, reason = "lease", str(error)
+            outcome, reason = "lease", error.said
         except Lost as error:
-            outcome, reason = "node lost" if error.node_gone else "process lost", str(error)
+            outcome, reason = "node lost" if error.node_gone else "process lost", error.said
         except Stalled as error:
-            outcome, reason = "stuck", str(error)
+            outcome, reason = "stuck", error.said
         except StorageFailed as error:
-            outcome, reason = "storage", str(error)
+            outcome, reason = "storage", error.said
         except (OSError, BadInput) as error:
             storage = storage_failure(error)
             if storage is None:
                 raise
-            outcome, reason = "storage", str(storage)
+            outcome, reason = "storage", storage.said
     return {"outcome": outcome, "reason": reason, "seconds": time.monotonic() - began}
 
 

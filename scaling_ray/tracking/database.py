@@ -24,7 +24,9 @@ def check_database(uri: str, wait_seconds: float = 5.0) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput("MLFLOW_TRACKING_URI", uri, f"its folder cannot be made ({error.strerror})") from error
+        raise BadInput(
+            "K001", "MLFLOW_TRACKING_URI", uri, f"its folder cannot be made ({error.strerror}); name another"
+        ) from error
     if not path.exists() or path.stat().st_size == 0:
         return
     try:
@@ -35,13 +37,13 @@ def check_database(uri: str, wait_seconds: float = 5.0) -> None:
             versioned = "alembic_version" in tables and bool(list(database.execute("SELECT 1 FROM alembic_version")))
     except sqlite3.OperationalError as error:
         remedy = _LOCKED if "locked" in str(error) else f"cannot be used ({error}); {_WAY_OUT}"
-        raise BadInput("MLFLOW_TRACKING_URI", uri, remedy) from error
+        raise BadInput("K002", "MLFLOW_TRACKING_URI", uri, remedy) from error
     except sqlite3.DatabaseError as error:
-        raise BadInput("MLFLOW_TRACKING_URI", uri, f"is no whole database ({error}); {_WAY_OUT}") from error
+        raise BadInput("K003", "MLFLOW_TRACKING_URI", uri, f"is no whole database ({error}); {_WAY_OUT}") from error
     left = sorted(name for name in tables if name.startswith("_alembic_tmp_"))
     if left or (tables and not versioned):
         why = f"table {left[0]} was left behind" if left else "it has tables and no version"
-        raise BadInput("MLFLOW_TRACKING_URI", uri, f"is half-migrated ({why}); {_WAY_OUT}")
+        raise BadInput("K004", "MLFLOW_TRACKING_URI", uri, f"is half-migrated ({why}); {_WAY_OUT}")
 
 
 def why_unusable(uri: str, error: Exception) -> BadInput | None:
@@ -55,7 +57,7 @@ def why_unusable(uri: str, error: Exception) -> BadInput | None:
         remedy = _LOCKED
     else:
         remedy = f"cannot be opened ({said[:160]}), so perhaps a migration was cut off; {_WAY_OUT}"
-    return BadInput("MLFLOW_TRACKING_URI", uri, remedy)
+    return BadInput("K005", "MLFLOW_TRACKING_URI", uri, remedy)
 
 
 def database_file(uri: str) -> Path | None:

@@ -66,7 +66,7 @@ def known_uri(sweep: SweepFiles) -> str:
     uri = tracking_uri(sweep)
     if uri is None:
         remedy = "is not set, and a sweep on S3 has no database beside it; name a tracking server in it"
-        raise BadInput("MLFLOW_TRACKING_URI", None, remedy)
+        raise BadInput("K006", "MLFLOW_TRACKING_URI", None, remedy)
     return uri
 
 

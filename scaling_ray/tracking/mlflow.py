@@ -240,4 +240,4 @@ def said_of(uri: str, error: Exception) -> ScalingRayError:
     if isinstance(error, ScalingRayError):
         return error
     lines = str(error).strip().splitlines() or [""]
-    return ScalingRayError(f"{shown_uri(uri)}: {type(error).__name__}: {lines[0][:200]}")
+    return ScalingRayError("K007", f"{shown_uri(uri)}: {type(error).__name__}: {lines[0][:200]}")

@@ -39,7 +39,9 @@ def log_model(sweep: SweepFiles, run_id: str, directory: Path, record: ModelReco
     uri = uri or known_uri(sweep)
     tracked = read_tracked(sweep.run(run_id).place)
     if tracked is None or tracked.uri != uri:
-        raise BadInput("SWEEP_DIR", str(sweep), "is not on this server; `scaling-ray track replay` logs it first")
+        raise BadInput(
+            "K008", "SWEEP_DIR", str(sweep), "is not on this server; `scaling-ray track replay` logs it first"
+        )
     try:
         server = Server(uri)
         seen = server.run(tracked.mlflow_run_id)

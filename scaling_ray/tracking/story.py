@@ -52,10 +52,17 @@ def read_report(place: Place, sweep: SweepFiles) -> Reported | None:
         found = (report["provenance"]["data_hash"], report["provenance"]["spec_sha256"])
         headline, best, unit = report["headline"], report["best"], report["unit"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{place}/{_REPORT}", repr(error), "is no report of this version; write it anew") from error
+        raise BadInput(
+            "K009", f"{place}/{_REPORT}", repr(error), "is no report of this version; write it anew"
+        ) from error
     own = (sweep.known_manifest().data_hash, hashlib.sha256(sweep.place.read(SPEC)).hexdigest())
     if found != own:
-        raise BadInput(place.field, str(place), "is the report of another sweep, or of one that has changed since")
+        raise BadInput(
+            "K010",
+            place.field,
+            str(place),
+            "is the report of another sweep, or of one that has changed since; write it anew",
+        )
     return Reported(place, headline, best, unit)
 
 

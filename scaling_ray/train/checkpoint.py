@@ -176,7 +176,7 @@ def check_identity(checkpoint: Checkpoint, identity: dict[str, Any], differing: 
     for part in name.split("."):
         here, there = (side[part] if isinstance(side, dict) and part in side else None for side in (here, there))
     remedy = f"the run has {here!r}, {checkpoint.folder} is of another spec; remove it or sweep into a new directory"
-    raise BadInput(f"checkpoint.{name}", there, remedy)
+    raise BadInput("M034", f"checkpoint.{name}", there, remedy)
 
 
 def progress_facts(progress: Progress) -> dict[str, Any]:

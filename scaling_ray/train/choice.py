@@ -14,7 +14,10 @@ def build_engine(run: RunSpec, device: torch.device, rank: int = 0, ranks: int =
     """Build the engine that a run asks for. With several ranks the process group (gloo or nccl) must exist already."""
     if run.execution.workers != ranks:
         raise BadInput(
-            "resources.workers", ranks, f"processes came up, {run.execution.workers} were asked for; start as many"
+            "M035",
+            "resources.workers",
+            ranks,
+            f"processes came up, {run.execution.workers} were asked for; start as many",
         )
     if run.execution.engine == "ddp":
         return DdpEngine(run, device, rank, ranks)

@@ -194,7 +194,7 @@ def train(trainee: Trainee, signals: Signals) -> None:
             trainee.save()
             saved = time.monotonic()
         if stop:
-            raise Preempted(f"{run.run_id}: saved at update {trainee.steps}; call again to go on")
+            raise Preempted("M036", f"{run.run_id}: saved at update {trainee.steps}; call again to go on")
         for r in found:
             signals.report(trainee.members[r])
 
@@ -239,7 +239,7 @@ def measure_branch(trainee: Trainee, members: list[int], share: float, signals: 
         if stop:
             trainee.go_back(trunk)
             trainee.save()
-            raise Preempted(f"{trainee.runs[0].run_id}: saved at update {trainee.steps}; call again to go on")
+            raise Preempted("M037", f"{trainee.runs[0].run_id}: saved at update {trainee.steps}; call again to go on")
     found = trainee.evaluate_present()
     reached = {r: trainee.members[r].cells_seen for r in members}
     trainee.go_back(trunk)

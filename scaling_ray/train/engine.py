@@ -224,7 +224,9 @@ def check_fit(shapes: dict[str, torch.Size], weights: dict[str, Tensor]) -> None
     for name in sorted(set(shapes) | set(weights)):
         if name not in shapes or name not in weights or shapes[name] != weights[name].shape:
             found = list(weights[name].shape) if name in weights else "absent"
-            raise BadInput(f"checkpoint.{name}", found, "does not fit this model; use the checkpoint of the same spec")
+            raise BadInput(
+                "M038", f"checkpoint.{name}", found, "does not fit this model; use the checkpoint of the same spec"
+            )
 
 
 def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:

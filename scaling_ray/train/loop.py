@@ -77,7 +77,7 @@ class TrainingLoop:
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         if run.lr is None:
-            raise BadInput("lr", None, "has not been chosen yet; sweep the learning-rate runs first")
+            raise BadInput("M039", "lr", None, "has not been chosen yet; sweep the learning-rate runs first")
         self.run, self.data, self.engine, self.beat = run, data, engine, beat
         self.runs, self.total_steps, self._peak = [run], run.train.total_steps, run.lr
         self.attempt = attempt
@@ -167,7 +167,7 @@ class TrainingLoop:
         for number, (update, row) in enumerate(zip(waiting, table.tolist(), strict=True), start=first):
             sums, norm = LossSums(row[0], row[1]), row[2]
             if not math.isfinite(sums.loss) or not math.isfinite(norm):
-                raise Diverged(f"update {number}: loss {sums.mean}, gradient norm {norm}; lower the rate")
+                raise Diverged("M040", f"update {number}: loss {sums.mean}, gradient norm {norm}; lower the rate")
             progress.masked_genes_seen += int(sums.masked_genes)
             progress.row_loss += sums.loss
             progress.row_masked_genes += sums.masked_genes
@@ -271,11 +271,11 @@ class TrainingLoop:
             return {}
         loss = self.curve_loss()
         if not math.isfinite(loss):
-            raise Diverged(f"update {self.progress.optimizer_steps}: validation loss {loss}; lower the rate")
+            raise Diverged("M041", f"update {self.progress.optimizer_steps}: validation loss {loss}; lower the rate")
         smoothed, best = self.progress.add_evaluation(loss, self.run.train.smoothing_evaluations)
         self.progress.follow(self.run.train)
         if (said := self._worse_than_nothing(smoothed)) is not None:
-            raise Diverged(said)
+            raise Diverged("M042", said)
         return {0: (loss, smoothed, best)}
 
     def _worse_than_nothing(self, loss: float) -> str | None:

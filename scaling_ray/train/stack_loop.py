@@ -45,10 +45,10 @@ def check_stack(runs: list[RunSpec]) -> None:
         for name, value in run.model_dump(exclude=set(MEMBERS_OWN)).items():
             if value != first[name]:
                 line = f"differs from {first[name]!r} of {runs[0].run_id}; stack like runs"
-                raise BadInput(f"stack.{name}", value, line)
+                raise BadInput("M043", f"stack.{name}", value, line)
     workers = runs[0].execution.workers
     if workers != 1:
-        raise BadInput("stack.workers", workers, "trains in several processes; stack runs of one")
+        raise BadInput("M044", "stack.workers", workers, "trains in several processes; stack runs of one")
 
 
 class StackSource:
@@ -125,7 +125,9 @@ class StackedLoop:
         check_stack(runs)
         for run in runs:
             if run.lr is None:
-                raise BadInput("lr", None, f"of {run.run_id} has not been chosen yet; sweep the rate runs first")
+                raise BadInput(
+                    "M045", "lr", None, f"of {run.run_id} has not been chosen yet; sweep the rate runs first"
+                )
         self.runs, self.run, self.device, self.feeds = runs, runs[0], device, feeds
         self.val, self.test, self.attempts, self.beat = val, test, attempts, beat
         self._own = own
@@ -481,7 +483,7 @@ def stack_to_results(
     loop.begin(fresh=loop.steps == 0)
     train(loop, signals)
     for r, message in loop.failures.items():
-        diverged(runs[r], str(Diverged(message)))
+        diverged(runs[r], str(Diverged("M046", message)))
     finish(loop, data_hash, test, [len(feed.order.rows) for feed in feeds], began)
     place.remove(f"{ATTEMPTS}/")
 

@@ -138,15 +138,15 @@ def _lost(error: WorkerGroupError, nodes: set[str]) -> Lost:
             break  # the node itself told of the death
         time.sleep(1.0)
     if gone:
-        return Lost(f"node {min(gone)[:8]} is gone", node_gone=True)
-    return Lost("a process of the group died, and it alone", node_gone=False)
+        return Lost("M047", f"node {min(gone)[:8]} is gone", node_gone=True)
+    return Lost("M048", "a process of the group died, and it alone", node_gone=False)
 
 
 def _stalled(run: RunSpec, files: RunFiles) -> Stalled | None:
     """The failure that the watchdogs of a group noted; None where none ended its process."""
     notes = [(rank, files.place.read_if_there(stall_note(rank))) for rank in range(run.execution.workers)]
     left = [f"rank {rank}: {note.decode()}" for rank, note in notes if note is not None]
-    return Stalled(f"{run.run_id}: the worker group stood still\n" + "\n".join(left)) if left else None
+    return Stalled("M049", f"{run.run_id}: the worker group stood still\n" + "\n".join(left)) if left else None
 
 
 def _first_cause(failures: Mapping[int, Exception]) -> Exception | None:

@@ -32,6 +32,7 @@ from scaling_ray.model.exported import load_model
 from scaling_ray.model.masking import log_normalise
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.neighbours import SAMPLED_CELLS, Comparison, Sample, compare_with_components, labels_of
+from scaling_ray.pace import Pace
 from scaling_ray.records import ModelRecord
 from scaling_ray.storage import output_directory, published_file
 
@@ -60,14 +61,16 @@ def gene_columns(model_ids: Sequence[str], file_ids: Sequence[str]) -> NDArray[n
     """
     wanted = {without_version(name): position for position, name in enumerate(model_ids)}
     if len(wanted) < len(model_ids):
-        raise BadInput("model", "feature_ids", "differ in their versions only; train on genes that are distinct")
+        raise BadInput(
+            "M001", "model", "feature_ids", "differ in their versions only; train on genes that are distinct"
+        )
     columns = np.full(len(model_ids), -1, dtype=np.int64)
     for column, name in enumerate(file_ids):
         position = wanted.get(without_version(name))
         if position is None:
             continue
         if columns[position] >= 0:
-            raise BadInput("feature_id", str(name), "occurs more than once in the file; make gene ids unique")
+            raise BadInput("M002", "feature_id", str(name), "occurs more than once in the file; make gene ids unique")
         columns[position] = column
     return columns
 
@@ -140,15 +143,15 @@ def embed_h5ad(
     """
     file, target = Path(file), Path(out)
     if batch_cells < 1:
-        raise BadInput("--batch", batch_cells, "must be at least one cell")
+        raise BadInput("M003", "--batch", batch_cells, "must be at least one cell")
     if not 0 <= min_genes <= 1:
-        raise BadInput("--min-genes", min_genes, "is a share of the model's genes; give 0 to 1")
+        raise BadInput("M004", "--min-genes", min_genes, "is a share of the model's genes; give 0 to 1")
     if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device", device, "this machine offers no CUDA; use cpu")
+        raise BadInput("M005", "--device", device, "this machine offers no CUDA; use cpu")
     if target.is_dir():
-        raise BadInput("--out", str(target), "is a directory; name a file")
+        raise BadInput("M006", "--out", str(target), "is a directory; name a file")
     if target.exists() and file.exists() and os.path.samefile(target, file):
-        raise BadInput("--out", str(target), "is the input file; name another")
+        raise BadInput("M007", "--out", str(target), "is the input file; name another")
     network, record = load_model(Path(model))
     with open_cells(file) as cells:
         counts = find_counts(cells, layer, trust_counts=trust_counts)
@@ -156,7 +159,7 @@ def embed_h5ad(
         matched, genes = int((columns >= 0).sum()), len(columns)
         if matched == 0 or matched < min_genes * genes:
             remedy = f"has {matched} of the model's {genes} genes, and {min_genes:.0%} are asked for (--min-genes)"
-            raise BadInput("file", file.name, f"{remedy}; best by {ids_from}")
+            raise BadInput("M008", "file", file.name, f"{remedy}; best by {ids_from}")
         output_directory(out if "://" in str(out) else target.parent)
         doubts = _doubts(record, counts, cells, cut_counts)
         progress(f"{file.name}: raw counts from {counts.place}; {ids_from}")
@@ -175,10 +178,12 @@ def embed_h5ad(
                     _describe(written, record, counts.place, matched, found)
         except torch.OutOfMemoryError as error:
             raise BadInput(
-                "--batch", batch_cells, f"cells do not fit the memory of {device} at a time; lower it"
+                "M009", "--batch", batch_cells, f"cells do not fit the memory of {device} at a time; lower it"
             ) from error
         except OSError as error:
-            raise BadInput("--out", str(target), f"cannot be written ({error.strerror or error})") from error
+            raise BadInput(
+                "M010", "--out", str(target), f"cannot be written ({error.strerror or error}); name another place"
+            ) from error
     for line in found.lines():
         progress(line)
     return target
@@ -223,7 +228,9 @@ def _group(file: h5py.File, name: str) -> h5py.Group:
     if name not in file:
         anndata.io.write_elem(file, name, {})
     if not isinstance(file[name], h5py.Group):
-        raise BadInput("file", name, "is stored as old versions of anndata did; write the file again with write_h5ad")
+        raise BadInput(
+            "M011", "file", name, "is stored as old versions of anndata did; write the file again with write_h5ad"
+        )
     return file[name]
 
 
@@ -277,6 +284,7 @@ def _embed_into(
     sampled = np.unique(np.linspace(0, total - 1, min(total, SAMPLED_CELLS)).astype(np.int64))
     values: list[NDArray[np.float32]] = []
     is_gene = np.flatnonzero(source.counts.kinds == "")
+    pace = Pace("embedded", total, progress)
     for first, block in source.cells.chunks(source.counts.place):
         rows = as_counts(block)
         library = np.asarray(rows[:, is_gene].sum(axis=1, dtype=np.float64)).ravel().astype(np.int64)
@@ -292,5 +300,5 @@ def _embed_into(
             low, high = np.searchsorted(sampled, [first + start, first + stop])
             if high > low:
                 values.append(values_BG.cpu().numpy()[sampled[low:high] - first - start][:, there])
-        progress(f"embedded {first + rows.shape[0]:,} of {total:,} cells")
+        pace.add(rows.shape[0])
     return Sample(sampled, np.concatenate(values) if values else np.zeros((0, int(there.sum())), np.float32))
