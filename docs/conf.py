@@ -31,7 +31,7 @@ html_css_files = ["site.css"]
 # Quotes and dashes of commands stay as they are typed.
 smartquotes = False
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code", "ran"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 # The notebook is shown with the outputs that it is stored with; a test runs it.
