@@ -65,12 +65,12 @@ def refused() -> str:
         rows = [row for row in csv.DictReader(file) if row["role"] == "law" and row["status"] == "done"]
     most = max(int(row["cells"]) for row in rows)
     here = [row for row in rows if int(row["cells"]) == most]
-    places = {
-        size: [(float(r["params"]), float(r["test_loss"])) for r in here if (r["size"] == "XXS") == size]
-        for size in (True, False)
-    }
+    points, hollow = (
+        [(float(row["params"]), float(row["test_loss"])) for row in here if (row["size"] == "XXS") == is_anchor]
+        for is_anchor in (False, True)
+    )
     mean, gaussian = (float(np.mean([float(r[name]) for r in here])) for name in ("baseline_loss", "gaussian_loss"))
-    runs = Series("runs", places[False], hollow=places[True], forecasts=_next_size(fit))
+    runs = Series("runs", points, hollow=hollow, forecasts=_next_size(fit))
     levels = [Level("gene mean", mean), Level("Gaussian", gaussian)]
     return standalone(draw(Chart("A law that is refused", "parameters P", "test mse", [runs], levels), WIDTH, HEIGHT))
 
