@@ -33,7 +33,6 @@ ELSEWHERE = {
     "make check": "runs beside the tests (.ci/run)",
     "make docs": "tests/test_docs.py builds it",
     "make setup": "came before the tests",
-    "make bench": "half an hour",
     "make bench-gpu": "needs a GPU",
     "make bench-laws": "half an hour",
     "scaling-ray run --cells cells.h5ad --out results": "twenty minutes; smaller in test_the_tutorial, same flags",
