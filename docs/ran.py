@@ -1,6 +1,7 @@
 """The directive ``ran``: a command of this package that the build runs, shown with what it printed.
 
-Commands of a page run in order, in one empty folder in which ``reports`` and ``tables`` are those of the repository.
+Commands of a page run in order, in one folder that looks like the root of a clone: it holds its ``reports`` and
+``docs/tables``.
 ``exit`` is the code that a command must end with (0); any other one fails the build. ``lines`` shows that many lines.
 """
 
@@ -35,9 +36,9 @@ class Workshop:
         """The folder of one page, made at its first command."""
         folder = Path(self._root.name) / page.replace("/", "-")
         if not folder.exists():
-            folder.mkdir()
-            (folder / "reports").symlink_to(REPOSITORY / "reports")
-            (folder / "tables").symlink_to(REPOSITORY / "docs" / "tables")
+            (folder / "docs").mkdir(parents=True)
+            for name in ("reports", "docs/tables"):
+                (folder / name).symlink_to(REPOSITORY / name)
         return folder
 
     def run(self, page: str, command: str, wanted: int) -> str:
