@@ -139,6 +139,8 @@ def complaint_about(text: str) -> str | None:
     if words[0] == "make":
         targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
         return None if words[1] in targets else f"no target {words[1]}"
+    if words[0] == "python" and words[1].endswith(".py"):
+        return None if (REPOSITORY / words[1]).is_file() else f"no file {words[1]}"
     if words[:3] == ["ray", "job", "submit"]:
         if "--" not in words:
             return None if len(words) == 3 else "nothing to submit"
