@@ -40,6 +40,8 @@ nb_merge_streams = True
 
 nitpicky = True
 # Types of other libraries, whose documentation is elsewhere: no network is asked for it.
+# Short for names that the text explains.
+nitpick_ignore = [("py:class", "Path"), ("py:class", "Source")]
 FOREIGN = "numpy np pa pyarrow pandas pathlib collections argparse typing anndata pydantic".split()
 nitpick_ignore_regex = [(r"py:.*", rf"({'|'.join(FOREIGN)})(\..*)?")]
 autodoc_typehints = "signature"
