@@ -20,6 +20,7 @@ from test_census_door import cells, write
 from test_census_run import SPEC
 
 from scaling_ray.cli import build_parser, main
+from scaling_ray.errors import ScalingRayError
 from scaling_ray.specs import example_names
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -33,6 +34,7 @@ ELSEWHERE = {
     "make check": "runs beside the tests (.ci/run)",
     "make docs": "tests/test_docs.py builds it",
     "make setup": "came before the tests",
+    "make errors": "tests/test_refusals.py writes the same list",
     "make bench-gpu": "needs a GPU",
     "make bench-laws": "half an hour",
     "scaling-ray run --cells cells.h5ad --out results": "twenty minutes; smaller in test_the_tutorial, same flags",
@@ -41,6 +43,7 @@ ELSEWHERE = {
     "scaling-ray bench train --spec my-sweep.toml --out rates.json": "a minute; tests/test_bench_train.py",
     "scaling-ray plan my-sweep.toml --rates rates.json": "needs those rates; tests/test_cost.py",
     "scaling-ray node-watch": "asks a cloud's metadata service; tests/test_worker_notices.py has one",
+    "scaling-ray node-watch --once": "asks a cloud's metadata service",
     "scaling-ray node-watch --drain-now": "drains a node; tests/test_worker_notices.py",
     "scaling-ray init bone-marrow --out bone-marrow.toml": "the tutorial keeps its own file of that name",
     "ray dashboard cluster.yaml": "needs a cluster in a cloud",
@@ -55,6 +58,8 @@ RUN_HERE = (
     "scaling-ray plan grid",
     "scaling-ray census check cells.h5ad",
     "scaling-ray audit",
+    "scaling-ray explain S035",
+    "scaling-ray completion bash",
 )
 """Run in this order in a folder that holds cells.h5ad."""
 
@@ -80,7 +85,7 @@ OTHER_PROGRAMS = (
 _FENCE = re.compile(r"^(?P<mark>`{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=mark)\s*$", re.MULTILINE | re.DOTALL)
 _OURS = r"scaling-ray|make|python|ray|kubectl|docker|pip|mlflow|export|chmod"
 _SPAN = re.compile(rf"(?<!`)`((?:{_OURS}) [^`]+)`(?!`)")
-_PLACEHOLDER = re.compile(r"(?<![\w.-])(?:[A-Z][A-Z_]+|X)\b(?!=)|s3://|\bmy-sweep/")
+_PLACEHOLDER = re.compile(r"(?<![\w.-])(?:[A-Z][A-Z_]+|X)\b(?!=)|s3://|\bmy-sweep/|\{\w+\}")
 _FILE = re.compile(r"(?:deploy|jobs|benchmarks|reports)/[\w./-]+\.\w+")
 
 
@@ -100,7 +105,7 @@ class Command:
 
 def commands_of(page: Path) -> list[Command]:
     """Commands of fenced blocks, and those of spans in the text that say more than a verb's name."""
-    text = re.sub(r"^ {2,3}(?=\S)", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = re.sub(r"^ {2,3}(?=\S)", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE).replace("\\_", "_")
     name, found = page.relative_to(REPOSITORY).as_posix(), []
     for block in _FENCE.finditer(text):
         code = re.search(r"^:exit: (\d)$", block["body"], re.MULTILINE)
@@ -159,7 +164,7 @@ def _complaint_about_verb(words: list[str]) -> str | None:
         words = [*words, "--out", "FILE"]
     try:
         options = build_parser().parse_args(words)
-    except SystemExit:
+    except (SystemExit, ScalingRayError):
         return "the parser refuses it"
     spec = getattr(options, "spec", None)
     known = (*example_names(), "SPEC.toml", "my-sweep.toml", "bone-marrow.toml", None)
