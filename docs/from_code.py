@@ -60,7 +60,7 @@ ABOUT_COLUMNS = {
     "masked_genes_seen": "predictions that training was on",
     "optimizer_steps": "updates that were done",
     "flops": "of matrix products in training, exact from shape and cells seen",
-    "wall_seconds": "time of training, of all attempts that count",
+    "wall_seconds": "time from the start of the attempt that finished it to its result",
     "loss_unit": "what losses are measured in",
     "val_loss": "on validation cells, at the checkpoint that was chosen",
     "final_val_loss": "on validation cells, at the end of training",
