@@ -3,6 +3,7 @@
 #             in OPTIONS='--donor SampleID --layer counts', several files in FILES='A.h5ad B.h5ad' in the place of H5AD
 # make test   tests of minutes   make test-slow  kills, clusters, DeepSpeed   make check  ruff and types
 # make errors writes docs/errors.md from the source: every refusal with its code, cause and way out
+# make docs   the documentation site, in out/docs; warnings are errors, no network
 # make bench  measures the data plane (half an hour), the training step and the laws into reports/benchmarks/;
 #             make bench-data, bench-train, bench-laws, bench-results for one, BENCH='--only stream' for a part of it;
 #             make gpu-wheels, then make bench-gpu: what only a GPU can show (BENCH='--cpu': small, on the CPU);
@@ -16,8 +17,8 @@ GPU_PYTHONS ?= 3.11 3.12 3.13
 GPU_PLATFORMS ?= manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo cells test test-slow errors bench bench-data bench-train bench-laws bench-learning bench-results bench-gpu gpu-wheels \
-        check clean
+.PHONY: setup demo cells test test-slow errors bench bench-data bench-train bench-laws bench-learning bench-results bench-gpu \
+        gpu-wheels check docs clean
 
 setup: $(READY)
 
@@ -27,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev,docs]'
 	@touch $(READY)
 
 demo: setup
@@ -80,6 +81,10 @@ check: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: setup
+	@$(BIN)/python -m sphinx --quiet --nitpicky --fail-on-warning --keep-going -b html docs out/docs
+	@echo '$(abspath out/docs/index.html)'
 
 clean:
 	rm -rf $(VENV) out

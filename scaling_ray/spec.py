@@ -496,7 +496,7 @@ class SweepSpec(Frozen):
                     "S034", field, given, "is no range; give one number, or the fewest and the most as [4, 8]"
                 )
             if min(ends) < 1:
-                raise BadInput("S035", field, given, "must be greater than 0")
+                raise BadInput("S037", field, given, "must be greater than 0")
             if any(self.train.cells_per_step % workers for workers in ends):
                 raise BadInput("S025", field, given, f"must divide train.cells_per_step = {self.train.cells_per_step}")
         return self

@@ -109,7 +109,7 @@ def test_the_scan_sees_what_is_heavy() -> None:
 def test_every_extra_is_declared_and_known_to_the_doctor() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     declared = project["optional-dependencies"]
-    assert set(declared) == {*EXTRAS, "all", "dev", "loom", "browser"}
+    assert set(declared) == {*EXTRAS, "all", "dev", "docs", "loom", "browser"}
     assert declared["all"] == [f"scaling-ray[{','.join(EXTRAS)}]"]
     assert set(USES) == set(EXTRAS)
     assert {*LIGHT_PACKAGES, "markupsafe"} == {name.split(">")[0] for name in project["dependencies"]}
