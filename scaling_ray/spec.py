@@ -493,7 +493,7 @@ class SweepSpec(Frozen):
             field, ends = f"resources.workers.{name}", given if isinstance(given, list) else [given]
             if isinstance(given, list) and (len(given) != 2 or given[0] >= given[1]):
                 raise BadInput(
-                    "S034", field, given, "is no range; give one number, or the fewest and the most as [4, 8]"
+                    "S036", field, given, "is no range; give one number, or the fewest and the most as [4, 8]"
                 )
             if min(ends) < 1:
                 raise BadInput("S037", field, given, "must be greater than 0")
