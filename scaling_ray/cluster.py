@@ -22,6 +22,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # By default Ray tries a task that it killed for want of memory again without end and without a word.
 os.environ.setdefault("RAY_task_oom_retries", "3")
+# What Ray Data asked of an autoscaler stays asked for so long after its last execution: three minutes by default.
+os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "60")
 if "ray" not in sys.modules and not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & set(os.environ):
     os.environ["RAY_AUTH_MODE"] = "token"
     # Ray's default niceness of 15 starves the workers of a private cluster beside anything else on the machine.

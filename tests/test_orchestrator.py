@@ -185,7 +185,7 @@ def test_a_sweep_waits_for_nodes_and_says_so(tiny_shards: Path, tmp_path: Path) 
     spec, out = write_spec(tmp_path / "spec.toml", singles=1, groups=1, cells_seen=4_000), tmp_path / "out"
     with FakeCluster(0) as cluster:
         process = cluster.sweep(spec, tiny_shards, out)
-        time.sleep(45)
+        time.sleep(305)
         assert process.poll() is None
         cluster.add()
         said = ended_well(process)

@@ -80,7 +80,7 @@ class Scheduler:
         )
         # A process that Tune keeps for the next trial holds CPUs that a group's workers would wait for in vain.
         reuse = not any(unit.kind == "group" for unit in units)
-        with scratch_of(self._state.files, "tune") as storage, _quiet_tune():
+        with scratch_of(self._state.files, "tune") as storage, _quiet_tune(), _killed_actors_are_dead():
             tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(search_alg=_feed(self, driver), num_samples=-1, reuse_actors=reuse),
@@ -221,6 +221,30 @@ def _quiet_tune() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _killed_actors_are_dead() -> Iterator[None]:
+    """Let Tune take a trial that Ray killed for its node's memory for what it is: one whose actor died.
+
+    Ray gives such an actor's task an OutOfMemoryError. Tune 2.60 foresees RayActorError and errors of the task's own
+    there, and ends the whole experiment at any other.
+    """
+    from ray.air.execution._internal.actor_manager import RayActorManager
+
+    managers: Any = RayActorManager
+    foreseen = managers._actor_task_failed
+
+    def failed(manager: Any, task: Any, exception: Exception) -> None:
+        if isinstance(exception, ray.exceptions.OutOfMemoryError):
+            exception = ray.exceptions.RayActorError(error_msg=f"OutOfMemoryError: {exception}")
+        foreseen(manager, task, exception)
+
+    managers._actor_task_failed = failed
+    try:
+        yield
+    finally:
+        managers._actor_task_failed = foreseen
 
 
 def _feed(scheduler: Scheduler, driver: Mapping[str, float]) -> Any:
