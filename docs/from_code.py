@@ -82,7 +82,8 @@ ABOUT_COLUMNS = {
     "attempts": "attempts that were begun",
     "mlflow_run_id": "its run in MLflow",
     "data_hash": "contents and rules of the shards",
-    "workers": "processes that trained it",
+    "workers": "processes that trained it at its end",
+    "worker_counts": "processes that trained it, in order, where it was a group: 4 8 4",
     "engine": "what carried out updates",
 }
 """Column of results.parquet -> what it is."""

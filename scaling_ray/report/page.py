@@ -19,7 +19,15 @@ NOT_SHOWN = (
     # A size's shape, and what the grid asked for: the specification has them.
     *("width", "layers", "heads", "feedforward", "cells_requested", "donors", "umi_fraction"),
     # Further counts and bits of a run, and how it was carried out.
-    *("masked_genes_seen", "best_cells_seen", "baseline_per_gene_bits", "precision", "engine", "lr_check_ratio"),
+    *(
+        "masked_genes_seen",
+        "best_cells_seen",
+        "baseline_per_gene_bits",
+        "precision",
+        "engine",
+        "worker_counts",
+        "lr_check_ratio",
+    ),
 )
 """Columns of results.parquet that the page leaves to ``report.json``, which has all of every run."""
 
