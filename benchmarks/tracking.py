@@ -3,7 +3,7 @@
 Writes reports/benchmarks/tracking.json. Stages:
 
 outage  one run of a real sweep on one CPU, logged to a real server over HTTP: cells a second with the server there all
-        along, and with it killed for the middle third of the run; pairs of both, one after the other.
+        along, and with it stopped (SIGSTOP) for the middle third; pairs of both, one after the other.
 lag     32 runs whose rows grow by one of training and half a one of validation a second, followed to one server: age of
         the newest row that the server holds of each run, asked once a second.
 """
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from machine import machine, say
 from scheduling import command, results, spec_text
 
@@ -33,6 +34,15 @@ from scaling_ray.tracking.follower import Follower  # noqa: E402
 from scaling_ray.tracking.tracker import Tracker  # noqa: E402
 
 STAGES = ("outage", "lag")
+
+
+def belongs(process: psutil.Process, port: int) -> bool:
+    """Whether a process is the server at a port, or one of its workers."""
+    try:
+        lines = [" ".join(one.cmdline()) for one in (process, *process.parents())]
+    except psutil.Error:
+        return False
+    return any("mlflow server" in line and str(port) in line for line in lines)
 
 
 def trained(work: Path, shards: Path, name: str, cells_seen: int, away: bool) -> dict[str, float]:
@@ -51,15 +61,17 @@ def trained(work: Path, shards: Path, name: str, cells_seen: int, away: bool) ->
             time.sleep(0.2)
 
     with mlflow_server(work / f"{name}-server", port):
-        line = [*command(spec, shards, out)]
-        process = subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL)
-        until(1 / 3)
-        if not away:
-            process.wait()
-    if away:
-        until(2 / 3)
-        with mlflow_server(work / f"{name}-server", port):
-            process.wait()
+        process = subprocess.Popen(command(spec, shards, out), env=environment, stderr=subprocess.DEVNULL)
+        if away:
+            until(1 / 3)
+            # stopped and not killed: a start of the server on this machine would take CPU of the training's
+            stopped = [one for one in psutil.process_iter() if belongs(one, port)]
+            for one in stopped:
+                one.suspend()
+            until(2 / 3)
+            for one in stopped:
+                one.resume()
+        process.wait()
     (done,) = results(out)
     return {"cells_per_second": round(done["cells_seen"] / done["train_seconds"], 1), "exit": process.returncode}
 

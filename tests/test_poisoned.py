@@ -108,7 +108,7 @@ def test_a_node_short_of_memory_is_said_and_the_same_command_goes_on_on_a_larger
     spec, out, said = tmp_path / "spec.toml", tmp_path / "out", tmp_path / "said"
     write_spec(spec)
     text = spec.read_text().replace(f"sizes = {[*POISONED, *SOUND]}", 'sizes = ["LOST"]')
-    spec.write_text(text.replace("default = 8000, LOST = 800000", "default = 8000, LOST = 400000"))
+    spec.write_text(text.replace("default = 8000, LOST = 800000", "default = 8000, LOST = 60000"))
     used = psutil.virtual_memory().percent / 100
     limits = {"RAY_memory_usage_threshold": f"{max(0.01, used - 0.01):.4f}", "RAY_memory_monitor_refresh_ms": "3000"}
     with FakeCluster(1, more=limits) as cluster:
