@@ -235,10 +235,10 @@ def _killed_actors_are_dead() -> Iterator[None]:
     managers: Any = RayActorManager
     foreseen = managers._actor_task_failed
 
-    def failed(manager: Any, task: Any, exception: Exception) -> None:
+    def failed(manager: Any, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, ray.exceptions.OutOfMemoryError):
             exception = ray.exceptions.RayActorError(error_msg=f"OutOfMemoryError: {exception}")
-        foreseen(manager, task, exception)
+        foreseen(manager, tracked_actor_task, exception)
 
     managers._actor_task_failed = failed
     try:
