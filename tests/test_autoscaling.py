@@ -164,7 +164,7 @@ class AutoscaledCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def watched(process: subprocess.Popen[str], look: Callable[[], int], seconds: float = 500.0) -> tuple[list[int], str]:
+def watched(process: subprocess.Popen[str], look: Callable[[], int], seconds: float = 900.0) -> tuple[list[int], str]:
     """What ``look`` saw while the sweep ran, and what the sweep said; it must end well."""
     seen, deadline = [], time.monotonic() + seconds
     while process.poll() is None:
@@ -179,7 +179,7 @@ def watched(process: subprocess.Popen[str], look: Callable[[], int], seconds: fl
 
 
 def test_workers_come_from_none_and_go_again(tiny_shards: Path, tmp_path: Path) -> None:
-    spec, out = write_spec(tmp_path / "spec.toml", singles=4, groups=2, cells_seen=16_000), tmp_path / "out"
+    spec, out = write_spec(tmp_path / "spec.toml", singles=3, groups=3, cells_seen=6_000), tmp_path / "out"
     at_once: list[int] = []
 
     def look() -> int:
@@ -190,7 +190,7 @@ def test_workers_come_from_none_and_go_again(tiny_shards: Path, tmp_path: Path) 
         assert cluster.workers == 0
         seen, said = watched(cluster.sweep(spec, tiny_shards, out), look)
         wait_for(lambda: cluster.workers == 0, 420)  # what Ray Data asked for stays asked for some minutes
-    assert max(seen) >= 3 and max(at_once) == 2, (seen, said)
+    assert max(seen) >= 3 and max(at_once) >= 2, (seen, said)
     assert {row.status for row in read_rows(open_place(out))} == {"done"}
     assert not (out / "events.jsonl").exists() and "Traceback" not in said
 
