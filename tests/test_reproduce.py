@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -364,16 +367,22 @@ def test_a_webhook_that_refuses_costs_a_line(monkeypatch: pytest.MonkeyPatch, st
 @pytest.mark.slow
 @pytest.mark.ray
 def test_on_s3_and_told_to_a_webhook(
-    done: Path, tiny_shards: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    done: Path, tiny_shards: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """As its own process: workers of the Ray that other tests share were started without this server's address."""
     monkeypatch.setenv(SECRET, "a secret of the test")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with listener([200]) as (url, told):
-        assert call(done, tiny_shards, "s3://shards/repro", "--webhook", url) == 0
+        line = ["reproduce", str(done / "spec.toml"), "--against", str(done / "reference.json")]
+        line += ["--shards", str(tiny_shards), "--out", "s3://shards/repro", "--webhook", url]
+        command = [sys.executable, "-m", "scaling_ray.cli", *line]
+        made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert made.returncode == 0, made.stderr[-3000:]
     message = json.loads(told[0][1])
     assert message["verdict"] == "agrees" and message["where"] == "s3://shards/repro"
     there = s3.objects("shards", "repro/")
     assert {"reproduction.json", "history.jsonl", "history.html", "sweep/results.csv"} <= there.keys()
-    assert "not tracked" in capsys.readouterr().err
+    assert "not tracked" in made.stderr
 
 
 def test_a_newer_release_is_reported_and_never_taken(
