@@ -52,6 +52,11 @@ class Execution(BaseModel):
     stack: int = 0
     checkpoint_seconds: float = 30.0
 
+    @property
+    def in_group(self) -> bool:
+        """Whether it trains in a worker group, which may be of one for a while."""
+        return self.workers > 1 or self.least_workers > 0
+
     def repeating(self, planned: dict[str, Any]) -> Self:
         """This execution with the values of an earlier plan, except for the fields in ``FOLLOWS_SPEC``."""
         kept = {name: value for name, value in planned.items() if name not in self.FOLLOWS_SPEC}

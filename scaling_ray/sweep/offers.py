@@ -122,7 +122,7 @@ def _gpu_share(run: RunSpec, members: int, memory: TrainingMemory, speeds: Speed
     """The share of a GPU that each worker holds: 0 on a CPU, a whole one in a group."""
     if gpu is None:
         return 0.0
-    if run.execution.workers > 1:
+    if run.execution.in_group:
         return 1.0
     return choose_gpu_share(memory.device_bytes, speeds.busy(run, members, gpu), GPUS[gpu].gib * 2**30)
 

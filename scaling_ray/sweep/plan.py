@@ -91,7 +91,7 @@ def _setting(run: RunSpec, placed: Placed, members: int) -> dict[str, Any]:
 
 def start_seconds(run: RunSpec) -> float:
     """Seconds between the start of the run's processes and that of its own clock."""
-    return GROUP_SECONDS if run.execution.workers > 1 else TRIAL_SECONDS
+    return GROUP_SECONDS if run.execution.in_group else TRIAL_SECONDS
 
 
 def disk_bytes(run: RunSpec) -> tuple[int, int]:
@@ -239,7 +239,7 @@ def check_shapes(runs: Sequence[RunSpec], capacity: Capacity) -> None:
             continue
         asked = f"{execution.cpus} CPUs" + (f" and {execution.gpus:g} GPU" if execution.gpus else "")
         remedy = f"asks for {asked} on one node, and the cluster has {capacity.described()}"
-        if execution.workers > 1:
+        if execution.in_group:
             fewest = execution.least_workers or execution.workers
             raise BadInput("W040", f"resources.workers.{run.size}", fewest, f"each {remedy}; use fewer, or more nodes")
         if execution.gpus and not capacity.total("GPU"):

@@ -29,7 +29,8 @@ def freed(place: Place) -> Iterator[None]:
     context = ray.get_runtime_context()
     session, own = context.get_session_name(), context.get_job_id()
     there = read_sealed(place, JOBS)
-    earlier = [str(job) for job in there["jobs"]] if there is not None and there["session"] == session else []
+    known = [str(job) for job in there["jobs"]] if there is not None and there["session"] == session else []
+    earlier = [job for job in known if job != own]  # one process may sweep twice: its own places are not abandoned
     write_sealed(place, JOBS, {"session": session, "jobs": [*earlier, own]})
     free_abandoned(own, earlier)
     done = threading.Event()

@@ -36,7 +36,7 @@ def plan_stacks(
     for run in runs:
         if run.run_id in taken:
             continue
-        if run.execution.workers > 1:
+        if run.execution.in_group:
             alone += 1
             continue
         kind = (run.role, run.size, run.genes, run.execution)

@@ -21,7 +21,7 @@ class Unit:
         """One run in one process, several runs in one process, or one run in several processes."""
         if len(self.runs) > 1:
             return "stack"
-        return "group" if self.runs[0].execution.workers > 1 else "run"
+        return "group" if self.runs[0].execution.in_group else "run"
 
     @property
     def name(self) -> str:
