@@ -38,7 +38,7 @@ def test_what_a_dead_actor_reserved_is_freed_and_what_a_living_one_holds_is_not(
         def make(self) -> Any:
             return ray.util.placement_group([{"CPU": 0.01}])
 
-    makers = [ray.remote(num_cpus=0)(Maker).remote() for _ in range(2)]
+    makers: list[Any] = [ray.remote(num_cpus=0)(Maker).remote() for _ in range(2)]
     living, dead = ray.get([maker.make.remote() for maker in makers])
     own = ray.util.placement_group([{"CPU": 0.01}])
     assert all(until(group, "CREATED") for group in (living, dead, own))
