@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 import psutil
 
+KINDS = ("driver", "process group", "trial", "train worker", "raylet")
+"""What can be killed: the command, all that it started, an actor of a trial, a worker of a group, a node."""
 CLUSTER = """
 import json, sys
 from ray.cluster_utils import Cluster
@@ -86,7 +90,27 @@ class FakeCluster:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE if said is None else file,
                 text=True,
+                process_group=0,
             )
+
+    def strike(self, kind: str, sweep: subprocess.Popen[str], chance: random.Random) -> bool:
+        """Kill a process of a kind with -9; False where there is none now. A node that is lost comes again."""
+        if kind == "driver":
+            sweep.kill()
+            return True
+        if kind == "process group":
+            os.killpg(sweep.pid, signal.SIGKILL)
+            return True
+        if kind == "raylet":
+            node = chance.choice(self.nodes)
+            os.kill(node["raylet"], signal.SIGKILL)
+            self.nodes.remove(node)
+            self.add()
+            return True
+        found = self.workers("ImplicitFunc" if kind == "trial" else "RayTrainWorker")
+        if found:
+            chance.choice(found).kill()
+        return bool(found)
 
     def workers(self, title: str) -> list[psutil.Process]:
         """Processes of Ray's below this cluster whose title has some words."""

@@ -7,6 +7,8 @@ groups    6 groups of two workers and 12 single runs on 4 nodes of 2 CPUs (all o
           training. A unit holds its CPUs from the start of its attempt to its result, as its result says.
 overhead  24 settings of about 10 s and 200 of about half a second on a private cluster of 2 CPUs: seconds of the whole
           command against half of the seconds inside the trials.
+chaos     12 single runs and 12 groups on three nodes, 20 kills with -9 at random moments, four of each kind, each
+          followed by the same command where it ended: whether its losses are those of an undisturbed sweep.
 many      settings without work through the scheduler: seconds and memory of the driver and of Ray's control service per
           setting, in quarters of the sweep.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -25,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from fake_cluster import FakeCluster
+from fake_cluster import KINDS, FakeCluster, write_spec
 from machine import machine, say
 
 from scaling_ray.storage import write_json
 
-STAGES = ("groups", "overhead", "many")
+STAGES = ("groups", "overhead", "chaos", "many")
 NODES, CPUS = 4, 2
 
 
@@ -113,6 +116,51 @@ def overhead(work: Path, shards: Path, settings: int, cells_seen: int, factor: f
     }
 
 
+def losses(out: Path) -> dict[str, tuple[float, float]]:
+    """Validation and test loss of every run."""
+    return {one["run_id"]: (one["val_loss"], one["test_loss"]) for one in results(out)}
+
+
+def chaos(work: Path, shards: Path, of_each: int) -> dict[str, Any]:
+    """One sweep disturbed by kills of every kind, against one left alone."""
+    spec = write_spec(work / "chaos.toml", 12, 12, cells_seen=20_000)
+    with FakeCluster(3) as cluster:
+        if (code := cluster.sweep(spec, shards, work / "calm", said=work / "calm.log").wait()) != 0:
+            raise SystemExit(f"the undisturbed sweep ended with {code}; see {work / 'calm.log'}")
+    chance, out, said = random.Random(7), work / "chaos", work / "chaos.log"
+    left, kills, calls, began = list(KINDS * of_each), list[str](), 1, time.monotonic()
+    with FakeCluster(3) as cluster:
+        sweep = cluster.sweep(spec, shards, out, said)
+        while True:
+            pause = time.monotonic() + chance.uniform(6, 18)
+            while time.monotonic() < pause and sweep.poll() is None:
+                time.sleep(0.3)
+            if sweep.poll() == 0:
+                break
+            if sweep.poll() is not None:
+                sweep, calls = cluster.sweep(spec, shards, out, said), calls + 1
+            elif left and cluster.strike(left[0], sweep, chance):
+                kills.append(left.pop(0))
+                say(f"killed: {kills[-1]}, {len(results(out))} runs done")
+            if time.monotonic() - began > 3_000:
+                sweep.kill()
+                raise SystemExit(f"the disturbed sweep did not end; {len(left)} kills were left")
+    calm, disturbed = losses(work / "calm"), losses(out)
+    events = [json.loads(line)["cause"] for line in (out / "events.jsonl").read_text().splitlines()]
+    return {
+        "settings": len(calm),
+        "kills": {kind: kills.count(kind) for kind in KINDS},
+        "calls": calls,
+        "seconds": round(time.monotonic() - began),
+        "same_losses": sum(disturbed.get(run) == loss for run, loss in calm.items()),
+        "largest_difference": max(
+            abs(a - b) for run, loss in calm.items() for a, b in zip(loss, disturbed[run], strict=True)
+        ),
+        "events": {cause: events.count(cause) for cause in sorted(set(events))},
+        "tracebacks": said.read_text().count("Traceback"),
+    }
+
+
 class Memory(threading.Thread):
     """Samples the memory of a driver and of the control service below it, beside the number of finished runs."""
 
@@ -179,6 +227,8 @@ def main() -> int:
                 overhead(options.work, options.shards, 24, long, 1.10),
                 overhead(options.work, options.shards, 200, short, 1.15),
             ]
+        elif stage == "chaos":
+            found[stage] = chaos(options.work, options.shards, 4)
         else:
             found[stage] = many(options.work, options.shards, options.settings)
         say(json.dumps(found[stage]))

@@ -78,6 +78,7 @@ def reproduce(
     shards: str | None = None,
     seeds: Sequence[int] | None = None,
     tolerance: float,
+    other_cells: bool = False,
     tick: Tick | None = None,
     webhook: str | None = None,
     progress: Progress = lambda line: None,
@@ -92,6 +93,7 @@ def reproduce(
         shards: shards that another call made; no Census is read then.
         seeds: seeds to use in place of the spec's.
         tolerance: smallest difference that matters, as a share of the reference's drop.
+        other_cells: compare what was found though the cells are others than the reference's.
         tick: of a schedule; each has a sweep of its own, and one that is too old is skipped.
         webhook: an address that is told the verdict.
         progress: called with one line of text now and then.
@@ -120,7 +122,9 @@ def reproduce(
             mine = fenced(place, lease)
             source = shards if shards is not None else _own_shards(mine, spec, census, progress)
             _train(text, source, mine.below(f"sweep{suffix}"), progress)
-            made = _judge(mine.below(f"sweep{suffix}"), reference, tolerance, _notes(reference, census))
+            found = record_sweep(mine.below(f"sweep{suffix}"), reference.origin.loss)
+            notes = _notes(reference, census)
+            made = compare(reference, found, tolerance, notes, other_cells=other_cells)
             mine.write(f"reproduction{suffix}.json", made.to_json().encode())
             due_ms = started_ms if tick is None else milliseconds(tick.due)
             every = None if tick is None else tick.every_seconds
@@ -174,10 +178,6 @@ def _train(text: str, source: str, sweep: Place, progress: Progress) -> None:
             run_sweep(path, source, sweep.uri, progress)
         except RunsFailed as error:
             progress(str(error))
-
-
-def _judge(sweep: Place, reference: SweepRecord, tolerance: float, notes: Sequence[str]) -> Reproduction:
-    return compare(reference, record_sweep(sweep, reference.origin.loss), tolerance, notes)
 
 
 def _notes(reference: SweepRecord, census: str | None) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from fake_cluster import FakeCluster, write_spec  # noqa: E402
+from fake_cluster import KINDS, FakeCluster, write_spec  # noqa: E402
 
 from scaling_ray.results.read import read_rows  # noqa: E402
 from scaling_ray.storage import open_place  # noqa: E402
@@ -60,9 +60,6 @@ def ended_well(process: subprocess.Popen[str], seconds: float = 420.0) -> str:
     return said
 
 
-KINDS = ["driver", "trial", "train worker", "raylet"]
-
-
 def undisturbed(directory: Path, shards: Path) -> dict[str, tuple[float | None, float | None]]:
     spec, out = write_spec(directory / "spec.toml", singles=4, groups=4, cells_seen=30_000), directory / "out"
     with FakeCluster(3) as cluster:
@@ -70,29 +67,12 @@ def undisturbed(directory: Path, shards: Path) -> dict[str, tuple[float | None, 
     return losses(out)
 
 
-def strike(kind: str, rng: random.Random, cluster: FakeCluster, sweep: subprocess.Popen[str]) -> bool:
-    """Kill a process of a kind with -9; False where there is none now. A node that is lost comes again."""
-    if kind == "driver":
-        sweep.kill()
-        return True
-    if kind == "raylet":
-        node = rng.choice(cluster.nodes)
-        os.kill(node["raylet"], signal.SIGKILL)
-        cluster.nodes.remove(node)
-        cluster.add()
-        return True
-    found = cluster.workers("ImplicitFunc" if kind == "trial" else "RayTrainWorker")
-    if found:
-        rng.choice(found).kill()
-    return bool(found)
-
-
 def test_kills_of_every_kind_leave_the_same_losses(tiny_shards: Path, tmp_path: Path) -> None:
     """Three of each kind at random moments; after each of the driver's the same command."""
     expected, rng = undisturbed(tmp_path, tiny_shards), random.Random(1)
     (tmp_path / "chaos").mkdir()
     spec, out = write_spec(tmp_path / "chaos" / "spec.toml", 4, 4, cells_seen=30_000), tmp_path / "chaos" / "out"
-    left = KINDS * 3
+    left = list(KINDS * 3)
     with FakeCluster(3) as cluster:
         sweep, deadline = cluster.sweep(spec, tiny_shards, out, said=tmp_path / "said"), time.monotonic() + 1_200
         while True:
@@ -104,7 +84,7 @@ def test_kills_of_every_kind_leave_the_same_losses(tiny_shards: Path, tmp_path: 
                 if sweep.returncode == 0:
                     break
                 sweep = cluster.sweep(spec, tiny_shards, out, said=tmp_path / "said")
-            elif left and strike(left[0], rng, cluster, sweep):
+            elif left and cluster.strike(left[0], sweep, rng):
                 left.pop(0)
     assert len(left) <= 2, "the sweep ended before it was disturbed"
     assert losses(out) == expected

@@ -15,7 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 from conftest import S3Server
 
 from scaling_ray.cli import main
@@ -212,6 +215,57 @@ def test_other_cells_drift_and_the_hint_says_so(
     shard = next((tmp_path / "out" / "shards").glob("train-*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert main(arguments) == 2, "shards are verified before they are used again"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_five_of_a_hundred_cells_swapped_between_donors_are_a_drift_that_no_loss_sees(
+    done: Path, planted_census: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (done / "two.toml").write_text(SPEC.replace('cells = [100, "all"]', 'cells = ["all"]'))
+    for name, share in (("before", 0.0), ("after", 0.05)):
+        census = study(planted_census, tmp_path / f"{name}.h5ad", share, tmp_path / f"{name}-census")
+        against = tmp_path / "reference.json"
+        if name == "before":
+            assert call_on(done, census, tmp_path / "first", done / "reference.json", "two.toml") == 3
+            assert main(["reference", str(tmp_path / "first" / "sweep"), "--out", str(against)]) == 0
+            assert call_on(done, census, tmp_path / "again", against, "two.toml") == 0, "imported once more: the same"
+        else:
+            assert call_on(done, census, tmp_path / "swapped", against, "two.toml") == 3
+    made = verdict_at(tmp_path / "swapped")
+    (cells,) = made.of_kind("cells")
+    assert cells.verdict == "drifted" and made.hint is not None and made.hint.startswith("the cells differ")
+    assert "the cells are not the reference's" in made.summary
+    assert not any(each.verdict == "drifted" for each in made.of_kind("loss")), "no mean of a test split sees it"
+    assert call_on(done, census, tmp_path / "swapped", against, "two.toml", "--other-cells") == 0
+    assert not verdict_at(tmp_path / "swapped").of_kind("cells")
+
+
+def call_on(done: Path, census: Path, out: Path, against: Path, spec: str, *more: str) -> int:
+    return main(
+        ["reproduce", str(done / spec), "--against", str(against), "--census", str(census), "--out", str(out), *more]
+    )
+
+
+def study(planted: Path, file: Path, share: float, out: Path) -> Path:
+    """A Census imported from a file of planted cells, a share of whose donors' labels were swapped in pairs."""
+    import anndata
+
+    from scaling_ray.census.source import Census
+
+    with Census.open(str(planted)) as census:
+        counts, obs, var = census.counts(0, census.n_cells), census.obs(), census.var()
+    donors = obs["donor_id"].astype(str).to_numpy().copy()
+    random = np.random.default_rng(5)
+    order = random.permutation(len(donors))
+    pairs = [(one, two) for one, two in zip(order[::2], order[1::2], strict=False) if donors[one] != donors[two]]
+    for one, two in pairs[: round(share * len(donors) / 2)]:
+        donors[one], donors[two] = donors[two], donors[one]
+    table = pd.DataFrame({"donor_id": donors}, index=[f"cell{i}" for i in range(len(donors))])
+    made = anndata.AnnData(sp.csr_matrix(counts), obs=table, var=pd.DataFrame(index=var["feature_id"].astype(str)))
+    made.write_h5ad(file)
+    assert main(["census", "import", str(file), "--out", str(out)]) == 0
+    return out
 
 
 @pytest.mark.slow

@@ -130,6 +130,11 @@ def add_reproduce(top: Verbs) -> None:
         help="smallest difference that matters, as a share of the drop from the gene mean to the best setting",
     )
     verb.add_argument(
+        "--other-cells",
+        action="store_true",
+        help="compare losses and laws though the shards hold other cells than the reference's; else that is a drift",
+    )
+    verb.add_argument(
         "--tick",
         default=None,
         metavar="TIME",
@@ -173,6 +178,7 @@ def reproduce(options: argparse.Namespace) -> int:
         shards=options.shards,
         seeds=options.seeds,
         tolerance=options.tolerance,
+        other_cells=options.other_cells,
         tick=tick,
         webhook=options.webhook,
         progress=say,

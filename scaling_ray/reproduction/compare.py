@@ -29,10 +29,11 @@ from scaling_ray.reproduction.record import Origin, Setting, SweepRecord
 from scaling_ray.runs import differing
 from scaling_ray.spec import parse_spec
 
-Kind = Literal["loss", "contrast", "parameter", "prediction", "baseline"]
+Kind = Literal["loss", "contrast", "parameter", "prediction", "baseline", "cells"]
 DEFAULT_TOLERANCE = 0.01
 """Smallest difference that matters, as a share of the drop from the gene mean to the best setting."""
 EXIT_CODES: dict[str, int] = {AGREES: 0, DRIFTED: 3, CANNOT_TELL: 6}
+OTHER_CELLS = "the shards hold other cells, or the same cells on other sides of the split"
 _IN_LOSS_UNITS = ("c", "E")
 _Key = tuple[str, int | None, str, float | None]
 
@@ -93,7 +94,12 @@ class Reproduction(Record):
 
 
 def compare(
-    reference: SweepRecord, found: SweepRecord, tolerance_share: float = DEFAULT_TOLERANCE, notes: Sequence[str] = ()
+    reference: SweepRecord,
+    found: SweepRecord,
+    tolerance_share: float = DEFAULT_TOLERANCE,
+    notes: Sequence[str] = (),
+    *,
+    other_cells: bool = False,
 ) -> Reproduction:
     """Hold a repetition beside its reference.
 
@@ -102,6 +108,7 @@ def compare(
         found: what the repetition found; it may lack runs.
         tolerance_share: smallest difference that matters, as a share of the reference's drop.
         notes: said beside the verdict.
+        other_cells: whether the two may stand on other cells, so that only what was found of them is compared.
 
     Raises:
         BadInput: losses of other units or columns, so that nothing can be compared; a tolerance below 0.
@@ -123,11 +130,12 @@ def compare(
     cases += _baselines(reference, found, tolerance)
     judged = judge_all([case for _, _, case in cases], drop)
     quantities = [_quantity(kind, name, one) for (kind, name, _), one in zip(cases, judged, strict=True)]
-    quantities += _untold(reference, found)
+    quantities += [*_untold(reference, found), *_cells(reference.origin, found.origin, other_cells)]
     missing, extra = _missing(reference, found), _extra(reference, found)
     losses = [one for (kind, _, _), one in zip(cases, judged, strict=True) if kind == "loss"]
     others = [one for (kind, _, _), one in zip(cases, judged, strict=True) if kind != "loss"]
-    verdict = overall(losses, others, missing)
+    same_cells = all(each.verdict == AGREES for each in quantities if each.kind == "cells")
+    verdict = overall(losses, others, missing) if same_cells else DRIFTED
     identical = sum(one.difference.identical for one in losses)
     changed = list(_changes(reference.origin, found.origin))
     made = Reproduction(
@@ -247,13 +255,28 @@ def _quantity(kind: Kind, name: str, one: Judgement) -> Quantity:
     )
 
 
+_BLANK = {name: None for name in ("low", "high", "found_error", "tolerance", "detectable", "p")}
+
+
+def _cells(reference: Origin, found: Origin, other_cells: bool) -> Iterator[Quantity]:
+    """Whether both sides stand on the same cells, genes and split, to the byte, where both know it.
+
+    Losses cannot say that: labels that were swapped between donors move a few cells from one split to another, and a
+    mean over thousands of test cells by less than what matters.
+    """
+    one, two = reference.data_hash, found.data_hash
+    if one is None or two is None or other_cells:
+        return
+    verdict, reason = (AGREES, "identical") if one == two else (DRIFTED, OTHER_CELLS)
+    yield Quantity(kind="cells", name="data_hash", verdict=verdict, reason=reason, reference=None, found=None, **_BLANK)
+
+
 def _untold(reference: SweepRecord, found: SweepRecord) -> list[Quantity]:
     """What one side gives and the other does not: settings of the reference, parameters and predictions of either."""
-    blank = {name: None for name in ("low", "high", "found_error", "tolerance", "detectable", "p")}
 
     def made(kind: Kind, name: str, reason: str, before: float | None, after: float | None) -> Quantity:
         return Quantity(
-            kind=kind, name=name, verdict=CANNOT_TELL, reason=reason, reference=before, found=after, **blank
+            kind=kind, name=name, verdict=CANNOT_TELL, reason=reason, reference=before, found=after, **_BLANK
         )
 
     keys = {_key(setting) for setting in found.settings}
@@ -351,7 +374,10 @@ def _hint(
         return "the specs differ: repeat with the reference's spec first"
     if "data_hash" in words or moved:
         seen = " (the closed-form baselines moved with them)" if moved else " (the closed-form baselines did not move)"
-        return f"the cells differ{seen}: convert with the reference's version and Census, and compare data_hash"
+        return (
+            f"the cells differ{seen}: convert with the reference's version and Census; "
+            "where other cells are meant, --other-cells compares what was found of them"
+        )
     if "numerics" in words:
         return "the numerics version was raised on purpose: see its entry in CHANGELOG.md, then make the reference anew"
     if "commit" in words:
@@ -377,7 +403,9 @@ def _summary(made: Reproduction) -> str:
     blind = sum(each.reason == BLIND for each in losses)
     if blind:
         line += f", {blind} scatter too far to tell"
-    drifted = [each for each in made.quantities if each.verdict == DRIFTED]
+    if any(each.verdict == DRIFTED for each in made.of_kind("cells")):
+        line += "; the cells are not the reference's"
+    drifted = [each for each in made.quantities if each.verdict == DRIFTED and each.kind != "cells"]
     if drifted:
         most = max(drifted, key=lambda each: abs((each.found or 0.0) - (each.reference or 0.0)))
         line += f"; {len(drifted)} quantities drifted, most {most.name}: {most.reference:.4g} -> {most.found:.4g}"
