@@ -21,7 +21,6 @@ from sphinx.util.docutils import SphinxDirective
 from scaling_ray import errors
 from scaling_ray.cli import build_parser
 from scaling_ray.records import FailureClass
-from scaling_ray.reproduction.compare import EXIT_CODES
 from scaling_ray.results import sweep_files
 from scaling_ray.results.columns import COLUMNS, FOREIGN, Column
 from scaling_ray.shards import format as shard_format
@@ -213,14 +212,13 @@ def foreign_columns() -> Iterator[str]:
 
 
 def exit_codes() -> Iterator[str]:
-    """Exit codes, from the tree of errors and from the verdicts of a reproduction."""
-    found: dict[int, list[str]] = {0: ["complete"], 130: ["interrupted by Ctrl-C; the same command goes on"]}
-    for verdict, number in EXIT_CODES.items():
-        found.setdefault(number, []).append(f"`reproduce`: {verdict.replace('_', ' ')}")
+    """Exit codes and what they mean, with the errors that a program meets behind each."""
+    found = {number: [meaning] for number, meaning in errors.EXIT_CODES.items()}
+    found[130] = ["interrupted by Ctrl-C; the same command goes on"]
     for error in vars(errors).values():
         if inspect.isclass(error) and issubclass(error, errors.ScalingRayError) and error is not errors.ScalingRayError:
             line = " ".join(inspect.cleandoc(error.__doc__ or "").split("\n\n")[0].split())
-            found.setdefault(error.exit_code, []).append(f"{line} ({code(error.__name__)})")
+            found[error.exit_code].append(f"{code(error.__name__)}: {line}")
     yield from table(["code", "when"], ([str(number), "<br>".join(found[number])] for number in sorted(found)))
 
 
@@ -237,7 +235,7 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[list[str]]:
         choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices is not None else None
         value = "" if action.nargs == 0 else f" {choices or shown}"
         name = f"`{', '.join(action.option_strings)}{value}`" if action.option_strings else f"`{choices or shown}`"
-        nothing = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        nothing = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
         needed = "must be given" if action.required and action.option_strings else ""
         yield [name, needed if nothing else code(action.default), (action.help or "").replace("%%", "%")]
 

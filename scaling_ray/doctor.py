@@ -37,13 +37,13 @@ LIGHT_PACKAGES = (
 """Without these no verb runs."""
 
 USES = {
-    "train": ("torch", "export, embed, bench train, and with cluster and track: sweep, run"),
-    "cluster": ("ray", "shards build, sweep, run"),
-    "census": ("tiledbsoma", "census plant, census import, shards build, run"),
-    "track": ("mlflow", "track replay, sweep, run"),
+    "train": ("torch", "run, sweep, reproduce, export, embed, bench train, track models"),
+    "cluster": ("ray", "run, sweep, reproduce, shards build, bench stream, node-watch"),
+    "census": ("tiledbsoma", "run, reproduce, census plant, census import, census check, shards build, embed"),
+    "track": ("mlflow", "track replay, track check, track models"),
     "s3": ("boto3", "results and shards on S3"),
 }
-"""Extra -> the package whose version stands for it, and the verbs that need it."""
+"""Extra -> the package whose version stands for it, and the verbs that need it, alone or with others."""
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def run_cells(
     *,
     rules: Rules,
     split_by: str | None = None,
+    cluster: Path | None = None,
     progress: Progress = lambda line: None,
 ) -> str:
     """Run a sweep on somebody's own cells: they are imported to ``out``/census, and the rest is ``run_pipeline``.
@@ -104,6 +105,7 @@ def run_cells(
         out: a directory.
         rules: how the files are read.
         split_by: donor_id, dataset_id or cell, in the place of the spec's own.
+        cluster: the file that `ray up` started the cluster from.
         progress: called with one line of text now and then.
 
     Raises:
@@ -122,7 +124,7 @@ def run_cells(
     if place.below("shards").size(MANIFEST) is None:
         for line in _foretold(load_spec(own), str(census), progress):
             progress(line)
-    return run_pipeline(own, out, census=str(census), progress=progress)
+    return run_pipeline(own, out, census=str(census), cluster=cluster, progress=progress)
 
 
 def with_data(text: str, values: Mapping[str, str | None], where: str) -> str:

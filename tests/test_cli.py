@@ -19,6 +19,7 @@ import pytest
 from conftest import TINY_SWEEP
 
 from scaling_ray.cli import build_parser, main
+from scaling_ray.cli.declare import place, positive
 from scaling_ray.errors import EXIT_CODES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -142,6 +143,59 @@ def test_the_verbs_are_these() -> None:
     )
 
 
+PATHS = [
+    (verb, action.option_strings[0])
+    for verb, parser in VERBS.items()
+    for action in parser._actions
+    if "--out" in action.option_strings and action.type not in (place, None)
+]
+
+
+@pytest.mark.parametrize(("verb", "option"), PATHS, ids=lambda value: value)
+def test_a_uri_never_becomes_a_folder_of_that_name(verb: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where results may lie on S3 the option is a ``place``; everywhere else a URI is refused before any work."""
+    assert main([*verb.split(), option, "s3://bucket/folder"]) == 2
+    assert "'s3://bucket/folder' is no local path" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("reproduce demo --against r.json --out o --tick 2026-01-01 --every 0", "--every: '0' is no number above 0"),
+        ("reproduce demo --against r.json --out o --max-age nan", "--max-age: 'nan' is no number above 0"),
+        ("status absent --watch nan", "--watch: 'nan' is no number above 0"),
+        ("node-watch --every inf", "--every: 'inf' is no number above 0"),
+        ("bench train --seconds nan", "--seconds: 'nan' is no number above 0"),
+        ("bench train --out rates.json", "--out: 'rates.json': holds the rates of a spec"),
+        ("bench train --spec demo --out r.json --micro-batch 0", "--micro-batch: 0: is what the spec says"),
+        ("shards build demo --census absent --out o --json", "--json: True: goes with --dry-run"),
+        ("init my.toml", "NAME: 'my.toml': is a file"),
+    ],
+)
+def test_what_would_be_ignored_or_never_end_is_refused(
+    arguments: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments.split()) == 2
+    assert complaint in one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_reads_no_further_is_told_nothing_more() -> None:
+    """``scaling-ray explain S035 | head -0``: no second complaint when Python ends."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    read, write = os.pipe()
+    os.close(read)
+    told = subprocess.run(
+        [sys.executable, "-m", "scaling_ray.cli", "explain", "S035"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    os.close(write)
+    assert (told.returncode, told.stderr) == (1, b"")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -171,9 +225,10 @@ def test_every_option_says_its_unit_and_its_default(verb: str, monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "1000")
     shown = VERBS[verb].format_help()
     for action in VERBS[verb]._actions:
-        if action.type in (int, float):
+        if action.type in (int, float, positive):
             assert action.metavar, f"{verb} {action.option_strings}: in what unit?"
-        if action.option_strings and action.default not in (None, False, [], argparse.SUPPRESS):
+        nothing = action.default is None or action.default is False or action.default in ([], argparse.SUPPRESS)
+        if action.option_strings and not nothing:
             assert f"(default: {action.default})" in shown, f"{verb} {action.option_strings}"
 
 

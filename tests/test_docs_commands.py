@@ -274,6 +274,16 @@ def test_kept_outputs_are_of_the_runs_that_the_tutorials_spec_asks_for(
     assert named == planned
 
 
+def test_runs_that_pages_and_help_name_are_of_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "demo", "--json"]) == 0
+    planned = {setting["run_id"] for setting in json.loads(capsys.readouterr().out)["settings"]}
+    root = DOCS.parent
+    pages = [root / "README.md", root / "scaling_ray" / "cli" / "models.py", *DOCS.glob("*.md")]
+    told = "".join(path.read_text() for path in pages if path.name != "tutorial.md")
+    named = set(re.findall(r"\blaw-\w+-v256-[\w.-]+-[0-9a-f]{8}\b", told))
+    assert len(named) >= 3 and named <= planned
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

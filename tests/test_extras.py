@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -111,8 +112,31 @@ def test_every_extra_is_declared_and_known_to_the_doctor() -> None:
     declared = project["optional-dependencies"]
     assert set(declared) == {*EXTRAS, "all", "dev", "docs", "loom", "browser"}
     assert declared["all"] == [f"scaling-ray[{','.join(EXTRAS)}]"]
+    needs = {verb: set(parser.get_default("needs")) for verb, parser in VERBS.items()}
+    for extra in set(EXTRAS) - {"s3"}:
+        assert set(USES[extra][1].split(", ")) == {verb for verb, needed in needs.items() if extra in needed}
     assert set(USES) == set(EXTRAS)
     assert {*LIGHT_PACKAGES, "markupsafe"} == {name.split(">")[0] for name in project["dependencies"]}
+
+
+def test_the_page_on_installing_has_each_verb_beside_the_extras_it_needs() -> None:
+    page = (REPOSITORY / "docs" / "installation.md").read_text()
+    rows = re.findall(r"^\| `(?:pip install scaling-ray|\[([a-z,]+)\])`[^|]* \| ([^|]*) \|$", page, re.MULTILINE)
+    told = {frozenset(extras.split(",")) - {""}: re.findall(r"`([a-z -]+)`", verbs) for extras, verbs in rows}
+    for verb, parser in VERBS.items():
+        assert verb in told[frozenset(parser.get_default("needs"))], verb
+
+
+@pytest.mark.parametrize("verb", ["run", "reproduce"])
+def test_shards_that_are_there_need_no_census(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tiledbsoma", None)
+    given = ["--against", str(tmp_path / "absent.json")] if verb == "reproduce" else []
+    line = [verb, "demo", *given, "--out", str(tmp_path / "out")]
+    assert main(line) == 2 and "pip install 'scaling-ray[census]'" in capsys.readouterr().err
+    assert main([*line, "--shards", str(tmp_path / "absent")]) == 2
+    assert "absent" in capsys.readouterr().err
 
 
 def test_this_environment_has_every_extra() -> None:

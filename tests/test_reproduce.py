@@ -386,6 +386,22 @@ def test_every_reference_of_the_project_agrees_with_itself_and_not_with_another(
         assert compare(record, record.model_copy(update={"settings": worse})).verdict == "drifted"
 
 
+def test_a_table_with_both_losses_is_read_at_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    """A kept results.csv has both; the record of one must not hold the other."""
+    kept = Path(__file__).resolve().parents[1] / "reports" / "planted" / "results.csv"
+    found = {}
+    for loss in ("test_loss", "val_loss"):
+        out = tmp_path / f"{loss}.json"
+        assert main(["reference", str(kept), "--loss", loss, "--out", str(out)]) == 0
+        found[loss] = SweepRecord.read(out)
+    table = pd.read_csv(kept)
+    table = table[table["role"] == "law"]
+    for loss, record in found.items():
+        assert record.origin.loss == loss
+        told = sorted(value for setting in record.settings for value in setting.losses.values())
+        assert told == pytest.approx(sorted(table[loss]))
+
+
 def test_seeds_are_replaced_and_nothing_else() -> None:
     assert with_seeds(SPEC, [11, 12]) == SPEC.replace("seeds = [1, 2, 3]", "seeds = [11, 12]")
     with pytest.raises(BadInput, match="--seeds"):

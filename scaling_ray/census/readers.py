@@ -106,9 +106,9 @@ def _opened(path: Path, stack: ExitStack) -> CellFile:
 
 
 def _refuse_known(path: Path, lower: str) -> None:
-    for ending, remedy in _CONVERT.items():
+    for ending, what_it_is_and_the_way_out in _CONVERT.items():
         if lower.endswith(ending):
-            raise BadInput("C033", "file", str(path), f"{remedy}; read here: {READABLE}")
+            raise BadInput("C033", "file", str(path), f"{what_it_is_and_the_way_out}; read here: {READABLE}")
 
 
 def _first(error: Exception) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from scaling_ray.cli.declare import Verbs, add_group, add_verb
+from scaling_ray.cli.declare import Verbs, add_group, add_verb, local
 from scaling_ray.cli.lines import say
 from scaling_ray.cli.reading import CELL_FILES, add_reading_flags, reading_rules
 
@@ -21,7 +20,7 @@ def add_census(top: Verbs) -> None:
         "census plant --out planted",
         needs=("census",),
     )
-    planting.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the Census")
+    planting.add_argument("--out", type=local, required=True, metavar="DIR", help="directory of the Census")
     planting.add_argument(
         "--law", action="store_true", help="a truth whose loss falls as a power of model size and of training cells"
     )
@@ -49,9 +48,9 @@ def add_census(top: Verbs) -> None:
         needs=("census",),
     )
     for verb in (importing, checking):
-        verb.add_argument("files", type=Path, nargs="+", metavar="FILE", help=f"{CELL_FILES}; one data set each")
+        verb.add_argument("files", type=local, nargs="+", metavar="FILE", help=f"{CELL_FILES}; one data set each")
         add_reading_flags(verb)
-    importing.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the Census")
+    importing.add_argument("--out", type=local, required=True, metavar="DIR", help="directory of the Census")
 
 
 def plant(options: argparse.Namespace) -> int:

@@ -26,6 +26,13 @@ def specs(prefix: str, **_: Any) -> Sequence[str]:
     return [*example_names(), *FilesCompleter(["toml"])(prefix)]
 
 
+def examples(prefix: str, **_: Any) -> Sequence[str]:
+    """Names of shipped examples."""
+    from scaling_ray.specs import example_names
+
+    return example_names()
+
+
 def runs(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Sequence[str]:
     """Runs of the sweep that stands before on the line, where it lies on a disk."""
     folder = Path(str(parsed_args.sweep)) / "runs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,6 +87,24 @@ def completed(action: argparse.Action, completer: Completer) -> None:
 def place(text: str) -> str | Path:
     """A directory, or an ``s3://`` URI as it stands."""
     return text if "://" in text else Path(text)
+
+
+def local(text: str) -> Path:
+    """A file or directory of this machine; a URI would become a folder of that name."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no local path; name one on a disk of this machine")
+    return Path(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0: seconds, cells a second."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return found
 
 
 SPEC_HELP = "the sweep's spec: a TOML file, or the name of a shipped example (scaling-ray init --list)"

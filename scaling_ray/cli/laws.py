@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from scaling_ray.cli.declare import SWEEP_HELP, Verbs, add_verb, place
+from scaling_ray.cli.declare import SWEEP_HELP, Verbs, add_verb, local, place
 from scaling_ray.cli.given import flag
 from scaling_ray.cli.lines import say
 from scaling_ray.errors import BadInput
@@ -28,7 +28,7 @@ def add_fit(top: Verbs) -> None:
         metavar="SWEEP_DIR|TABLE",
         help="directory or s3:// URI of a sweep, or a table (.csv, .tsv, .parquet) with columns params and loss",
     )
-    verb.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="JSON file to write")
+    verb.add_argument("--out", type=local, required=True, metavar="FILE.json", help="JSON file to write")
     verb.add_argument(
         "--loss", metavar="COLUMN", default=None, help="the column of a table that is the loss, where several are"
     )
@@ -122,10 +122,12 @@ def add_audit(top: Verbs) -> None:
         "re-read the published law: what was reported, what the same runs support",
         "audit --out out/audit",
     )
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of audit.json and audit.html")
+    verb.add_argument(
+        "--out", type=place, required=True, metavar="DIR", help="directory or s3:// URI of audit.json and audit.html"
+    )
     verb.add_argument(
         "--published",
-        type=Path,
+        type=local,
         metavar="DIR",
         default=None,
         help="directory of the published run tables (the shipped ones if left out)",

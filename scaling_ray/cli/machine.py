@@ -9,13 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_ray.cli.complete import specs
-from scaling_ray.cli.declare import Verbs, add_group, add_verb, completed
-from scaling_ray.cli.given import spec_of
+from scaling_ray.cli.declare import Verbs, add_group, add_verb, completed, local, positive
+from scaling_ray.cli.given import flag, spec_of
 from scaling_ray.cli.lines import say
 from scaling_ray.errors import BadInput
 
 if TYPE_CHECKING:
     from scaling_ray.spec import SweepSpec
+
+MADE_UP = {
+    "size": "TINY",
+    "genes": 512,
+    "micro_batch": None,
+    "cells_per_step": 32,
+    "dropout": 0.0,
+    "precision": "auto",
+    "threads": 1,
+    "stack": 1,
+    "json": False,
+}
+"""What ``bench train`` measures where nothing is said; with --spec the spec says it."""
 
 
 def add_bench(top: Verbs) -> None:
@@ -48,26 +61,25 @@ def add_bench(top: Verbs) -> None:
         "bench train --spec demo --out rates.json",
         needs=("train",),
     )
-    train.add_argument("--size", metavar="SIZE", default="TINY", help="of the ladder: XXS, TINY, XS, S, M, L, XL")
-    train.add_argument("--genes", type=int, metavar="GENES", default=512, help="genes of the panel")
+    train.add_argument("--size", metavar="SIZE", help="of the ladder: XXS, TINY, XS, S, M, L, XL")
+    train.add_argument("--genes", type=int, metavar="GENES", help="genes of the panel")
+    train.add_argument("--micro-batch", type=int, metavar="CELLS", help="cells of one pass (by size if left out)")
+    train.add_argument("--cells-per-step", type=int, metavar="CELLS", help="cells of an update")
+    train.add_argument("--dropout", type=float, metavar="SHARE", help="share of units dropped")
+    train.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="of matrix products")
+    train.add_argument("--threads", type=int, metavar="THREADS", help="CPU threads")
+    train.add_argument("--stack", type=int, metavar="MODELS", help="models trained as one; cells of all count")
     train.add_argument(
-        "--micro-batch", type=int, metavar="CELLS", default=None, help="cells of one pass (by size if left out)"
+        "--seconds", type=positive, metavar="SECONDS", default=5.0, help="how long to measure, once warm"
     )
-    train.add_argument("--cells-per-step", type=int, metavar="CELLS", default=32, help="cells of an update")
-    train.add_argument("--dropout", type=float, metavar="SHARE", default=0.0, help="share of units dropped")
-    train.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of matrix products")
-    train.add_argument("--threads", type=int, metavar="THREADS", default=1, help="CPU threads")
-    train.add_argument(
-        "--stack", type=int, metavar="MODELS", default=1, help="models trained as one; cells of all count"
-    )
-    train.add_argument("--seconds", type=float, metavar="SECONDS", default=5.0, help="how long to measure, once warm")
     train.add_argument("--json", action="store_true", help="as JSON")
     spec = train.add_argument(
         "--spec", metavar="SPEC.toml", default=None, help="measure every kind of run of this spec instead"
     )
     completed(spec, specs)
+    train.set_defaults(**MADE_UP)
     train.add_argument(
-        "--out", type=Path, metavar="FILE.json", default=None, help="with --spec: file for `plan --rates`"
+        "--out", type=local, metavar="FILE.json", default=None, help="with --spec: file for `plan --rates`"
     )
 
 
@@ -75,7 +87,7 @@ def add_doctor(top: Verbs) -> None:
     """``doctor``."""
     verb = add_verb(top, "doctor", doctor, "what this machine has and lacks", "doctor --write-to out")
     verb.add_argument(
-        "--write-to", type=Path, metavar="DIR", default=Path("."), help="a directory that must be writable"
+        "--write-to", type=local, metavar="DIR", default=Path("."), help="a directory that must be writable"
     )
 
 
@@ -98,13 +110,19 @@ def bench_train(options: argparse.Namespace) -> int:
     """Measure training."""
     from scaling_ray.spec import parse_spec
 
-    for field, value in (("--seconds", options.seconds), ("--stack", options.stack)):
-        if value <= 0:
-            raise BadInput("V025", field, value, "must be more than 0")
+    if options.stack <= 0:
+        raise BadInput("V025", "--stack", options.stack, "must be more than 0")
     if options.spec is not None:
+        for name, default in MADE_UP.items():
+            if getattr(options, name) != default:
+                raise BadInput(
+                    "V034", flag(name), getattr(options, name), "is what the spec says; leave one of them out"
+                )
         return _bench_spec(spec_of(options), options)
+    if options.out is not None:
+        raise BadInput("V031", "--out", str(options.out), "holds the rates of a spec; name one with --spec")
     precision = f'precision = "{options.precision}"'
-    micro_batch = f"micro_batch = {options.micro_batch}" if options.micro_batch else ""
+    micro_batch = f"micro_batch = {options.micro_batch}" if options.micro_batch is not None else ""
     lines = f"dropout = {options.dropout}\nthreads = {options.threads}\n{precision}\n{micro_batch}"
     spec = parse_spec(
         f'name = "bench"\n[data]\ngenes = {options.genes}\n[grid]\nsizes = ["{options.size}"]\n'

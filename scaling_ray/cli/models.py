@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from scaling_ray.cli.complete import runs
-from scaling_ray.cli.declare import SWEEP_HELP, Verbs, add_verb, completed, place
+from scaling_ray.cli.declare import SWEEP_HELP, Verbs, add_verb, completed, local, place
 from scaling_ray.cli.lines import say
 from scaling_ray.cli.reading import CELL_FILES
 
@@ -18,14 +17,18 @@ def add_export(top: Verbs) -> None:
         "export",
         export,
         "one trained model as a directory: model.safetensors and model.json",
-        "export out/demo/sweep law-W8-v256-dall-s1-lr0.02-2a74f78d --out model",
+        "export out/demo/sweep law-W8-v256-dall-s1-lr0.02-df305fdc --out model",
         needs=("train",),
     )
     verb.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=SWEEP_HELP)
     run = verb.add_argument("run_id", metavar="RUN_ID", help="a finished run, as `scaling-ray status --runs` names it")
     completed(run, runs)
     verb.add_argument(
-        "--out", required=True, metavar="DIR", help="directory of the model; it appears whole or not at all"
+        "--out",
+        type=local,
+        required=True,
+        metavar="DIR",
+        help="directory of the model; it appears whole or not at all",
     )
     verb.add_argument(
         "--shards",
@@ -53,10 +56,11 @@ def add_embed(top: Verbs) -> None:
         "embed model cells.h5ad --out embedded.h5ad",
         needs=("train", "census"),
     )
-    verb.add_argument("model", type=Path, metavar="MODEL", help="directory that `scaling-ray export` made")
-    verb.add_argument("file", type=Path, metavar="FILE", help=f"cells with raw counts: {CELL_FILES}")
+    verb.add_argument("model", type=local, metavar="MODEL", help="directory that `scaling-ray export` made")
+    verb.add_argument("file", type=local, metavar="FILE", help=f"cells with raw counts: {CELL_FILES}")
     verb.add_argument(
         "--out",
+        type=local,
         required=True,
         metavar="FILE.h5ad",
         help="file to write, or replace: the cells with obsm['X_scaling_ray'], float32 of (cells, width)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -47,13 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _reaches_s3(options: argparse.Namespace) -> bool:
-    """Whether an argument is an ``s3://`` URI. A Census there is read by TileDB, which brings its own client."""
-    return any(
-        isinstance(value, str) and value.startswith("s3://")
-        for name, value in vars(options).items()
-        if name != "census"
-    )
+def _needs(options: argparse.Namespace) -> list[str]:
+    """The extras of a verb. Shards that are there already need no Census."""
+    return [extra for extra in options.needs if extra != "census" or not getattr(options, "shards", None)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,8 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     complete_here(parser)
     try:
         options = parser.parse_args(arguments)
-        require_extras(options.asked, *options.needs, *(["s3"] if _reaches_s3(options) else []))
-        return int(options.handler(options))
+        require_extras(options.asked, *_needs(options))
+        code = int(options.handler(options))
+        sys.stdout.flush()
+        return code
     except ScalingRayError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return error.exit_code
@@ -71,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
         return 130
     except BrokenPipeError:
+        # Whoever read has gone. What is still held back is dropped, or Python says so once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
         close_bar()

@@ -6,7 +6,17 @@ import argparse
 from pathlib import Path
 
 from scaling_ray.cli.complete import specs
-from scaling_ray.cli.declare import CENSUS_HELP, SPEC_HELP, SWEEP_HELP, Verbs, add_verb, completed, place
+from scaling_ray.cli.declare import (
+    CENSUS_HELP,
+    SPEC_HELP,
+    SWEEP_HELP,
+    Verbs,
+    add_verb,
+    completed,
+    local,
+    place,
+    positive,
+)
 from scaling_ray.cli.given import flag, spec_of
 from scaling_ray.cli.lines import say
 from scaling_ray.errors import BadInput
@@ -31,7 +41,7 @@ def add_reference(top: Verbs) -> None:
     verb.add_argument(
         "sweep", type=place, metavar="SWEEP_DIR|TABLE", help=f"{SWEEP_HELP}, or a table that `scaling-ray fit` reads"
     )
-    verb.add_argument("--out", type=Path, required=True, metavar="REF.json", help="JSON file to write")
+    verb.add_argument("--out", type=local, required=True, metavar="REF.json", help="JSON file to write")
     verb.add_argument(
         "--name", metavar="TEXT", default=None, help="of the reference (that of the sweep, or of the table's file)"
     )
@@ -46,7 +56,7 @@ def add_reference(top: Verbs) -> None:
     )
     completed(spec, specs)
     verb.add_argument(
-        "--manifest", type=Path, metavar="FILE", default=None, help="of a table: the shards' manifest kept beside it"
+        "--manifest", type=local, metavar="FILE", default=None, help="of a table: the shards' manifest kept beside it"
     )
     verb.add_argument("--source", metavar="TEXT", default=None, help="of a table: where its figures are from, in words")
     verb.add_argument(
@@ -101,7 +111,7 @@ def add_reproduce(top: Verbs) -> None:
     )
     completed(verb.add_argument("spec", metavar="SPEC.toml", help=SPEC_HELP), specs)
     verb.add_argument(
-        "--against", type=Path, required=True, metavar="REF.json", help="reference that `scaling-ray reference` made"
+        "--against", type=local, required=True, metavar="REF.json", help="reference that `scaling-ray reference` made"
     )
     verb.add_argument(
         "--out",
@@ -141,10 +151,10 @@ def add_reproduce(top: Verbs) -> None:
         help="when it was due by its schedule (2026-11-28 or 2026-11-28T03:17Z): each tick has its own sweep",
     )
     verb.add_argument(
-        "--max-age", type=float, default=None, metavar="SECONDS", help="skip a tick that is older than this"
+        "--max-age", type=positive, default=None, metavar="SECONDS", help="skip a tick that is older than this"
     )
     verb.add_argument(
-        "--every", type=float, default=None, metavar="SECONDS", help="time between ticks, to show those missed"
+        "--every", type=positive, default=None, metavar="SECONDS", help="time between ticks, to show those missed"
     )
     verb.add_argument(
         "--webhook",

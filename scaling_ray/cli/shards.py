@@ -49,6 +49,8 @@ def build(options: argparse.Namespace) -> int:
         found = estimate(spec, options.census)
         print(json.dumps(found, indent=1) if options.json else format_estimate(found))
         return 0
+    if options.json:
+        raise BadInput("V033", "--json", True, "goes with --dry-run")
     if options.out is None:
         raise BadInput("V017", "--out", None, "name a directory or an s3:// URI for the shards (or ask for --dry-run)")
     from scaling_ray.shards.convert import build_shards

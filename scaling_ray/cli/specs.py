@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from scaling_ray.cli import complete
-from scaling_ray.cli.declare import PROGRAM, SPEC_HELP, Verbs, add_verb, completed
+from scaling_ray.cli.declare import PROGRAM, SPEC_HELP, Verbs, add_verb, completed, local
 from scaling_ray.cli.given import flag, spec_of
 from scaling_ray.cli.lines import say
 from scaling_ray.errors import BadInput
@@ -33,9 +32,9 @@ def add_init(top: Verbs) -> None:
     name = verb.add_argument(
         "name", nargs="?", metavar="NAME", help="an example, or the name of a new sweep, which begins as `cells`"
     )
-    completed(name, complete.specs)
+    completed(name, complete.examples)
     verb.add_argument(
-        "--out", type=Path, metavar="SPEC.toml", default=None, help="file to write, a new one (printed if left out)"
+        "--out", type=local, metavar="SPEC.toml", default=None, help="file to write, a new one (printed if left out)"
     )
     verb.add_argument("--list", action="store_true", help="name the shipped examples")
 
@@ -52,6 +51,8 @@ def init(options: argparse.Namespace) -> int:
     if options.name is None:
         remedy = f"name an example ({', '.join(example_names())}), or a new sweep"
         raise BadInput("V010", "NAME", None, remedy)
+    if options.name.endswith(".toml"):
+        raise BadInput("V032", "NAME", options.name, "is a file; name a sweep, and the file to write with --out")
     from scaling_ray.specs.annotated import annotated_spec
     from scaling_ray.storage import create_if_absent, output_directory
 
@@ -80,10 +81,10 @@ def add_plan(top: Verbs) -> None:
     completed(verb.add_argument("spec", metavar="SPEC.toml", help=SPEC_HELP), complete.specs)
     verb.add_argument("--json", action="store_true", help="as JSON")
     verb.add_argument(
-        "--rates", type=Path, nargs="+", default=[], metavar="FILE", help="JSON of measured rates, a file per machine"
+        "--rates", type=local, nargs="+", default=[], metavar="FILE", help="JSON of measured rates, a file per machine"
     )
     verb.add_argument(
-        "--cluster", type=Path, default=None, metavar="FILE", help="cluster's file for `ray up`: what it can become"
+        "--cluster", type=local, default=None, metavar="FILE", help="cluster's file for `ray up`: what it can become"
     )
     for limit, (unit, about) in LIMITS.items():
         verb.add_argument(

@@ -6,14 +6,22 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scaling_ray.cli.complete import specs
-from scaling_ray.cli.declare import CLUSTER_HELP, SPEC_HELP, SWEEP_HELP, Verbs, add_verb, completed, place
+from scaling_ray.cli.declare import (
+    CLUSTER_HELP,
+    SPEC_HELP,
+    SWEEP_HELP,
+    Verbs,
+    add_verb,
+    completed,
+    local,
+    place,
+    positive,
+)
 from scaling_ray.cli.given import spec_of
 from scaling_ray.cli.lines import say
-from scaling_ray.errors import BadInput
 
 if TYPE_CHECKING:
     from scaling_ray.results.standing import Standing, StandingReader
@@ -34,7 +42,7 @@ def add_sweep(top: Verbs) -> None:
     verb.add_argument(
         "--out", type=place, required=True, metavar="SWEEP_DIR", help=f"{SWEEP_HELP}; the same one again goes on"
     )
-    verb.add_argument("--cluster", type=Path, default=None, metavar="CLUSTER.yaml", help=CLUSTER_HELP)
+    verb.add_argument("--cluster", type=local, default=None, metavar="CLUSTER.yaml", help=CLUSTER_HELP)
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -60,7 +68,7 @@ def add_status(top: Verbs) -> None:
     verb.add_argument("sweep", type=place, metavar="SWEEP_DIR", help=SWEEP_HELP)
     verb.add_argument(
         "--watch",
-        type=float,
+        type=positive,
         nargs="?",
         const=10.0,
         default=None,
@@ -76,8 +84,6 @@ def status(options: argparse.Namespace) -> int:
     from scaling_ray.results.standing import StandingReader
     from scaling_ray.results.sweep_files import SweepFiles
 
-    if options.watch is not None and options.watch <= 0:
-        raise BadInput("V023", "--watch", options.watch, "must be more than 0 seconds")
     reader = StandingReader(SweepFiles.at(options.sweep, "SWEEP_DIR"))
     if options.watch is not None and sys.stdout.isatty() and not options.json:
         _watch_on_terminal(reader, options)
@@ -142,7 +148,7 @@ def add_node_watch(top: Verbs) -> None:
     verb.add_argument(
         "--metadata-url", default=None, metavar="URL", help="http://HOST[:PORT] of the metadata (the cloud's own)"
     )
-    verb.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="time between two questions")
+    verb.add_argument("--every", type=positive, default=5.0, metavar="SECONDS", help="time between two questions")
     verb.add_argument("--once", action="store_true", help="look at the metadata and at Ray once: a check of both")
     verb.add_argument(
         "--node-id", metavar="ID", default=None, help="hexadecimal id of the Ray node (found if left out)"
@@ -154,7 +160,7 @@ def add_node_watch(top: Verbs) -> None:
         "--drain-now", action="store_true", help="drain this node and wait until it has left: for a preStop hook"
     )
     verb.add_argument(
-        "--deadline", type=float, default=60.0, metavar="SECONDS", help="with --drain-now: when the machine goes"
+        "--deadline", type=positive, default=60.0, metavar="SECONDS", help="with --drain-now: when the machine goes"
     )
 
 

@@ -53,7 +53,8 @@ def add_track(top: Verbs) -> None:
             "--to",
             default=None,
             metavar="URI",
-            help="the tracking server (if left out: MLFLOW_TRACKING_URI, else where the sweep is tracked already)",
+            help="the tracking server (if left out: MLFLOW_TRACKING_URI, else the http:// server that the sweep is on, "
+            "else mlruns.db beside it)",
         )
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from scaling_ray.cli.complete import specs
-from scaling_ray.cli.declare import CENSUS_HELP, CLUSTER_HELP, SPEC_HELP, Verbs, add_verb, completed, place
+from scaling_ray.cli.declare import CENSUS_HELP, CLUSTER_HELP, SPEC_HELP, Verbs, add_verb, completed, local, place
 from scaling_ray.cli.given import flag, spec_of
 from scaling_ray.cli.lines import say
 from scaling_ray.cli.reading import CELL_FILES, READING, add_reading_flags, reading_rules
@@ -30,7 +29,7 @@ def add_run(top: Verbs) -> None:
     completed(spec, specs)
     verb.add_argument(
         "--cells",
-        type=Path,
+        type=local,
         nargs="+",
         default=None,
         metavar="FILE",
@@ -54,7 +53,7 @@ def add_run(top: Verbs) -> None:
     verb.add_argument(
         "--shards", metavar="DIR", default=None, help="directory or s3:// URI of shards; no Census is read then"
     )
-    verb.add_argument("--cluster", type=Path, default=None, metavar="CLUSTER.yaml", help=CLUSTER_HELP)
+    verb.add_argument("--cluster", type=local, default=None, metavar="CLUSTER.yaml", help=CLUSTER_HELP)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -90,5 +89,6 @@ def _run_cells(options: argparse.Namespace) -> int:
     from scaling_ray.pipeline import run_cells
 
     rules, split = reading_rules(options), options.split
-    print(run_cells(options.cells, options.spec, options.out, rules=rules, split_by=split, progress=say))
+    given = {"rules": rules, "split_by": split, "cluster": options.cluster}
+    print(run_cells(options.cells, options.spec, options.out, progress=say, **given))
     return 0

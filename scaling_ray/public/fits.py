@@ -92,7 +92,7 @@ def fit_table(
     *,
     loss: str | None = None,
     log_loss: bool = False,
-    same: Sequence[str] = (),
+    same: str | Sequence[str] = (),
     by: str | None = None,
     last: str | None = None,
     best: str | Sequence[str] = (),
@@ -119,7 +119,14 @@ def fit_table(
         >>> fit.verdict
         'refused'
     """
-    asked: dict[str, Any] = {"same": same, "by": by, "last": last, "best": best, "loss": loss, "log_loss": log_loss}
+    asked: dict[str, Any] = {
+        "same": [same] if isinstance(same, str) else same,
+        "by": by,
+        "last": last,
+        "best": best,
+        "loss": loss,
+        "log_loss": log_loss,
+    }
     is_sweep = isinstance(table, Results) or (
         isinstance(table, str | Path) and (str(table).startswith("s3://") or Path(table).is_dir())
     )

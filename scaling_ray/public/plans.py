@@ -84,7 +84,7 @@ class Plan:
 def plan(
     spec: str | Path | Mapping[str, Any] | SweepSpec,
     *,
-    rates: Sequence[str | Path] = (),
+    rates: str | Path | Sequence[str | Path] = (),
     cluster: str | Path | None = None,
     max_gpu_hours: float | None = None,
     max_cpu_hours: float | None = None,
@@ -117,7 +117,8 @@ def plan(
         "max_cost": max_cost,
         "max_wall_hours": max_wall_hours,
     }
-    document = plan_document(load_spec(spec), [Path(each) for each in rates], cluster, asked)
+    files = [rates] if isinstance(rates, str | Path) else rates
+    document = plan_document(load_spec(spec), [Path(each) for each in files], cluster, asked)
     totals = document["totals"]
     rows = [
         {name: setting[name] for name in _SETTINGS.names} | {"cells": str(setting["cells"])}

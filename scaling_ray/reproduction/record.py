@@ -22,6 +22,7 @@ from scaling_ray.errors import BadInput
 from scaling_ray.laws.verdict import REFUSED
 from scaling_ray.records import Record, ShardManifest
 from scaling_ray.results.cohorts import columns_of, fit_cohorts, fit_columns
+from scaling_ray.results.delimited import read_fields
 from scaling_ray.results.foreign import read_table
 from scaling_ray.results.read import read_rows
 from scaling_ray.results.sweep_files import SPEC, SweepFiles
@@ -207,7 +208,8 @@ def record_table(
         same: columns that may differ between repeats, for the fit.
         source: where the figures come from, in words.
     """
-    table = dict(read_table(path, same=list(same)))
+    fields = read_fields(Path(path))
+    table = dict(read_table(fields, same=list(same), loss=loss if loss in fields.columns else None))
     fits: list[Mapping[str, Any]] = [fit_columns(table)]
     text = Path(spec).read_text(encoding="utf-8") if spec is not None else None
     ids = [str(run_id) for run_id in table["run_id"]] if "run_id" in table else []

@@ -1,12 +1,14 @@
 """Every file below SWEEP_DIR, on a disk or on S3: names, and reading and writing them whole. No torch, no Ray.
 
-spec.toml  plan.json  shards_manifest.json  chosen_rates.json  results.parquet  results.csv
+spec.toml  plan.json  shards_manifest.json  chosen_rates.json  results.parquet  results.csv  budgets.csv
 genes.parquet  test_split.parquet   the panel's genes; data set, donor and cell type of each test cell
 references/<name>.json|parquet      baselines and planted floors
 runs/<run_id>/                      see RunFiles
 stacks/<name>/attempts/<token>/     checkpoints of runs that train as one
+trunks/<name>/                      states of schedule wsd that longer budgets go on from
 events.jsonl  queue.json  spent.json  attempts that were cut off; what waits and trains now; hours and money so far
 mlflow.json  tracked.json           what a tracking server has been told
+jobs.json                           the sweep's jobs of Ray: what a killed one still holds is freed by the next call
 .lease  .stop                       who drives the sweep; exists once a stop was requested
 """
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scaling_ray.errors import BadInput
+from scaling_ray.extras import require_extras
 from scaling_ray.storage.log import Log, RewrittenLog, whole_lines
 from scaling_ray.storage.place import Claim, Place
 from scaling_ray.storage.retry import patiently
@@ -41,6 +42,7 @@ class S3Place(Place):
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         if not bucket or not prefix.strip("/"):
             raise BadInput("P008", field, uri, "needs a bucket and a folder in it: s3://BUCKET/FOLDER")
+        require_extras(field, "s3")
         super().__init__(f"s3://{bucket}/{prefix.strip('/')}", field)
         self.bucket, self.prefix = bucket, prefix.strip("/") + "/"
         self.settings = settings or S3Settings()

@@ -32,7 +32,7 @@ from scaling_ray.sweep.units import Unit, stack_name
 from scaling_ray.tracking.ledger import local_folder
 from scaling_ray.train.attempt import publish_winner
 from scaling_ray.train.driver import Signals
-from scaling_ray.train.engine import PlainEngine
+from scaling_ray.train.engine import PlainEngine, device_of
 from scaling_ray.train.loop import RunData, run_to_result
 from scaling_ray.train.sampling import sampled
 from scaling_ray.train.stack_loop import stack_to_results
@@ -171,7 +171,7 @@ class Trial:
         Preempted and LeaseHeld rise: the runs have neither failed nor ended.
         """
         torch.set_num_threads(runs[0].execution.cpus)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_of(runs[0].execution)
 
         def work() -> None:
             if len(runs) == 1:

@@ -12,7 +12,7 @@ import torch
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Cells, ResidentFeed, run_order
 from scaling_ray.sizes import training_flops_per_cell
-from scaling_ray.train.engine import PlainEngine
+from scaling_ray.train.engine import PlainEngine, device_of
 from scaling_ray.train.loop import RunData, TrainingLoop
 from scaling_ray.train.memory import is_out_of_memory
 from scaling_ray.train.stack_loop import StackedLoop
@@ -90,7 +90,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 def bench_run(run: RunSpec, seconds: float, members: int = 1) -> dict[str, Any]:
     """Measure the throughput of a run here, or of a stack of ``members`` such runs (all their cells together)."""
     torch.set_num_threads(run.execution.cpus)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(run.execution)
     update, wait = made_updates(run, members, device)
     rate = rate_of(update, wait, run.train.cells_per_step * members, seconds)
     flops = training_flops_per_cell(run.shape, run.genes, run.masked_genes_per_cell)
@@ -117,7 +117,7 @@ def bench_run(run: RunSpec, seconds: float, members: int = 1) -> dict[str, Any]:
 def probe_micro_batch(run: RunSpec, seconds: float = PROBE_SECONDS) -> int:
     """The fastest micro-batch of 1, 2, 4, ... cells that fits into this machine's memory; each gets ``seconds``."""
     torch.set_num_threads(run.execution.cpus)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(run.execution)
 
     def cells_per_second(micro_batch: int) -> float:
         update, wait = made_updates(run.carried_out(micro_batch=micro_batch), 1, device)

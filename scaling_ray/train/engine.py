@@ -17,10 +17,16 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scaling_ray.errors import BadInput
+from scaling_ray.execution import Execution
 from scaling_ray.model.network import MaskedGeneTransformer
 from scaling_ray.runs import RunSpec
 from scaling_ray.spec import TrainingRules
 from scaling_ray.train.sharded import MOMENTS, Shard
+
+
+def device_of(execution: Execution) -> torch.device:
+    """Where a process of its own computes: on a GPU where its execution says so and one is there, else on the CPU."""
+    return torch.device("cuda" if execution.device == "cuda" and torch.cuda.is_available() else "cpu")
 
 
 class Engine(Protocol):
