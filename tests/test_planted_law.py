@@ -17,18 +17,12 @@ from scaling_ray.cli import main
 from scaling_ray.errors import BadInput
 from scaling_ray.planted.draw import draw_range
 from scaling_ray.planted.law import LawSpec
-from scaling_ray.planted.limits import (
-    class_of_component,
-    excess_by_cells,
-    exponent,
-    limited_excess,
-    state_means,
-)
+from scaling_ray.planted.limits import class_of_component, exponent, limited_excess, state_means
 from scaling_ray.planted.oracle import oracle, posteriors
 from scaling_ray.planted.plant import plant, plant_law
 from scaling_ray.planted.truth import PlantedTruth, PlantSpec, load_truth, parse_truth
 
-SMALL = LawSpec(n_genes=26, groups=2, states_per_group=4, markers=3, depth_levels=4, dataset_share=(0.6, 0.4))
+SMALL = LawSpec(n_genes=26, always_on=2, programs=4, depth_levels=4, dataset_share=(0.6, 0.4), counts_per_gene=10.0)
 
 
 @pytest.mark.parametrize(
@@ -62,36 +56,36 @@ def test_a_planted_law_comes_back_from_its_file(tmp_path: Path, capsys: pytest.C
     assert main(["census", "plant", "--law", "--out", str(out), "--cells", "300", "--seed", "4"]) == 0
     truth = load_truth(out)
     assert truth.spec == LawSpec(seed=4) and truth.n_cells == 300
-    assert json.loads((out / "plant.json").read_text())["design"] == "law"
+    assert json.loads((out / "plant.json").read_text())["design"] == "programs"
     drawn = draw_range(truth, 0)
     with Census.open(out) as census:
         assert (census.counts(0, 300) != drawn.counts[:300]).nnz == 0
     assert plant_law(out, n_cells=300, seed=4) == out
     with pytest.raises(BadInput, match="holds another Census"):
         plant(out, n_cells=300, seed=4)
-    assert main(["census", "plant", "--law", "--out", str(tmp_path / "b"), "--genes", "192"]) == 2
-    assert "genes: 192: choose more than the 192 markers" in capsys.readouterr().err
-    unknown = (out / "plant.json").read_text().replace('"law"', '"ring"')
-    with pytest.raises(BadInput, match="design: 'ring': choose tree or law"):
+    assert main(["census", "plant", "--law", "--out", str(tmp_path / "b"), "--genes", "9"]) == 2
+    assert "genes: 9: choose 10 or more: 8 are always on" in capsys.readouterr().err
+    unknown = (out / "plant.json").read_text().replace('"programs"', '"ring"', 1)
+    with pytest.raises(BadInput, match="design: 'ring': choose tree or programs"):
         parse_truth(unknown, "here")
 
 
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"groups": 0}, "groups"),
-        ({"states_per_group": 1}, "states_per_group"),
-        ({"groups": 8}, "states_per_group"),
-        ({"markers": 0}, "markers"),
-        ({"markers": 5}, "n_genes"),
-        ({"marker_weight": 0.0}, "marker_weight"),
-        ({"silent_weight": -1.0}, "silent_weight"),
-        ({"always_on_weight": math.nan}, "always_on_weight"),
-        ({"counts_per_weight": 0.0}, "counts_per_weight"),
-        ({"state_exponent": 0.0}, "state_exponent"),
-        ({"state_offset": -0.5}, "state_offset"),
-        ({"marker_sd": -1.0}, "marker_sd"),
+        ({"programs": 0}, "programs"),
+        ({"programs": 13}, "programs"),
+        ({"always_on": 0}, "always_on"),
+        ({"always_on": 167}, "n_genes"),
+        ({"strength": 0.0}, "strength"),
+        ({"strength_exponent": -0.1}, "strength_exponent"),
+        ({"program_gene_fraction": 1.0}, "program_gene_fraction"),
+        ({"always_on_share": 0.0}, "always_on_share"),
+        ({"concentration_per_gene": math.nan}, "concentration_per_gene"),
+        ({"counts_per_gene": math.inf}, "counts_per_gene"),
+        ({"base_sd": -1.0}, "base_sd"),
         ({"depth_sd": -1.0}, "depth_sd"),
+        ({"depth_levels": 0}, "depth_levels"),
         ({"donors_per_dataset": 0}, "donors_per_dataset"),
     ],
 )
@@ -100,19 +94,25 @@ def test_a_law_that_cannot_be_names_the_field(change: dict[str, Any], field: str
         LawSpec(**change)
 
 
-def test_states_follow_their_zipf_law_and_switch_on_their_own_markers() -> None:
+def test_programs_are_on_by_even_odds_and_raise_their_own_genes() -> None:
     truth = PlantedTruth(SMALL)
-    assert truth.state_prior.sum() == pytest.approx(1)
+    assert truth.state_prior == pytest.approx(np.full(16, 1 / 16))
     weight = truth.weights(0)
     assert weight.sum(axis=1) == pytest.approx(truth.concentration)
+    assert weight[:, 24:] == pytest.approx(np.full((16, 2), 0.15 * truth.concentration), rel=1e-5)
+    # against the state without programs, and but for what makes every library one whole
+    raised = np.log(weight[:, :24] / weight[0, :24])
+    raised -= raised.min(axis=1, keepdims=True)
+    alone = {program: raised[1 << (3 - program)] for program in range(4)}
+    for program, change in alone.items():
+        member = change > 1e-3
+        low, high = 0.5 * 1.5 * (program + 1) ** -0.7, 1.5 * 1.5 * (program + 1) ** -0.7
+        assert 0 < member.sum() < 24 and (change[member] > low - 1e-3).all() and (change[member] < high + 1e-3).all()
     for state, path in enumerate(truth.state_path):
-        prior = math.prod((k + 2.0) ** -1.5 / sum((j + 2.0) ** -1.5 for j in range(4)) for k in path)
-        assert truth.state_prior[state] == pytest.approx(prior, abs=2.0**-19)
-        on = {12 * group + 3 * int(k) + j for group, k in enumerate(path) for j in range(3)}
-        assert set(np.flatnonzero(weight[state, :24] > 0.01)) == on
+        together = sum((alone[program] for program in np.flatnonzero(path)), np.zeros(24))
+        assert raised[state] == pytest.approx(together - together.min(), abs=1e-3)
     cells = draw_range(truth, 0)
-    seen = np.bincount(cells.state, minlength=16) / len(cells.state)
-    assert np.abs(seen - truth.state_prior).max() < 0.04
+    assert np.abs(truth.state_path[cells.state].mean(axis=0) - 0.5).max() < 0.05
 
 
 def _batch(truth: PlantedTruth, cells: int, genes: int) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def test_state_means_are_beta_binomial_sums_over_the_depths() -> None:
 def test_limited_predictors_agree_with_their_definition_written_out() -> None:
     truth = PlantedTruth(SMALL)
     batch = _batch(truth, 60, 24)
-    found = limited_excess(truth, **batch, told=[0, 1, 2, 3], rank=[0, 2, 24])
+    found = limited_excess(truth, **batch, told=[0, 1, 2, 4], rank=[0, 2, 24])
     means = [state_means(truth, t, batch["panel"]) for t in range(2)]
     posterior = posteriors(truth, **batch)
     prior = truth.component_prior
@@ -162,7 +162,7 @@ def test_limited_predictors_agree_with_their_definition_written_out() -> None:
             table = means[batch["dataset"][i]]
             gap = np.zeros(24)
             for c, w in zip(kept, weight, strict=True):
-                told_of = [[min(k, n) for k in path] for path in truth.state_path]
+                told_of = [tuple(path[:n]) for path in truth.state_path]
                 alike = [s for s in range(16) if told_of[s] == told_of[c]]
                 gap += w * (table[c] - np.average(table[alike], axis=0, weights=prior[alike]))
             total += float((gap[batch["masked"][i]] ** 2).sum())
@@ -179,7 +179,9 @@ def test_all_states_told_apart_is_the_floor_and_more_is_never_worse(spec: PlantS
     batch = _batch(truth, 400, 24)
     states = 4 if isinstance(spec, LawSpec) else 12
     found = limited_excess(truth, **batch, told=range(states + 1))
-    assert found.told_excess[states] == 0 and found.told_excess[states - 1] == 0
+    assert found.told_excess[states] == 0
+    # the last state of a tree shares its class with no other; the last program does tell something
+    assert (found.told_excess[states - 1] == 0) == isinstance(spec, PlantSpec)
     assert (np.diff(found.told_excess) <= 1e-9).all() or isinstance(spec, PlantSpec)
     assert found.told_excess[0] > 3 * found.told_excess[states // 2] >= 0
     of_all = class_of_component(truth, states)
@@ -188,33 +190,17 @@ def test_all_states_told_apart_is_the_floor_and_more_is_never_worse(spec: PlantS
 
 def test_with_nothing_told_apart_the_loss_is_the_gene_means() -> None:
     truth = PlantedTruth(LawSpec())
-    batch = _batch(truth, 300, 192)
+    batch = _batch(truth, 300, 160)
     floor = oracle(truth, **batch).variance_sum.sum() / batch["masked"].sum()
     found = limited_excess(truth, **batch, told=[0, 4, 8], rank=[0, 4, 8, 16, 32, 45])
     x = np.log1p(batch["counts"] * (1e4 / np.maximum(batch["raw_sum"], 1))[:, None])
     gene_mean = np.where(batch["masked"], (x - x.mean(axis=0)) ** 2, 0.0).sum() / batch["masked"].sum()
     assert floor + found.told_excess[0] == pytest.approx(gene_mean, rel=0.05)
     assert (np.diff(found.told_excess) < 0).all() and (np.diff(found.rank_excess) < 0).all()
-    # the floor's states are many: eight directions leave a third of what can be had, sixteen a fifth
-    assert found.rank_excess[2] > 0.3 * found.rank_excess[0] and found.rank_excess[3] > 0.2 * found.rank_excess[0]
+    # twelve programs: four of them leave more than a tenth of what can be had, eight more than a fiftieth
+    for excess in (found.told_excess, found.rank_excess):
+        assert excess[1] > 0.1 * excess[0] and excess[2] > 0.02 * excess[0]
     assert found.rank_excess[5] < 1e-3 * found.rank_excess[0]
-
-
-def test_states_that_cells_have_not_shown_cost_what_they_are_worth() -> None:
-    truth = PlantedTruth(SMALL)
-    told_excess = np.array([1.0, 0.5, 0.2, 0.0])
-    cells = [0, 20, 60, 100_000]
-    got = excess_by_cells(truth, told_excess, cells, least_seen=3)
-    assert got[0] == pytest.approx(1.0) and got[3] == pytest.approx(0) and (np.diff(got) < 0).all()
-    rng = np.random.default_rng(0)
-    worth = np.array([0.5, 0.3, 0.2, 0.0])
-    for n, value in zip(cells[1:3], got[1:3], strict=True):
-        seen = rng.multinomial(n, SMALL.state_probability(), size=20_000)
-        assert value == pytest.approx(((seen < 3) @ worth).mean(), abs=0.01)
-    with pytest.raises(BadInput, match="told_excess: 2: needs a value for told = 0 to 3"):
-        excess_by_cells(truth, np.zeros(2), [10])
-    with pytest.raises(BadInput, match="plant|--law"):
-        excess_by_cells(PlantedTruth(PlantSpec(n_genes=60)), told_excess, [10])
 
 
 def test_the_exponent_is_that_of_a_power() -> None:

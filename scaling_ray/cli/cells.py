@@ -28,7 +28,11 @@ def add_census(top: Verbs) -> None:
         "--cells", type=int, metavar="CELLS", default=None, help="number of cells (8,000; with --law 40,000)"
     )
     planting.add_argument(
-        "--genes", type=int, metavar="GENES", default=None, help="number of genes (2,000; with --law its markers and 8)"
+        "--genes",
+        type=int,
+        metavar="GENES",
+        default=None,
+        help="number of genes (2,000; with --law 168, of which 8 are always on)",
     )
     planting.add_argument("--seed", type=int, metavar="SEED", default=0, help="seed of model and cells")
     importing = add_verb(

@@ -1,18 +1,18 @@
-"""A truth whose loss falls as a power of model size and of training cells: Zipf states with markers of their own.
+"""A truth whose loss falls as a power of model size and of training cells: programs whose strengths fall as a power.
 
-A cell draws one state in each of a few independent *groups* by a Zipf law: state k (0, 1, ...) of a group has
-probability proportional to (k + 1 + state_offset)^-(1 + state_exponent). A state switches on its own few marker genes
-and no others. A few genes behind the markers are on in every cell, take the rest of the library and say nothing.
+A cell has each of a few *programs* switched on or off, independently and by even odds. A program raises the logarithm
+of its own genes, a fixed share of all, by about its strength; strengths fall as strength * k^-strength_exponent for
+program k = 1, 2, ... Genes belong to several programs at once. So there are as many things to know as programs, each
+worth about the square of its strength, and whoever follows the n strongest ones misses a sum that falls as
+n^(1 - 2 strength_exponent) while n is small beside their number (``planted/limits.py``).
 
-So there are groups * states_per_group things to know, each worth about its frequency, and whoever knows the n most
-frequent ones of each group misses a share that falls as n^-state_exponent (``planted/limits.py``). A marker that is on
-has a small weight: its count is now zero, now large. Whether a state is on is thus a question of any of its markers
-being seen, which a linear predictor answers badly.
+A few genes behind those of the programs are on in every cell, take their part of the library and say nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -21,31 +21,30 @@ LARGEST_LAW_STATES = 4096
 
 @dataclass(frozen=True)
 class LawSpec:
-    """All parameters of the law. Weights are Dirichlet weights, in units of their own sum.
+    """All parameters of the law. Strengths are natural-log fold changes.
 
     Every data set measured every gene, and nobody carries an effect. Data sets, donors, depths and copies are those of
     ``PlantSpec``.
     """
 
-    n_genes: int = 200
-    """Markers, then the genes that are always on. A panel of the markers alone, the first ``n_markers`` genes, hides
+    n_genes: int = 168
+    """Genes of programs, then those that are always on. A panel of the former alone, the first ``n_told`` genes, hides
     from everybody how many counts the masked ones share."""
     seed: int = 0
-    groups: int = 3
-    states_per_group: int = 16
-    markers: int = 4
-    state_exponent: float = 0.5
-    state_offset: float = 1.0
-    marker_weight: float = 0.45
-    """Dirichlet weight of a marker that is on; the smaller, the more its counts vary."""
-    marker_sd: float = 0.2
-    """Standard deviation of the log weights of markers that are on."""
-    silent_weight: float = 1e-4
-    """Dirichlet weight of a marker that is off."""
-    always_on_weight: float = 5.0
-    """Sum of the Dirichlet weights of the genes that are always on."""
-    counts_per_weight: float = 60.0
-    """Median library size divided by the sum of all weights."""
+    programs: int = 12
+    strength: float = 1.5
+    """Of the strongest program; a gene of it is raised by 0.5 to 1.5 times as much."""
+    strength_exponent: float = 0.7
+    program_gene_fraction: float = 0.35
+    base_sd: float = 1.0
+    """Standard deviation of the genes' own log weights."""
+    always_on: int = 8
+    always_on_share: float = 0.3
+    """Share of every library that the genes which are always on take."""
+    concentration_per_gene: float = 20.0
+    """Sum of the Dirichlet weights divided by the number of genes: the larger, the less two cells of a state differ."""
+    counts_per_gene: float = 30.0
+    """Median library size divided by the number of genes."""
     dataset_share: tuple[float, ...] = (0.5, 0.3, 0.2)
     donors_per_dataset: int = 4
     depth_sd: float = 0.3
@@ -54,40 +53,42 @@ class LawSpec:
     copied_share: float = 0.03
 
     def __post_init__(self) -> None:
-        for name, low in (("groups", 1), ("states_per_group", 2), ("markers", 1), ("donors_per_dataset", 1)):
+        for name, low in (("programs", 1), ("always_on", 1), ("donors_per_dataset", 1), ("depth_levels", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: {getattr(self, name)}: choose {low} or more")
-        for name in ("marker_weight", "silent_weight", "always_on_weight", "counts_per_weight", "state_exponent"):
-            if not getattr(self, name) > 0:
+        for name in ("strength", "concentration_per_gene", "counts_per_gene"):
+            if not 0 < getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: {getattr(self, name)}: choose a number above 0")
-        for name in ("state_offset", "marker_sd", "depth_sd"):
-            if not getattr(self, name) >= 0:
+        for name in ("strength_exponent", "base_sd", "depth_sd"):
+            if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: {getattr(self, name)}: choose 0 or more")
+        for name in ("program_gene_fraction", "always_on_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}: choose a share between 0 and 1")
         if self.n_states > LARGEST_LAW_STATES:
             raise ValueError(
-                f"states_per_group: {self.states_per_group}: {self.groups} groups make {self.n_states} states; "
-                f"the floor is computed for at most {LARGEST_LAW_STATES}"
+                f"programs: {self.programs}: makes {self.n_states} states; the floor is computed for at most "
+                f"{LARGEST_LAW_STATES}"
             )
-        if self.n_genes <= self.n_markers:
+        if self.n_told < 2:
             raise ValueError(
-                f"n_genes: {self.n_genes}: choose more than the {self.n_markers} markers of {self.groups} groups of "
-                f"{self.states_per_group} states with {self.markers} each; the others are always on"
+                f"n_genes: {self.n_genes}: choose two more than the {self.always_on} that are always on, or more"
             )
 
     @property
-    def n_markers(self) -> int:
-        """Genes that a state switches on: the first of all."""
-        return self.groups * self.states_per_group * self.markers
+    def n_told(self) -> int:
+        """Genes that programs move: the first of all."""
+        return self.n_genes - self.always_on
 
     @property
     def branching(self) -> tuple[int, ...]:
-        """States of each group; a state of the truth is one of each."""
-        return (self.states_per_group,) * self.groups
+        """Off and on, for each program; a state of the truth is one of each."""
+        return (2,) * self.programs
 
     @property
     def n_states(self) -> int:
-        """Combinations of one state per group."""
-        return self.states_per_group**self.groups
+        """Combinations of programs."""
+        return 2**self.programs
 
     @property
     def n_effects(self) -> int:
@@ -100,40 +101,46 @@ class LawSpec:
         return (0.0,) * len(self.dataset_share)
 
     @property
-    def concentration_per_gene(self) -> float:
-        """Sum of a component's weights, divided by the number of genes."""
-        return (self.groups * self.markers * self.marker_weight + self.always_on_weight) / self.n_genes
-
-    @property
     def depth_per_gene(self) -> tuple[float, ...]:
         """Median library size divided by the number of genes, of each data set."""
-        return (self.counts_per_weight * self.concentration_per_gene,) * len(self.dataset_share)
+        return (self.counts_per_gene,) * len(self.dataset_share)
 
     @property
     def range_cells(self) -> int:
         """Cells drawn from one random stream."""
         return int(np.clip(2**22 // self.n_genes, 64, 2048))
 
-    def state_probability(self) -> np.ndarray:
-        """(states_per_group,) of one group, falling."""
-        weight = (np.arange(self.states_per_group) + 1.0 + self.state_offset) ** -(1.0 + self.state_exponent)
-        return weight / weight.sum()
+    def strengths(self) -> np.ndarray:
+        """(programs,) mean log fold change of the genes of each program, falling."""
+        return self.strength * (np.arange(self.programs) + 1.0) ** -self.strength_exponent
 
 
-def law_tables(spec: LawSpec, state_path: np.ndarray, normals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+class Stream(Protocol):
+    """Where the random numbers of a table come from."""
+
+    def uniform(self, size: int) -> np.ndarray:
+        """(size,) numbers from 0 to 1."""
+
+    def normal(self, size: int) -> np.ndarray:
+        """(size,) standard normal numbers."""
+
+
+def law_tables(spec: LawSpec, state_path: np.ndarray, stream: Stream) -> tuple[np.ndarray, np.ndarray]:
     """Weights (S, G) of all states and their probabilities (S,).
 
     Args:
         spec: the law.
-        state_path: (S, groups) the state of each group.
-        normals: (n_markers,) standard normal numbers.
+        state_path: (S, programs) 1 where a program is on.
+        stream: of random numbers.
     """
-    on = spec.marker_weight * np.exp(spec.marker_sd * normals)
-    weight = np.full((spec.n_states, spec.n_genes), spec.silent_weight)
-    weight[:, spec.n_markers :] = spec.always_on_weight / (spec.n_genes - spec.n_markers)
-    own = np.arange(spec.n_markers).reshape(spec.groups, spec.states_per_group, spec.markers)
-    for group in range(spec.groups):
-        genes = own[group, state_path[:, group]]  # (S, markers)
-        np.put_along_axis(weight, genes, on[genes], axis=1)
-    weight *= spec.concentration_per_gene * spec.n_genes / weight.sum(axis=1, keepdims=True)
-    return weight, np.prod(spec.state_probability()[state_path], axis=1)
+    base = spec.base_sd * stream.normal(spec.n_told)
+    raised = np.zeros((spec.programs, spec.n_told))
+    for program, strength in enumerate(spec.strengths()):
+        member = stream.uniform(spec.n_told) < spec.program_gene_fraction
+        raised[program] = np.where(member, strength * (0.5 + stream.uniform(spec.n_told)), 0.0)
+    log_share = base + state_path @ raised
+    share = np.exp(log_share - log_share.max(axis=1, keepdims=True))
+    share *= (1 - spec.always_on_share) / share.sum(axis=1, keepdims=True)
+    behind = np.full((len(share), spec.always_on), spec.always_on_share / spec.always_on)
+    weight = spec.concentration_per_gene * spec.n_genes * np.concatenate([share, behind], axis=1)
+    return weight, np.full(len(share), 1 / len(share))

@@ -5,8 +5,9 @@ same posterior, but answers for a component with less than what is known of it: 
 component in its data set, and e'_c what is left of it under the limit, it predicts m + sum_c w_c (e'_c - e_c). Two
 limits:
 
-``told``: the n most frequent states keep their own mean, all others share one, their average. In a plant of the law, n
-of each group of states. With all states told apart nothing is lost; with one class left the answer is the gene mean's.
+``told``: the n most frequent states keep their own mean, all others share one, their average. In a plant of the law, the
+n strongest programs are told apart, and of all others the average is known. With all told apart nothing is lost; with one
+class left the answer is the gene mean's.
 ``rank``: e' is the best approximation of rank n to the table of means about its average, weighted by frequency.
 
 m is a conditional expectation, so for any predictor that is a function of the visible part, expected loss = floor +
@@ -29,7 +30,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom
 
 from scaling_ray.errors import BadInput
 from scaling_ray.planted.law import LawSpec
@@ -47,7 +47,7 @@ class LimitedExcess:
     """Excess over the attainable floor, squared error per masked gene, by limit.
 
     Attributes:
-        told: (N,) states told apart (of each group, in a plant of the law).
+        told: (N,) states told apart (programs, in a plant of the law).
         told_excess: (N,) excess where so many are told apart.
         rank: (M,) directions.
         rank_excess: (M,) excess of so many directions.
@@ -79,13 +79,13 @@ def state_means(truth: PlantedTruth, dataset: int, panel: NDArray[np.integer]) -
 def class_of_component(truth: PlantedTruth, told: int) -> NDArray[np.int64]:
     """(C,) class of each component where ``told`` states are told apart and the rarer ones are one class.
 
-    In a plant of the law the ``told`` most frequent states of each group, in another of all states. Effects stay apart.
+    In a plant of the law the ``told`` strongest programs are told apart. Effects stay apart.
     """
     if told < 0:
         raise BadInput("C062", "told", told, "choose 0 or more")
     if isinstance(truth.spec, LawSpec):
-        path = np.minimum(truth.state_path, told)
-        of_state = np.ravel_multi_index(tuple(path.T), truth.spec.branching)
+        followed = np.where(np.arange(truth.spec.programs) < told, truth.state_path, 0)
+        of_state = np.ravel_multi_index(tuple(followed.T), truth.spec.branching)
     else:
         place = np.empty(len(truth.state_prior), np.int64)
         place[np.argsort(-truth.state_prior, kind="stable")] = np.arange(len(place))
@@ -119,7 +119,7 @@ def limited_excess(
         masked: (B, V) bool.
         measured: (B, V) bool.
         dataset: (B,) rows of ``truth.measured``.
-        told: numbers of states told apart.
+        told: numbers of states (of programs) told apart.
         rank: numbers of directions.
 
     Raises:
@@ -165,29 +165,6 @@ def _by_class(means_CV: Floats, prior: Floats, of_component: NDArray[np.int64]) 
     summed = np.zeros((classes, means_CV.shape[1]))
     np.add.at(summed, of_component, means_CV * prior[:, None])
     return means_CV - (summed / total[:, None])[of_component]
-
-
-def excess_by_cells(truth: PlantedTruth, told_excess: Floats, cells: Sequence[int], least_seen: int = 1) -> Floats:
-    """Expected excess of a predictor that knows a state once it was seen ``least_seen`` times, by training cells.
-
-    A state k of frequency p_k is unknown after D cells with probability P(Binomial(D, p_k) < least_seen). It is then
-    taken for an average one, which costs what telling it apart gains beside all more frequent ones. This is a
-    reference of shape: whoever learns from fewer sightings, or needs more, shifts it along D. As D grows it falls as
-    D^(-a / (1 + a)), a the state exponent, until the rarest states are known.
-
-    Args:
-        truth: of the law.
-        told_excess: (S,) ``limited_excess`` for told = 0, 1, ... S - 1 states of each group, S = states_per_group.
-        cells: numbers of training cells.
-        least_seen: sightings that make a state known.
-    """
-    if not isinstance(truth.spec, LawSpec):
-        raise BadInput("C064", "truth", "tree", "has no law; use a Census planted with --law")
-    probability = truth.spec.state_probability()
-    if len(told_excess) != len(probability):
-        raise BadInput("C065", "told_excess", len(told_excess), f"needs a value for told = 0 to {len(probability) - 1}")
-    gained = np.append(np.asarray(told_excess)[:-1] - np.asarray(told_excess)[1:], 0.0)
-    return np.array([float(gained @ binom.cdf(least_seen - 1, n, probability)) for n in cells])
 
 
 def exponent(n: Sequence[float] | NDArray[np.number], excess: Sequence[float] | Floats) -> float:

@@ -123,12 +123,11 @@ def plant_law(
     """``plant`` with the truth of ``LawSpec``, whose loss falls as a power of model size and of training cells.
 
     Raises:
-        BadInput: as ``plant``; or ``n_genes`` leaves no gene beside the markers.
+        BadInput: as ``plant``; or ``n_genes`` leaves no genes beside those that are always on.
     """
-    if n_genes <= LawSpec().n_markers:
-        raise BadInput(
-            "C076", "genes", n_genes, f"choose more than the {LawSpec().n_markers} markers of the law's states"
-        )
+    least = LawSpec.always_on + 2
+    if n_genes < least:
+        raise BadInput("C076", "genes", n_genes, f"choose {least} or more: {LawSpec.always_on} are always on")
     if seed < 0:
         raise BadInput("C077", "seed", seed, "choose 0 or more")
     return plant(out, n_cells=n_cells, n_genes=n_genes, seed=seed, spec=LawSpec(n_genes, seed), progress=progress)

@@ -1,7 +1,7 @@
 """The model that a planted Census was drawn from, derived again from ``plant.json`` alone.
 
 The model. A cell has a *state* (one leaf of a tree of gene programs, or in a plant of the law, ``planted/law.py``, one
-state of each of a few groups), an *effect* (its donor carries one of a few
+combination of programs that are on and off), an *effect* (its donor carries one of a few
 shifts of expression), a *depth* (one level of a grid that belongs to its dataset) and a dataset, which measured
 some of the genes. With alpha[s, e, g] the Dirichlet weights of the measured genes, scaled to the same sum A in
 every state and effect, the counts of gene g are independent negative binomials of shape alpha[s, e, g] and one
@@ -88,7 +88,7 @@ class PlantSpec:
 
 
 Spec = PlantSpec | LawSpec
-_SPECS: dict[str, type[PlantSpec] | type[LawSpec]] = {"tree": PlantSpec, "law": LawSpec}
+_SPECS: dict[str, type[PlantSpec] | type[LawSpec]] = {"tree": PlantSpec, "programs": LawSpec}
 
 
 class PlantedTruth:
@@ -110,7 +110,7 @@ class PlantedTruth:
         stream = _Normals(spec.seed)
         self.state_path = np.stack(np.unravel_index(np.arange(spec.n_states), spec.branching), axis=1)
         if isinstance(spec, LawSpec):
-            weight, prior = law_tables(spec, self.state_path, stream.normal(spec.n_markers))
+            weight, prior = law_tables(spec, self.state_path, stream)
         else:
             weight, prior = _tree_tables(spec, self.state_path, stream)
         self._units = np.maximum(np.rint(weight / WEIGHT_UNIT), 1).astype(np.int64)
@@ -187,7 +187,7 @@ class PlantedTruth:
                 {
                     "truth_version": TRUTH_VERSION,
                     # a tree's file says no design, as before there were others
-                    **({"design": "law"} if isinstance(self.spec, LawSpec) else {}),
+                    **({"design": "programs"} if isinstance(self.spec, LawSpec) else {}),
                     "n_cells": self.n_cells,
                     "spec": dataclasses.asdict(self.spec),
                     "table_sha256": self.table_sha256,

@@ -12,7 +12,7 @@ from scaling_ray.errors import EXIT_CODES, FAMILIES, ScalingRayError
 from scaling_ray.refusals.scan import Site, error_classes, sites, sources_here
 from scaling_ray.refusals.words import either, halves, text_of, texts_of
 
-RETIRED: frozenset[str] = frozenset()
+RETIRED: frozenset[str] = frozenset({"C064", "C065", "V023"})
 """Codes of refusals that are gone. They are never given again: somebody's log may hold one."""
 
 CODE = re.compile(rf"[{''.join(FAMILIES)}]\d{{3}}")
