@@ -5,9 +5,9 @@ same posterior, but answers for a component with less than what is known of it: 
 component in its data set, and e'_c what is left of it under the limit, it predicts m + sum_c w_c (e'_c - e_c). Two
 limits:
 
-``told``: the n most frequent states keep their own mean, all others share one, their average. In a plant of the law, the
-n strongest programs are told apart, and of all others the average is known. With all told apart nothing is lost; with one
-class left the answer is the gene mean's.
+``told``: the n most frequent states keep their own mean, all others share one, their average. In a plant of the law,
+the n strongest programs are told apart, and of all others the average is known. With all told apart nothing is lost;
+with one class left the answer is the gene mean's.
 ``rank``: e' is the best approximation of rank n to the table of means about its average, weighted by frequency.
 
 m is a conditional expectation, so for any predictor that is a function of the visible part, expected loss = floor +
