@@ -58,6 +58,7 @@ class AutoscaledCluster:
             "provider": {
                 "type": "fake_multinode",
                 "disable_node_updaters": True,
+                "use_node_id_as_ip": True,  # all nodes share an address here, and would be told apart by it
                 "head_node_id": HEAD_NODE_ID,
                 "gcs_address": self.address,
             },
@@ -189,7 +190,7 @@ def test_workers_come_from_none_and_go_again(tiny_shards: Path, tmp_path: Path) 
     with AutoscaledCluster({"CPU": 2}, most=4) as cluster:
         assert cluster.workers == 0
         seen, said = watched(cluster.sweep(spec, tiny_shards, out), look)
-        wait_for(lambda: cluster.workers == 0, 420)  # what Ray Data asked for stays asked for some minutes
+        wait_for(lambda: cluster.workers == 0, 240)  # what Ray Data asked for stays asked for a minute
     assert max(seen) >= 3 and max(at_once) >= 2, (seen, said)
     assert {row.status for row in read_rows(open_place(out))} == {"done"}
     assert not (out / "events.jsonl").exists() and "Traceback" not in said
