@@ -28,7 +28,7 @@ from scaling_ray.train import saving
 from scaling_ray.train.attempt import LAST, Attempt, publish_winner
 from scaling_ray.train.choice import build_engine
 from scaling_ray.train.driver import Signals, train
-from scaling_ray.train.engine import Engine, PlainEngine, load_weights, model_tensors
+from scaling_ray.train.engine import Engine, PlainEngine, device_of, load_weights, model_tensors
 from scaling_ray.train.evaluation import evaluate
 from scaling_ray.train.loop import RunData, TrainingLoop
 from scaling_ray.train.loop import run_to_result as run_in_files
@@ -41,6 +41,18 @@ CURVE_TOLERANCE = 1e-5
 """Relative, on the training loss of each of the first 20 updates: only the order of float32 sums differs."""
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("planned", "a_gpu_is_there", "wanted"),
+    [("cpu", True, "cpu"), ("cpu_bf16", True, "cpu"), ("cuda", True, "cuda"), ("cuda", False, "cpu")],
+)
+def test_a_run_computes_where_it_was_planned(
+    planned: str, a_gpu_is_there: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that asked Ray for no GPU must not train on one that happens to be there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: a_gpu_is_there)
+    assert device_of(small_run().carried_out(device=planned).execution) == torch.device(wanted)
 
 
 @dataclass(frozen=True)

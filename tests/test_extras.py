@@ -139,6 +139,15 @@ def test_shards_that_are_there_need_no_census(
     assert "absent" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["read_results", "fit_table"])
+def test_s3_without_its_extra_is_one_line_from_a_notebook_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import scaling_ray
+
+    monkeypatch.setitem(sys.modules, "botocore", None)
+    with pytest.raises(BadInput, match=r"pip install 'scaling-ray\[s3\]'"):
+        getattr(scaling_ray, name)("s3://bucket/sweep")
+
+
 def test_this_environment_has_every_extra() -> None:
     assert {extra: missing_modules(extra) for extra in EXTRAS} == dict.fromkeys(EXTRAS, [])
     require_extras("sweep", *EXTRAS)
