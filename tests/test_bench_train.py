@@ -35,7 +35,7 @@ def test_json_holds_what_trusting_a_plan_needs(capsys: pytest.CaptureFixture[str
     [
         ("bench train --size HUGE", "grid.sizes: 'HUGE': is no known size"),
         ("bench train --micro-batch 64", "train.micro_batch: 64: is larger than cells_per_step = 32"),
-        ("bench train --seconds 0", "--seconds: 0.0: must be more than 0"),
+        ("bench train --seconds 0", "--seconds: '0' is no number above 0"),
         ("bench train --dropout 1", "train.dropout: 1.0"),
         ("bench train --spec SPEC", "--out: None: name the JSON file"),
         ("plan SPEC --rates SPEC", "--rates: 'SPEC': holds no measured rates"),

@@ -232,7 +232,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert "is the input file" in refusal(capsys, model, file, "--out", tmp_path / "same.h5ad")
     assert "is a directory" in refusal(capsys, model, file, "--out", tmp_path)
     assert "cannot be a directory" in refusal(capsys, model, file, "--out", file / "out.h5ad")
-    assert "no local directory" in refusal(capsys, model, file, "--out", "s3://bucket/out.h5ad")
+    assert "no local path" in refusal(capsys, model, file, "--out", "s3://bucket/out.h5ad")
     assert "--batch" in refusal(capsys, model, file, "--out", out, "--batch", "0")
     assert "--min-genes" in refusal(capsys, model, file, "--out", out, "--min-genes", "50")
     if not torch.cuda.is_available():

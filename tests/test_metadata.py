@@ -155,7 +155,7 @@ def test_a_named_cloud_that_does_not_answer_is_a_failure(capsys: pytest.CaptureF
 def test_bad_options_are_one_line(arguments: list[str], field: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["node-watch", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"scaling-ray: {field}: ")
+    assert line.startswith("scaling-ray: ") and f" {field}: " in line
 
 
 def test_an_address_with_a_query_is_bad_input() -> None:

@@ -109,7 +109,7 @@ def test_programs_are_on_by_even_odds_and_raise_their_own_genes() -> None:
         low, high = 0.5 * 1.5 * (program + 1) ** -0.7, 1.5 * 1.5 * (program + 1) ** -0.7
         assert 0 < member.sum() < 24 and (change[member] > low - 1e-3).all() and (change[member] < high + 1e-3).all()
     for state, path in enumerate(truth.state_path):
-        together = sum((alone[program] for program in np.flatnonzero(path)), np.zeros(24))
+        together = sum((alone[program] for program in np.flatnonzero(path).tolist()), np.zeros(24))
         assert raised[state] == pytest.approx(together - together.min(), abs=1e-3)
     cells = draw_range(truth, 0)
     assert np.abs(truth.state_path[cells.state].mean(axis=0) - 0.5).max() < 0.05
