@@ -262,7 +262,7 @@ _BLANK = {name: None for name in ("low", "high", "found_error", "tolerance", "de
 def _cells(reference: Origin, found: Origin, other_cells: bool) -> Iterator[Quantity]:
     """Whether both sides stand on the same cells, genes and split, to the byte, where both know it.
 
-    Losses cannot say that: labels that were swapped between donors move a few cells from one split to another, and a
+    Losses may not say that: labels that were swapped between donors move a few cells from one split to another, and a
     mean over thousands of test cells by less than what matters.
     """
     one, two = reference.data_hash, found.data_hash
