@@ -216,3 +216,39 @@ def test_a_limit_below_zero_is_refused(limit: str) -> None:
     with pytest.raises(BadInput) as refusal:
         limited_excess(truth, **(_batch(truth, 3, 24) | {limit: [-1]}))
     assert refusal.value.field == limit
+
+
+def test_the_references_of_a_law_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    census, kept = tmp_path / "census", tmp_path / "limits.json"
+    assert main(["census", "plant", "--law", "--out", str(census), "--cells", "50"]) == 0
+    capsys.readouterr()
+    assert main(["census", "limits", str(census), "--cells", "100", "--out", str(kept)]) == 0
+    printed, found = capsys.readouterr().out, json.loads(kept.read_text())
+    told = found["told"]
+    assert told["n"] == [0, 1, 2, 3, 4, 6, 8, 12]
+    assert told["share_of_drop"][0] == 1 and told["share_of_drop"][-1] == 0
+    assert told["exponent"] == exponent(told["n"][1:7], told["share_of_drop"][1:7])
+    assert f"falls as n^-{told['exponent']:.2f} from 1 to 8" in printed
+    # the same figures where the cells are given one by one
+    truth = load_truth(census)
+    assert found["genes"] == truth.spec.n_genes - 8
+    batch = _batch(truth, 100, found["genes"])
+    beside = limited_excess(truth, **batch, told=told["n"], rank=[0])
+    shares = beside.told_excess / beside.told_excess[0]
+    np.testing.assert_allclose(told["share_of_drop"], shares, rtol=0.1, atol=0.01)
+    floor = oracle(truth, **batch).variance_sum.sum() / batch["masked"].sum()
+    assert found["attainable_floor"] == pytest.approx(floor, rel=0.1)
+
+
+def test_references_of_a_tree_count_its_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    census = tmp_path / "census"
+    assert main(["census", "plant", "--out", str(census), "--cells", "50", "--genes", "60"]) == 0
+    capsys.readouterr()
+    assert main(["census", "limits", str(census), "--cells", "20", "--genes", "30"]) == 0
+    assert "told apart" in capsys.readouterr().out
+    for given, field in ((["--cells", "0"], "cells"), (["--genes", "61"], "genes")):
+        assert main(["census", "limits", str(census), *given]) == 2
+        assert f"{field}: {given[1]}: choose 1 to" in capsys.readouterr().err
+    (census / "plant.json").unlink()
+    assert main(["census", "limits", str(census)]) == 2
+    assert "only a planted Census has one" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from scaling_ray.cli.reading import CELL_FILES, add_reading_flags, reading_rules
 
 
 def add_census(top: Verbs) -> None:
-    """``census plant``, ``census import`` and ``census check``."""
+    """``census plant``, ``census limits``, ``census import`` and ``census check``."""
     census = add_group(top, "census", "make a local Census")
     planting = add_verb(
         census,
@@ -35,6 +35,20 @@ def add_census(top: Verbs) -> None:
         help="number of genes (2,000; with --law 168, 8 always on)",
     )
     planting.add_argument("--seed", type=int, metavar="SEED", default=0, help="seed of model and cells")
+    limiting = add_verb(
+        census,
+        "limits",
+        limits,
+        "how the loss of planted cells falls with what a predictor may tell apart",
+        "census limits planted --out limits.json",
+        needs=("census",),
+    )
+    limiting.add_argument("census", type=local, metavar="DIR", help="a planted Census")
+    limiting.add_argument("--cells", type=int, metavar="CELLS", default=600, help="number of cells looked at")
+    limiting.add_argument(
+        "--genes", type=int, metavar="GENES", default=None, help="the first so many genes (all that programs move)"
+    )
+    limiting.add_argument("--out", type=local, metavar="FILE", default=None, help="keep the figures as JSON")
     importing = add_verb(
         census,
         "import",
@@ -65,6 +79,29 @@ def plant(options: argparse.Namespace) -> int:
     sizes = {"n_cells": options.cells, "n_genes": options.genes}
     given = {name: size for name, size in sizes.items() if size is not None}
     print(draw(options.out, seed=options.seed, progress=say, **given))
+    return 0
+
+
+def limits(options: argparse.Namespace) -> int:
+    """References of limited predictors on a planted Census."""
+    from scaling_ray.console import plain, table
+    from scaling_ray.planted.limits import limits_of
+    from scaling_ray.planted.truth import load_truth
+    from scaling_ray.storage import output_directory, write_json
+
+    if options.out is not None:
+        output_directory(options.out.parent)
+    found = limits_of(load_truth(options.census), cells=options.cells, n_genes=options.genes)
+    print(f"attainable floor {found['attainable_floor']:.4f} mse, gene mean {found['drop']:.4f} above it")
+    for kind, what in (("told", "told apart"), ("rank", "directions")):
+        part = found[kind]
+        rows = [(str(n), f"{share:.4f}") for n, share in zip(part["n"], part["share_of_drop"], strict=True)]
+        print("\n".join(plain(table((what, "share of it left"), rows, right=(0, 1)))))
+        if part["exponent"] is not None:
+            low, high = part["exponent_n"][0], part["exponent_n"][-1]
+            print(f"falls as n^-{part['exponent']:.2f} from {low} to {high}")
+    if options.out is not None:
+        write_json(options.out, found)
     return 0
 
 

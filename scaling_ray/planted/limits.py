@@ -27,16 +27,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scaling_ray.errors import BadInput
+from scaling_ray.planted.draw import draw_range
 from scaling_ray.planted.law import LawSpec
-from scaling_ray.planted.oracle import expected_values, posteriors
+from scaling_ray.planted.oracle import expected_values, oracle, posteriors
 from scaling_ray.planted.truth import PlantedTruth
 
 Floats = NDArray[np.float64]
+
+MASK_FRACTION = 0.15
+"""Share of the genes that is hidden, as in training."""
 
 INTERPOLATION_POINTS = 200
 """Weights at which the mean of a gene's value is summed exactly; it is interpolated between them."""
@@ -177,3 +182,71 @@ def exponent(n: Sequence[float] | NDArray[np.number], excess: Sequence[float] | 
     if len(x) < 2 or (x <= 0).any() or (y <= 0).any():
         raise BadInput("C066", "excess", y.tolist(), "needs two or more points, all above 0")
     return -float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def limits_of(truth: PlantedTruth, *, cells: int = 600, n_genes: int | None = None) -> dict[str, Any]:
+    """How the loss falls with what a predictor may tell apart, on cells of a plant: the references of a size law.
+
+    Args:
+        truth: from ``load_truth``.
+        cells: originals of the plant's first range that are looked at.
+        n_genes: the panel is the first so many genes; None: those that programs move, or all of a tree.
+
+    Returns:
+        ``attainable_floor``, squared error per masked gene; ``drop``, what the gene mean's loss lies above it;
+        ``told`` and ``rank``: ``n``, ``share_of_drop`` that is left, and ``exponent`` of n over ``exponent_n`` (two
+        thirds of the programs at most, where the end is far).
+
+    Raises:
+        BadInput: more cells or genes than there are, or fewer than one.
+    """
+    law = truth.spec if isinstance(truth.spec, LawSpec) else None
+    states = law.programs if law else len(truth.state_prior)
+    most = truth.spec.n_genes
+    n_genes = n_genes if n_genes is not None else law.n_told if law else most
+    drawn = draw_range(truth, 0)
+    counts = drawn.counts.toarray()
+    rows = np.flatnonzero((drawn.copy_of < 0) & (counts.sum(axis=1) > 0))
+    if not 1 <= cells <= len(rows):
+        raise BadInput("C083", "cells", cells, f"choose 1 to {len(rows):,}")
+    if not 1 <= n_genes <= most:
+        raise BadInput("C084", "genes", n_genes, f"choose 1 to {most:,}")
+    rows, panel = rows[:cells], np.arange(n_genes)
+    measured = truth.measured[drawn.dataset[rows]][:, panel]
+    rng = np.random.default_rng([truth.spec.seed, 0x11417])
+    looked_at = {
+        "counts": counts[rows][:, panel],
+        "panel": panel,
+        "raw_sum": counts[rows].sum(axis=1),
+        "masked": measured & (rng.random(measured.shape) < MASK_FRACTION),
+        "measured": measured,
+        "dataset": drawn.dataset[rows],
+    }
+    found = limited_excess(
+        truth, **looked_at, told=_ladder(states), rank=_ladder(min(4 * states if law else states, n_genes))
+    )
+    drop = float(found.told_excess[0])
+    return {
+        "cells": cells,
+        "genes": n_genes,
+        "attainable_floor": float(oracle(truth, **looked_at).variance_sum.sum() / looked_at["masked"].sum()),
+        "drop": drop,
+        "told": _reference(found.told, found.told_excess / drop, 2 * states / 3),
+        "rank": _reference(found.rank, found.rank_excess / drop, 2 * states / 3),
+    }
+
+
+def _ladder(most: int) -> list[int]:
+    """0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... up to ``most``."""
+    steps = sorted({2**k for k in range(30)} | {3 * 2**k for k in range(30)})
+    return [0, *(n for n in steps if n < most), most]
+
+
+def _reference(n: NDArray[np.int64], share: Floats, far: float) -> dict[str, Any]:
+    used = (n >= 1) & (n <= far) & (share > 0)
+    return {
+        "n": n.tolist(),
+        "share_of_drop": share.tolist(),
+        "exponent": exponent(n[used], share[used]) if used.sum() >= 2 else None,
+        "exponent_n": n[used].tolist(),
+    }
