@@ -137,9 +137,9 @@ VERBS = {parser.prog.removeprefix("scaling-ray "): parser for parser in parsers(
 
 def test_the_verbs_are_these() -> None:
     assert sorted(VERBS) == sorted(
-        "init, run, census plant, census import, census check, shards build, shards verify, plan, sweep, fit, audit, "
-        "report, reference, reproduce, status, node-watch, track replay, track check, track models, export, embed, "
-        "bench stream, bench train, doctor, explain, completion".split(", ")
+        "init, run, census plant, census limits, census import, census check, shards build, shards verify, plan, "
+        "sweep, fit, audit, report, reference, reproduce, status, node-watch, track replay, track check, track models, "
+        "export, embed, bench stream, bench train, doctor, explain, completion".split(", ")
     )
 
 
