@@ -21,11 +21,13 @@ from sphinx.util.docutils import SphinxDirective
 from scaling_ray import errors
 from scaling_ray.cli import build_parser
 from scaling_ray.records import FailureClass
+from scaling_ray.resources import NodePrice, PricesSpec
 from scaling_ray.results import sweep_files
 from scaling_ray.results.columns import COLUMNS, FOREIGN, Column
+from scaling_ray.rules import TrunkRules
 from scaling_ray.shards import format as shard_format
 from scaling_ray.sizes import LADDER, parameters
-from scaling_ray.spec import Fractions, NodePrice, PricesSpec, TrunkRules
+from scaling_ray.spec import Fractions
 from scaling_ray.specs import about_example, example_names
 from scaling_ray.specs.annotated import ABOUT_KEYS, ABOUT_TABLES, EXAMPLES, TABLES
 

@@ -14,8 +14,9 @@ from pydantic import SerializeAsAny
 
 from scaling_ray.execution import Device, Execution, choose_micro_batch, choose_precision
 from scaling_ray.recipe import OBJECTIVES
+from scaling_ray.rules import Frozen, TrainingRules
 from scaling_ray.sizes import Shape, parameters, parameters_without_embedding
-from scaling_ray.spec import Frozen, SweepSpec, TrainingRules, canonical_json, content_hash, text_hash
+from scaling_ray.spec import SweepSpec, canonical_json, content_hash, text_hash
 
 NUMERICS_VERSION = 3
 """Raised by any change that moves a digit of a run; part of every run's identity."""

@@ -10,27 +10,19 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from scaling_ray.errors import BadInput
-from scaling_ray.execution import Device, Precision
-from scaling_ray.recipe import OBJECTIVES, Recipe
+from scaling_ray.execution import Precision
+from scaling_ray.resources import BudgetSpec, PricesSpec, ResourceSpec
+from scaling_ray.rules import Frozen, PositiveInt, Share, TrainingRules
 from scaling_ray.sizes import LADDER, Shape
 
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-Share = Annotated[float, Field(gt=0, lt=1)]
 KeptColumn = Literal["tissue_general", "tissue", "assay", "disease", "cell_type", "dataset_id", "donor_id", "sex"]
 _PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-
-
-class Frozen(BaseModel):
-    """A closed, immutable table of a spec."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Fractions(Frozen):
@@ -196,97 +188,6 @@ class LearningRateSpec(Frozen):
         return sorted(float(f"{rate * factor:.3g}") for rate in self.rates)
 
 
-class TrunkRules(Frozen):
-    """The schedule "wsd": warm-up, a constant rate for as long as validation improves, then a short decay.
-
-    What the trunk is at an update does not depend on its budget, so everything here but ``branches`` is counted in
-    cells seen. A trunk that stops improving (``patience_evaluations``) decays from there; the decay is ``decay_share``
-    of all the cells that a run then has seen. ``branches`` are shares of the budget: at each of them a branch decays as
-    a run of that smaller budget would, is evaluated, and the trunk goes on from before it as though nothing had been.
-    """
-
-    warmup_cells: PositiveInt = 2_000
-    evaluation_cells: PositiveInt = 2_000
-    decay_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    branches: list[Annotated[float, Field(gt=0, lt=1)]] = [0.5]
-
-    @model_validator(mode="after")
-    def _no_branch_twice(self) -> TrunkRules:
-        if len(set(self.branches)) != len(self.branches):
-            raise BadInput("S016", "train.trunk.branches", self.branches, "holds a share twice; remove it")
-        return self
-
-
-class TrainingRules(Frozen):
-    """What training is, whatever it is carried out with. An update takes ``cells_per_step`` cells.
-
-    One cell presentation counts once in ``max_cells_seen``. ``umi_fraction`` below 1 thins what the network sees to
-    that share of a cell's molecules; targets keep full depth. With ``schedule = "wsd"`` the table ``trunk`` takes the
-    place of ``warmup_fraction`` and ``evaluations``; other schedules leave it alone. ``held_out_in_training`` adds the
-    validation and test cells to a run's training cells, as the study's released launchers do: results, verdict and
-    report say so, and such losses are of no held-out cell. ``start`` says whether the first
-    weights know the run's cells (:mod:`scaling_ray.model.start`) or are drawn at random; "auto" is cells for
-    ``corrected``, and for ``published`` drawn.
-    """
-
-    recipe: Recipe = "corrected"
-    objective: str = "mse"
-    start: Literal["auto", "cells", "drawn"] = "auto"
-    mask_fraction: Share = 0.15
-    umi_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    held_out_in_training: bool = False
-    max_cells_seen: PositiveInt | dict[str, PositiveInt] = 100_000
-    cells_per_step: PositiveInt = 32
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    trunk: TrunkRules = TrunkRules()
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    adam_beta2: Share = 0.99
-    grad_clip: Annotated[float, Field(gt=0)] = 1.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    evaluations: PositiveInt = 20
-    curve_cells: PositiveInt = 512
-    smoothing_evaluations: PositiveInt = 3
-    patience_evaluations: Annotated[int, Field(ge=0, strict=True)] = 5
-
-    @field_validator("objective")
-    @classmethod
-    def _objective_is_known(cls, value: str) -> str:
-        if value not in OBJECTIVES:
-            raise ValueError(f"is no known objective; use {', '.join(OBJECTIVES)}")
-        return value
-
-    @property
-    def wsd(self) -> TrunkRules | None:
-        """The rules of the trunk, for runs that have one."""
-        return self.trunk if self.schedule == "wsd" else None
-
-    @property
-    def starts_from_cells(self) -> bool:
-        """Whether the first weights are taken from the run's training cells."""
-        return self.start == "cells" or (self.start == "auto" and self.recipe == "corrected")
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole budget; only resolved rules have them."""
-        if isinstance(self.max_cells_seen, dict):
-            raise BadInput(
-                "S017", "train.max_cells_seen", self.max_cells_seen, "is a table by size; resolve it for one size first"
-            )
-        return self.max_cells_seen // self.cells_per_step
-
-    @property
-    def branched_share(self) -> float:
-        """Cells that branches of a trunk see, over those of the whole budget."""
-        return sum(self.wsd.branches) * self.wsd.decay_share if self.wsd is not None else 0.0
-
-    @property
-    def loss_unit(self) -> str:
-        """The unit of every loss of such runs."""
-        return OBJECTIVES[self.objective].unit
-
-
 class TrainSpec(TrainingRules):
     """The table ``[train]`` of a spec: the rules, and how they are carried out where the spec says so.
 
@@ -324,119 +225,6 @@ class TrainSpec(TrainingRules):
         if not branches:
             given["trunk"] = self.trunk.model_copy(update={"branches": []})
         return TrainingRules(**given | {"max_cells_seen": steps * self.cells_per_step})
-
-
-class ResourceSpec(Frozen):
-    """What a run may use. Never part of a run's identity.
-
-    ``offload_optimizer`` keeps what ZeRO shares out of the optimizer in the memory of the machine, not of its GPUs.
-    ``task_memory_gib`` bounds one task of a conversion; training cells of more than ``resident_gib`` are streamed.
-    ``gflops_per_cpu`` is what one CPU reaches in large matrix products of fp32, for planned hours (by device if None).
-    ``device`` is what runs train on ("auto": what this machine has); ``stack`` how many tiny models of one size train
-    as one at most; ``compile`` puts torch.compile before a GPU's runs; ``disk_gib`` is what a sweep may take.
-    ``workers`` are processes of a run by size: a number, or the fewest and the most of a group that trains on what
-    there is.
-    """
-
-    cpus: PositiveInt = 2
-    workers: dict[str, int | list[int]] = {}
-    engine: Literal["ddp", "deepspeed"] = "ddp"
-    zero_stage: Annotated[int, Field(ge=0, le=3, strict=True)] = 1
-    offload_optimizer: bool = False
-    max_failures: Annotated[int, Field(ge=0, strict=True)] = 2
-    gflops_per_cpu: Annotated[float, Field(gt=0)] | None = None
-    task_memory_gib: Annotated[float, Field(ge=0.75)] = 1.5
-    resident_gib: Annotated[float, Field(gt=0)] = 0.5
-    device: Device | Literal["auto"] = "auto"
-    stack: PositiveInt | Literal["auto"] = "auto"
-    compile: bool = False
-    disk_gib: Annotated[float, Field(gt=0)] | None = None
-
-    def workers_of(self, size: str) -> tuple[int, int]:
-        """(fewest, most) processes of a run of a size; equal where the spec gives one number, (1, 1) where none."""
-        given = self.workers.get(size, 1)
-        return (given[0], given[1]) if isinstance(given, list) else (given, given)
-
-    @model_validator(mode="after")
-    def _offload_has_an_engine(self) -> ResourceSpec:
-        if self.offload_optimizer and (self.engine != "deepspeed" or self.zero_stage < 1):
-            raise BadInput(
-                "S019",
-                "resources.offload_optimizer",
-                True,
-                f"goes with engine = 'deepspeed' and zero_stage >= 1, not {self.engine!r} and {self.zero_stage}; "
-                "set them, or remove it",
-            )
-        return self
-
-
-class BudgetSpec(Frozen):
-    """What a sweep may spend in all; without a limit it trains the whole grid. Never part of a run's identity.
-
-    A GPU-hour is a whole GPU held for an hour, a CPU-hour one CPU; shares of them count as such. ``max_cost`` is in
-    the currency of ``[prices]``, which a plan then asks for; ``max_wall_hours`` counts from the sweep's first start.
-    """
-
-    max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
-    max_cpu_hours: Annotated[float, Field(gt=0)] | None = None
-    max_cost: Annotated[float, Field(gt=0)] | None = None
-    max_wall_hours: Annotated[float, Field(gt=0)] | None = None
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether anything is bounded."""
-        return any(getattr(self, name) is not None for name in BudgetSpec.model_fields)
-
-
-class NodePrice(Frozen):
-    """A kind of node that can be rented, and its price an hour: on demand, and spot where it has such a price.
-
-    ``gpu`` names the kind of its GPUs; ``max_nodes`` is how many there can be, as many as wanted where it is left out.
-    """
-
-    cpus: PositiveInt
-    memory_gib: Annotated[float, Field(gt=0)]
-    gpus: Annotated[int, Field(ge=0, strict=True)] = 0
-    gpu: str | None = None
-    per_hour: Annotated[float, Field(gt=0)]
-    spot_per_hour: Annotated[float, Field(gt=0)] | None = None
-    max_nodes: PositiveInt | None = None
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """What a node of the kind offers, in Ray's names."""
-        return {"CPU": float(self.cpus)} | ({"GPU": float(self.gpus)} if self.gpus else {})
-
-    @property
-    def lowest_per_hour(self) -> float:
-        """The spot price where there is one, else that on demand."""
-        return self.per_hour if self.spot_per_hour is None else self.spot_per_hour
-
-
-class PricesSpec(Frozen):
-    """Prices of kinds of nodes, of the day ``as_of``. Never part of a run's identity."""
-
-    as_of: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
-    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
-    nodes: Annotated[dict[str, NodePrice], Field(min_length=1)]
-
-    @field_validator("as_of")
-    @classmethod
-    def _is_a_day(cls, value: str) -> str:
-        try:
-            date.fromisoformat(value)
-        except ValueError as error:
-            raise ValueError("is no day; write it as YYYY-MM-DD") from error
-        return value
-
-    @model_validator(mode="after")
-    def _gpus_agree(self) -> PricesSpec:
-        for name, node in self.nodes.items():
-            if node.gpu is not None and not node.gpus:
-                raise BadInput(
-                    "S020", f"prices.nodes.{name}.gpu", node.gpu, "names a GPU of a node without; give gpus = 1"
-                )
-        return self
 
 
 class SweepSpec(Frozen):

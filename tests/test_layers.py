@@ -33,6 +33,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
 
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     "spec.py": ("torch", "ray"),
+    "resources.py": ("torch", "ray"),
+    "rules.py": ("torch", "ray"),
     "records.py": ("torch", "ray"),
     "storage/": ("torch", "ray"),
     "sizes.py": ("torch", "ray"),
@@ -86,6 +88,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("census/",),
     ("runs.py",),
     ("spec.py",),
+    ("resources.py",),
+    ("rules.py",),
     ("pulses.py",),
     ("records.py", "execution.py", "cluster.py", "doctor.py"),
     ("laws/",),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from scaling_ray.errors import BadInput, DamagedFiles, LeaseHeld, Lost
+from scaling_ray.rules import TrainingRules
 from scaling_ray.runs import RunSpec, runs_of
-from scaling_ray.spec import SweepSpec, TrainingRules, TrainSpec, load_spec, parse_spec
+from scaling_ray.spec import SweepSpec, TrainSpec, load_spec, parse_spec
 
 GOLDEN = Path(__file__).parent / "golden" / "run_ids.json"
 

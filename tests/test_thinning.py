@@ -13,7 +13,7 @@ from scipy.stats import chi2
 
 from scaling_ray.model.masking import EVALUATION_MASK_SEED, draw_masks, log_normalise
 from scaling_ray.model.thinning import thin
-from scaling_ray.spec import TrainingRules
+from scaling_ray.rules import TrainingRules
 from scaling_ray.train.batches import Batch, make_batch
 
 CPU = torch.device("cpu")

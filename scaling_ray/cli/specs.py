@@ -95,7 +95,7 @@ def add_plan(top: Verbs) -> None:
 def plan(options: argparse.Namespace) -> int:
     """Say what a sweep will do and cost."""
     from scaling_ray.public.plans import plan_document
-    from scaling_ray.spec import BudgetSpec
+    from scaling_ray.resources import BudgetSpec
     from scaling_ray.sweep.plan_text import format_plan
 
     spec, limits = spec_of(options), {name: getattr(options, name) for name in BudgetSpec.model_fields}

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling_ray.results.sweep_files import read_sealed, read_table
+from scaling_ray.rules import TrainingRules
 from scaling_ray.runs import RunSpec
-from scaling_ray.spec import TrainingRules, content_hash
+from scaling_ray.spec import content_hash
 from scaling_ray.storage import Place
 
 UNIT = "mse"

@@ -7,15 +7,12 @@ directory or an S3 prefix holds shards once it has one.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import re
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from scaling_ray.census.source import Census
 from scaling_ray.cluster import own_errors, ray, ray_session
 from scaling_ray.errors import BadInput
 from scaling_ray.pace import Pace
-from scaling_ray.records import FileEntry, Record, ShardManifest, SplitEntry
+from scaling_ray.records import ShardManifest, SplitEntry
 from scaling_ray.shards.format import (
     BLOCK_GENES,
     LARGEST_COUNT,
@@ -39,20 +36,14 @@ from scaling_ray.shards.format import (
     read_manifest,
     split_content,
     verify,
-    write_file,
     write_table,
 )
 from scaling_ray.shards.genes import Batch, CountHistogram, GeneRanking, HistogramSum, rank_genes
 from scaling_ray.shards.parts import (
     DEFAULT_LAYOUT,
     Layout,
-    Range,
     bucket_names,
-    convert_range,
-    gather_file,
     histograms_of,
-    histograms_of_cells,
-    read_piece,
     unpack,
 )
 from scaling_ray.shards.prepare import (
@@ -65,6 +56,7 @@ from scaling_ray.shards.prepare import (
     prepare,
     reading_rules,
 )
+from scaling_ray.shards.tasks import TASK_ENVIRONMENT, GatheredFile, duplicates_task, gather_task, range_task
 from scaling_ray.spec import SweepSpec, content_hash
 from scaling_ray.storage import (
     LocalPlace,
@@ -72,7 +64,6 @@ from scaling_ray.storage import (
     fenced,
     open_place,
     output_directory,
-    patiently,
     sweep_partial_files,
 )
 
@@ -83,23 +74,11 @@ TASK_RETRIES = 20
 WAITING_TASKS = 64
 """Tasks handed to Ray beyond what it can run at once: the demand an autoscaler sees."""
 REPORT_SECONDS = 5.0
-TASK_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
-"""Of the processes that run tasks. Without it TileDB's threads leave memory behind in arenas of glibc's allocator, up
-to eight for each core of the machine, and a task's memory grows with the tasks before it."""
 MADE_WITH = ("scaling-ray", "pyarrow", "tiledbsoma", "cellxgene-census", "numpy", "scikit-misc", "ray")
 SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 
 Progress = Callable[[str], None]
 Ints = NDArray[np.int64]
-
-
-class GatheredFile(Record):
-    """One shard file that is done; no entry where no cell was left for it."""
-
-    split: str
-    entry: FileEntry | None
-    donor_cells: list[int]
-    below_min_counts: int
 
 
 def build_shards(
@@ -292,7 +271,7 @@ class _Build:
             return
         rate = _pace("read", sum(part.cells for part in waiting), plan.cells, self.progress)
         arguments = [(self.census, self.building, part, self.memory_bytes) for part in waiting]
-        for number, _ in self._tasks(_range_task, arguments):
+        for number, _ in self._tasks(range_task, arguments):
             rate.add(waiting[number].cells)
 
     def _facts(self, plan: BuildPlan) -> _Facts:
@@ -336,7 +315,7 @@ class _Build:
                     found.of_batch[int(batch)] = found.of_batch.get(int(batch), 0) + int(count)
         if arguments:
             self.progress(f"leaving out {found.cells:,} duplicates")
-        for number, histograms in self._tasks(_duplicates_task, arguments):
+        for number, histograms in self._tasks(duplicates_task, arguments):
             found.histograms[arguments[number][1].index] = histograms
         return found
 
@@ -385,7 +364,7 @@ class _Build:
             for bucket in waiting
         ]
         rate = _pace("written", sum(sizes[bucket] for bucket in waiting), plan.cells, self.progress)
-        for number, _ in self._tasks(_gather_task, arguments):
+        for number, _ in self._tasks(gather_task, arguments):
             rate.add(sizes[waiting[number]])
         records = [f"{folder}{name}.json" for _, name in names]
         return [GatheredFile.parse(self.building.read(record), f"{self.building}/{record}") for record in records]
@@ -507,69 +486,3 @@ def _genes_table(plan: BuildPlan, ranking: GeneRanking) -> pa.Table:
             "score": ranking.score[order],
         }
     )
-
-
-def _begin_task() -> None:
-    """Release memory that earlier tasks of this process left unused, and reset its high-water mark."""
-    pa.default_memory_pool().release_unused()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_bytes() -> int:
-    """Most memory of this process since ``_begin_task``; over its whole life where the kernel has no such mark."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
-
-
-def _range_task(census: str, building: Place, part: Range, memory_bytes: int) -> tuple[None, int]:
-    """Read one range and write its files, the facts last; a range with facts is done."""
-    _begin_task()
-    cells = unpack(building.read(part.slice_name), part.slice_name)
-    rows, counts, facts = convert_range(_open_census(census), part, cells, memory_bytes)
-    building.write(part.rows_name, rows)
-    building.write(part.counts_name, counts)
-    building.write(part.facts_name, facts)
-    return None, _peak_bytes()
-
-
-@lru_cache(maxsize=1)
-def _open_census(census: str) -> Census:
-    """The Census, opened once in each process; the driver has checked that it is whole."""
-    # The driver has opened it too, so where a task cannot, the store is away for a while.
-    away = (lambda error: isinstance(error, BadInput)) if "://" in census else (lambda error: False)
-    return patiently(lambda: Census.open(census, check=False), away)
-
-
-def _duplicates_task(
-    building: Place, part: Range, pieces: Ints, joinids: Ints, n_genes: int
-) -> tuple[list[tuple[int, CountHistogram]], int]:
-    _begin_task()
-    read = (read_piece(building, part, int(start), int(size)) for _, _, start, size in pieces)
-    return histograms_of_cells(read, joinids, n_genes), _peak_bytes()
-
-
-def _gather_task(
-    target: Place,
-    building: Place,
-    record: str,
-    file: tuple[str, str],
-    pieces: Ints,
-    dropped: Ints,
-    min_counts: int,
-    common: tuple[Ints, list[Range], int, int, int],
-) -> tuple[None, int]:
-    """Write one shard file and then its entry; a file with an entry is done."""
-    _begin_task()
-    split, name = file
-    order, parts, n_genes, donors, file_cells = common
-    read = (read_piece(building, parts[index], int(start), int(size)) for index, start, size in pieces)
-    found = gather_file(read, order, n_genes, dropped, min_counts, file_cells)
-    entry = write_file(target, name, found.tables(ROW_GROUP_CELLS), len(order))
-    donor_cells = np.bincount(found.columns["donor_id"], minlength=donors).tolist()
-    done = GatheredFile(split=split, entry=entry, donor_cells=donor_cells, below_min_counts=found.below_min_counts)
-    building.write(record, done.to_json().encode())
-    return None, _peak_bytes()

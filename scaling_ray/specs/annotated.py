@@ -7,16 +7,9 @@ import re
 import tomllib
 from typing import Any
 
-from scaling_ray.spec import (
-    BudgetSpec,
-    DataSpec,
-    Frozen,
-    GridSpec,
-    LearningRateSpec,
-    ResourceSpec,
-    TrainSpec,
-    parse_spec,
-)
+from scaling_ray.resources import BudgetSpec, ResourceSpec
+from scaling_ray.rules import Frozen
+from scaling_ray.spec import DataSpec, GridSpec, LearningRateSpec, TrainSpec, parse_spec
 from scaling_ray.specs import example_names, example_path
 
 STARTER = "cells"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scaling_ray.spec import BudgetSpec
+from scaling_ray.resources import BudgetSpec
 from scaling_ray.sweep.makespan import Span
 
 SPENT = {"max_gpu_hours": "gpu_hours", "max_cpu_hours": "cpu_hours", "max_cost": "cost"}

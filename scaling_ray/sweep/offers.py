@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from scaling_ray.errors import BadInput
 from scaling_ray.execution import GPU_CONTEXT_BYTES, GPU_USED_SHARE, choose_gpu_share
+from scaling_ray.resources import NodePrice, PricesSpec
 from scaling_ray.runs import RunSpec
 from scaling_ray.sizes import TrainingMemory, training_memory
-from scaling_ray.spec import NodePrice, PricesSpec
 from scaling_ray.sweep.capacity import UNBOUNDED, Capacity, NodeType
 from scaling_ray.sweep.cost import Speeds, run_seconds
 from scaling_ray.sweep.speed import ASSUMED_GPU, GPUS, gpu_named

@@ -21,10 +21,10 @@ from scaling_ray.planted.truth import parse_truth
 from scaling_ray.records import ShardManifest
 from scaling_ray.results.references import UNIT, floor_name, per_gene_bits, reference_name
 from scaling_ray.results.sweep_files import read_table, write_sealed, write_table
+from scaling_ray.rules import TrainingRules
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.order import RunOrder
 from scaling_ray.shards.read import Cells, read_measured, read_rows, shards_order
-from scaling_ray.spec import TrainingRules
 from scaling_ray.storage import Place
 
 SHRINKAGE_CELLS = 512

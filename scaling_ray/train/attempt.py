@@ -25,8 +25,8 @@ from scaling_ray.results.sweep_files import (
     RunFiles,
     read_rows,
 )
+from scaling_ray.rules import TrainingRules
 from scaling_ray.runs import RunSpec, differing, trunk_name
-from scaling_ray.spec import TrainingRules
 from scaling_ray.storage import Place
 from scaling_ray.train.checkpoint import (
     KEPT,

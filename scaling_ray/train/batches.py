@@ -12,8 +12,8 @@ from torch import Tensor
 from scaling_ray.model.masking import EVALUATION_MASK_SEED, Masks, draw_masks, log_normalise
 from scaling_ray.model.objectives import objective_named
 from scaling_ray.model.thinning import thin
+from scaling_ray.rules import TrainingRules
 from scaling_ray.shards.read import Cells, Feed, ResidentFeed
-from scaling_ray.spec import TrainingRules
 
 LARGEST_DEVICE_SHARE = 0.25
 """Largest share of a GPU's free memory that training cells may occupy throughout a run."""

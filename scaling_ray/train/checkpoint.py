@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from scaling_ray.errors import BadInput
-from scaling_ray.spec import TrainingRules
+from scaling_ray.rules import TrainingRules
 from scaling_ray.storage import Place, sealed_json, unseal
 from scaling_ray.train.schedule import decay_start, end_of
 from scaling_ray.train.sharded import UNREADABLE, WHOLE, check_files, listed_files, read_state, write_tensors

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from scaling_ray.errors import BadInput
 from scaling_ray.execution import Execution
 from scaling_ray.model.network import MaskedGeneTransformer
+from scaling_ray.rules import TrainingRules
 from scaling_ray.runs import RunSpec
-from scaling_ray.spec import TrainingRules
 from scaling_ray.train.sharded import MOMENTS, Shard
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scaling_ray.spec import TrainingRules
+from scaling_ray.rules import TrainingRules
 
 TRAIN_ROWS_PER_RUN = 100
 """Approximate number of rows of kind "train" in a run's metrics.jsonl."""

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from scaling_ray.model.dropout import attention, dropout
 from scaling_ray.model.network import MaskedGeneTransformer, visible_and_hidden
+from scaling_ray.rules import TrainingRules
 from scaling_ray.sizes import Shape
-from scaling_ray.spec import TrainingRules
 
 ADAM_BETA1, ADAM_EPSILON = 0.9, 1e-8
 CLIP_EPSILON = 1e-6
