@@ -6,11 +6,14 @@ and CPU seconds. A run is *stuck* where its validation loss is above 0.9 of the 
 have heads of width 4 and one layer, XS as on the ladder; losses are those of the last update. Nothing here judges them.
 
 ``--only starts`` compares the start from cells with the drawn one, ``--only rates`` tries rates at every size.
+``--only reach`` asks in how few cells seen the start from cells, at the rate that its rule gives a width, reaches what
+the drawn start has after all of them at the better of its rates: at parts of them, each a run that decays within it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,6 +32,7 @@ from scaling_ray.errors import Diverged
 from scaling_ray.runs import RunSpec, runs_of
 from scaling_ray.shards.format import read_manifest, row_groups
 from scaling_ray.shards.read import read_split, run_order
+from scaling_ray.sizes import LADDER
 from scaling_ray.spec import parse_spec
 from scaling_ray.storage import open_place, write_json
 from scaling_ray.sweep.references import closed_form_references
@@ -38,12 +42,14 @@ from scaling_ray.train.loop import RunData, TrainingLoop
 
 SEEDS, CELLS_SEEN, STUCK = (1, 2, 3), 60_000, 0.9
 WIDTHS = {"W4": 4, "W8": 8, "W16": 16, "W32": 32}
+PARTS = (12, 6, 3)
 STARTS: dict[str, dict[str, Any]] = {
     "drawn": {"start": "drawn", "adam_beta2": 0.99},
     "cells": {"start": "cells", "adam_beta2": 0.95},
 }
 RATES = (0.005, 0.01, 0.02, 0.04)
 RATE_OF_STARTS = {"drawn": (0.01, 0.03), "cells": (0.02,)}
+RATE_OF_WIDTH_16, WIDTH_EXPONENT = 0.014, -0.5
 SPEC = """
 name = "learning"
 [data]
@@ -122,28 +128,55 @@ def tasks_of(what: str, shards: str, genes: int, seen: int, sizes: list[str], se
     """Every run of a comparison on one data set."""
     stored = read_manifest(open_place(shards)).genes
     for start, rules in STARTS.items():
-        rates = RATE_OF_STARTS[start] if what == "starts" else RATES if start == "cells" else ()
+        parts = PARTS if what == "reach" and start == "cells" else (1,)
         for size in sizes:
-            for lr in rates:
-                for seed in SEEDS[:seeds]:
+            for lr in rates_of(what, start, size):
+                for seed, part in itertools.product(SEEDS[:seeds], parts):
                     yield (
-                        {"shards": shards, "genes": genes, "stored": stored, "seen": seen, "size": size}
+                        {"shards": shards, "genes": genes, "stored": stored, "seen": seen // part, "size": size}
                         | {"lr": lr, "seed": seed, "from": start}
                         | rules
                     )
 
 
+def rates_of(what: str, start: str, size: str) -> tuple[float, ...]:
+    """The rates at which a start is tried."""
+    if what == "rates":
+        return RATES if start == "cells" else ()
+    if what == "starts" or start == "drawn":
+        return RATE_OF_STARTS[start]
+    width = WIDTHS.get(size) or LADDER[size].width
+    return (float(f"{RATE_OF_WIDTH_16 * (width / 16) ** WIDTH_EXPONENT:.3g}"),)
+
+
+def reached(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By size: the drawn start's loss at its better rate, and the fewest cells seen that reach it from cells."""
+    found = {}
+    for size in dict.fromkeys(row["size"] for row in rows):
+        here = [row for row in rows if row["size"] == size and "test_loss" in row]
+        drawn = min((row for row in here if row["start"] == "drawn"), key=lambda row: row["test_loss"])
+        enough = [r["cells_seen"] for r in here if r["start"] == "cells" and r["test_loss"] <= drawn["test_loss"]]
+        found[size] = {
+            "drawn_test_loss": drawn["test_loss"],
+            "drawn_lr": drawn["lr"],
+            "drawn_cells_seen": drawn["cells_seen"],
+            "reached_after": min(enough, default=None),
+        }
+    return found
+
+
 def summary(runs: list[dict[str, Any]], known: dict[str, float]) -> list[dict[str, Any]]:
-    """Runs of one start, size and rate as one row."""
+    """Runs of one start, size, rate and budget as one row."""
     rows = []
-    keys = sorted({(run["from"], run["size"], run["lr"]) for run in runs}, key=str)
-    for start, size, lr in keys:
-        here = [run for run in runs if (run["from"], run["size"], run["lr"]) == (start, size, lr)]
+    keys = sorted({(run["from"], run["size"], run["lr"], run["seen"]) for run in runs}, key=str)
+    for start, size, lr, seen in keys:
+        here = [run for run in runs if (run["from"], run["size"], run["lr"], run["seen"]) == (start, size, lr, seen)]
         losses = [run["test_loss"] for run in here if run["test_loss"] is not None]
         span = known["gene_mean"] - known["gaussian"]
         shares = [(known["gene_mean"] - loss) / span for loss in losses]
         halves = [run["half_val_loss"] for run in here]
-        row = {"start": start, "size": size, "lr": lr, "params": here[0]["params"], "test_losses": losses}
+        row = {"start": start, "size": size, "lr": lr, "cells_seen": seen, "params": here[0]["params"]}
+        row["test_losses"] = losses
         row |= {"diverged": len(here) - len(losses), "cpu_seconds": statistics.fmean(r["cpu_seconds"] for r in here)}
         row["stuck"] = sum(half is None or half > STUCK * known["val_gene_mean"] for half in halves)
         if losses:
@@ -158,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("reports/benchmarks/learning.json"))
     parser.add_argument("--shards", nargs="+", required=True, help="NAME=DIR:GENES, shards to train on")
-    parser.add_argument("--only", nargs="*", default=["starts", "rates"], choices=["starts", "rates"])
+    parser.add_argument("--only", nargs="*", default=["starts", "rates"], choices=["starts", "rates", "reach"])
     parser.add_argument("--sizes", nargs="*", default=[*WIDTHS, "XS"])
     parser.add_argument("--seen", type=int, default=CELLS_SEEN, help="cells seen by each run")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
@@ -177,7 +210,9 @@ def main() -> int:
                     runs.append(run)
                     loss = "diverged" if run["test_loss"] is None else f"{run['test_loss']:.4f}"
                     say(f"{run['from']} {run['size']} rate {run['lr']:g} seed {run['seed']}: {loss}")
-            entry = {"genes": int(genes), "cells_seen": options.seen, **known, "rows": summary(runs, known)}
+            rows = summary(runs, known)
+            entry = {"genes": int(genes), "cells_seen": options.seen, **known, "rows": rows}
+            entry |= {"reached": reached(rows)} if what == "reach" else {}
             text = options.results.read_text() if options.results.is_file() else "{}"
             write_json(options.results, json.loads(text) | {f"{what}, {name}": entry | {"machine": machine()}})
     return 0
