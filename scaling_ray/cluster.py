@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import os
 import secrets
@@ -112,20 +114,38 @@ def ray_session(cpus: int, at_least: bool = False) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="sr-", dir="/tmp" if len(tempfile.gettempdir()) > 30 else None)
     try:
         memory = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else OBJECT_STORE_BYTES
-        ray.init(
-            num_cpus=cpus if at_least else min(cpus, os.cpu_count() or 1),
-            include_dashboard=False,
-            resources={DRIVERS: 64.0},
-            object_store_memory=max(80 << 20, min(OBJECT_STORE_BYTES, memory // 3)),
-            _temp_dir=folder,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        with _own_process_groups():
+            ray.init(
+                num_cpus=cpus if at_least else min(cpus, os.cpu_count() or 1),
+                include_dashboard=False,
+                resources={DRIVERS: 64.0},
+                object_store_memory=max(80 << 20, min(OBJECT_STORE_BYTES, memory // 3)),
+                _temp_dir=folder,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
         yield
     finally:
         _end_readers()
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_process_groups() -> Iterator[None]:
+    """Start Ray's processes outside this process's group.
+
+    A terminal (Ctrl-C), ``timeout`` and batch schedulers signal a whole group. Ray 2.60 would lose its control service
+    to that while the driver still needs it to save its runs; the driver takes Ray down afterwards, and where it is
+    killed itself the kernel does.
+    """
+    services: Any = importlib.import_module("ray._private.services")
+    plain = services.ConsolePopen
+    services.ConsolePopen = functools.partial(plain, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = plain
 
 
 def _end_readers() -> None:

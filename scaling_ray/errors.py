@@ -141,3 +141,9 @@ class Preempted(ScalingRayError):
     """Asked to stop (SIGTERM, or a node that is about to go): what was done is saved, and the same call goes on."""
 
     exit_code = 75
+
+
+class Interrupted(Preempted):
+    """The same from the keyboard (SIGINT)."""
+
+    exit_code = 130

@@ -222,10 +222,13 @@ def test_tiny_runs_train_as_one_and_a_later_call_keeps_to_the_plan(tiny_shards: 
     assert executions(again) == executions(plan)
 
 
-def start_sweep(spec: Path, shards: Path, out: Path) -> subprocess.Popen[str]:
+def start_sweep(spec: Path, shards: Path, out: Path, own_group: bool = False) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "scaling_ray.cli", "sweep", str(spec), "--shards", str(shards), "--out", str(out)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_worker_niceness": "0"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    group = 0 if own_group else None
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, process_group=group
+    )
 
 
 @pytest.mark.slow
@@ -255,18 +258,24 @@ def test_a_sweep_of_stacks_stopped_on_the_way_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_every_run_and_the_same_command_goes_on(tiny_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "to_group"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
+def test_a_signal_to_stop_saves_every_run(
+    tiny_shards: Path, tmp_path: Path, sent: signal.Signals, to_group: bool
+) -> None:
     spec, out = tmp_path / "spec.toml", tmp_path / "sweep"
     text = TINY_SWEEP.replace("max_cells_seen = 640", "max_cells_seen = 64000\ncheckpoint_seconds = 3600")
     spec.write_text(text.replace('"choose"', '"fixed"').replace("rates = [3e-3, 1e-2]", "rates = [3e-3]"))
-    driver = start_sweep(spec, tiny_shards, out)
+    driver = start_sweep(spec, tiny_shards, out, own_group=True)
     deadline = time.monotonic() + 120
     while len([p for p in out.glob("runs/*/attempts/*/metrics.jsonl") if p.stat().st_size]) < 2:
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    driver.send_signal(signal.SIGTERM)
+    if to_group:  # as a terminal, timeout and batch schedulers do
+        os.killpg(driver.pid, sent)
+    else:
+        driver.send_signal(sent)
     _, said = driver.communicate(timeout=60)
-    assert driver.returncode == 75
+    assert driver.returncode == (130 if sent == signal.SIGINT else 75)
     assert "runs to go, all saved" in said.splitlines()[-1]
     saved = list(out.glob("runs/*/attempts/*/checkpoints/last-*/progress.json"))
     assert len(saved) == 2, "checkpoints were an hour away: only the wish to stop makes them"

@@ -20,7 +20,7 @@ from scaling_ray.cluster import (
     ray,
     ray_session,
 )  # before ray.tune: it sets what ray reads once
-from scaling_ray.errors import BadInput, Preempted, RunsFailed
+from scaling_ray.errors import BadInput, Interrupted, Preempted, RunsFailed
 from scaling_ray.extras import missing_modules
 from scaling_ray.records import ShardManifest
 from scaling_ray.results.columns import Row
@@ -41,7 +41,7 @@ from scaling_ray.sweep.references import closed_form_task, floor_task
 from scaling_ray.sweep.reservations import freed
 from scaling_ray.sweep.scheduler import Scheduler
 from scaling_ray.sweep.state import Progress, SweepState
-from scaling_ray.sweep.stopping import stop_on_sigterm
+from scaling_ray.sweep.stopping import stop_on_signals
 from scaling_ray.tracking.ledger import is_tracked, tracking_uri
 
 
@@ -141,7 +141,7 @@ def _train(state: SweepState, cluster: Path | None) -> None:
     if problems:
         raise BadInput("W047", "--shards", str(state.shards), f"{problems[0]}; build the shards again")
     cpus, files = state.spec.resources.cpus, state.files
-    with ray_session(cpus), own_errors(), stop_on_sigterm(files, state.stopping), _followed(state), freed(files.place):
+    with ray_session(cpus), own_errors(), stop_on_signals(files, state.stopping), _followed(state), freed(files.place):
         capacity = capacity_here(cluster)
         _plan(state, capacity, joined=bool(os.environ.get("RAY_ADDRESS")))
         most_genes = max(run.genes for run in state.runs)
@@ -186,7 +186,8 @@ def _plan(state: SweepState, capacity: Capacity, joined: bool) -> None:
 def _check_stop(state: SweepState) -> None:
     if state.stop_requested():
         left = len(state.waiting())
-        raise Preempted("W048", f"{state.files}: stopped with {left} runs to go, all saved; the same command goes on")
+        kind = Interrupted if state.stopping.from_keyboard else Preempted
+        raise kind("W048", f"{state.files}: stopped with {left} runs to go, all saved; the same command goes on")
 
 
 def _train_is_resident(state: SweepState, genes: int) -> bool:

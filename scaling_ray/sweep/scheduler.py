@@ -203,6 +203,7 @@ def _quiet_tune() -> Iterator[None]:
     """Tune keeps no tables of its own and says nothing: what became of a trial is said once, by the desk."""
     settings = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # its own would end the experiment without a word to the runs
         "TUNE_GLOBAL_CHECKPOINT_S": "86400",
         "TUNE_MAX_PENDING_TRIALS_PG": "100000",  # the gate decides what waits for room
         "TUNE_RESULT_BUFFER_LENGTH": "1",

@@ -1,4 +1,4 @@
-"""How a sweep is asked to stop: SIGTERM to its driver leaves a marker file that every run of it looks for.
+"""How a sweep is asked to stop: SIGTERM or SIGINT to its driver leaves a marker file that every run of it looks for.
 
 The driver itself is told besides: on a file system that is full or read-only there is no marker.
 """
@@ -21,17 +21,18 @@ STOP_POLL_SECONDS = {True: 1.0, False: 5.0}
 
 @dataclass
 class Stopping:
-    """Whether this process was told to stop. No lock or event: Ray Tune pickles what a driver holds."""
+    """Whether this process was told to stop, and from the keyboard. No lock or event: Ray Tune pickles these."""
 
     requested: bool = False
+    from_keyboard: bool = False
 
 
 @contextlib.contextmanager
-def stop_on_sigterm(sweep: SweepFiles, stopping: Stopping) -> Iterator[None]:
-    """Treat SIGTERM as a stop request until the block ends; clear earlier ones. It is also told to ``stopping``.
+def stop_on_signals(sweep: SweepFiles, stopping: Stopping) -> Iterator[None]:
+    """Treat SIGTERM and SIGINT as stop requests until the block ends; clear earlier ones. ``stopping`` is told too.
 
-    Only a main thread can hear signals; elsewhere nothing changes. To be entered after ``ray.init``, which puts a
-    handler of its own in place.
+    A second SIGINT does not wait for anything to be saved. Only a main thread can hear signals; elsewhere nothing
+    changes. To be entered after ``ray.init``, which puts a handler of its own in place.
     """
     sweep.clear_stop()
     if threading.current_thread() is not threading.main_thread():
@@ -39,6 +40,9 @@ def stop_on_sigterm(sweep: SweepFiles, stopping: Stopping) -> Iterator[None]:
         return
 
     def request(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            stopping.from_keyboard = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # Not in the handler itself: it interrupts the main thread anywhere, and a request over S3 takes a while.
         threading.Thread(target=leave_word, name="stop", daemon=True).start()
 
@@ -47,8 +51,9 @@ def stop_on_sigterm(sweep: SweepFiles, stopping: Stopping) -> Iterator[None]:
         with contextlib.suppress(OSError, ScalingRayError):
             sweep.request_stop()
 
-    before = signal.signal(signal.SIGTERM, request)
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
