@@ -24,6 +24,7 @@ from scaling_ray.tracking.report import track_report
 
 if TYPE_CHECKING:
     from scaling_ray.census.beliefs import Rules
+    from scaling_ray.census.joining import Joined
 
 Progress = Callable[[str], None]
 
@@ -38,6 +39,9 @@ def run_pipeline(
     cluster: Path | None = None,
 ) -> str:
     """Run a sweep from its cells to its report; results lie at ``out``/{census,shards,sweep,report}.
+
+    Before shards are made of a Census on this machine, it says what the grid can answer on these cells, and how long
+    it takes here, at rates measured for a moment.
 
     Args:
         spec_path: the sweep's TOML file.
@@ -64,6 +68,11 @@ def run_pipeline(
         raise BadInput("V002", "--census", str(census), "is not read where --shards are given; name one of them")
     source = place.below("shards").uri if shards is None else str(shards)
     if shards is None:
+        # on a cluster other machines train, and what this one can do says nothing
+        here = census is not None and Path(census).is_dir() and not os.environ.get("RAY_ADDRESS")
+        if here and open_place(source).size(MANIFEST) is None:
+            for line in _foretold(spec, str(census), progress):
+                progress(line)
         make_shards(source, place, spec, census, progress)
     sweep = place.below("sweep").uri
     failed: RunsFailed | BudgetSpent | None = None
@@ -95,8 +104,7 @@ def run_cells(
 ) -> str:
     """Run a sweep on somebody's own cells: they are imported to ``out``/census, and the rest is ``run_pipeline``.
 
-    Before the first run it says what the grid can answer on these cells, and how long it takes here, at rates measured
-    for a moment. ``out``/cells.toml is the spec that is run: the given one with the title, source and split of this
+    ``out``/cells.toml is the spec that is run: the given one with the title, source and split of this
     call.
 
     Args:
@@ -112,18 +120,26 @@ def run_cells(
         BadInput, RunsFailed, Preempted: as ``run_pipeline`` and ``import_h5ad``.
     """
     from scaling_ray.census.importer import import_h5ad
+    from scaling_ray.census.readers import cell_file_name
 
     place = open_place(out)
     if not isinstance(place, LocalPlace):
         raise BadInput("V003", "--out", str(out), "is no local directory; census import to one, then run --census")
     text = Path(spec_path).read_text(encoding="utf-8")
-    text = with_data(text, {"title": rules.title, "source": rules.source, "split_by": split_by}, str(spec_path))
+    title, files = load_spec(spec_path).data.title, [Path(file) for file in files]
+    if rules.title or not title:
+        title = rules.title or ", ".join(cell_file_name(file) for file in files)
+    text = with_data(text, {"title": title, "source": rules.source, "split_by": split_by}, str(spec_path))
     own = output_directory(place.path) / "cells.toml"
-    census = import_h5ad(files, place.path / "census", rules=rules, progress=progress)
+    spec = parse_spec(text, str(own))
+    census = import_h5ad(
+        files,
+        place.path / "census",
+        rules=rules,
+        progress=progress,
+        before=lambda found: _donors_serve(found, spec),
+    )
     write_atomic(own, text)
-    if place.below("shards").size(MANIFEST) is None:
-        for line in _foretold(load_spec(own), str(census), progress):
-            progress(line)
     return run_pipeline(own, out, census=str(census), cluster=cluster, progress=progress)
 
 
@@ -143,6 +159,24 @@ def with_data(text: str, values: Mapping[str, str | None], where: str) -> str:
     found = parse_spec(changed, where).data
     assert all(getattr(found, key) == value for key, value in given.items()), "the spec's text was not understood"
     return changed
+
+
+def _donors_serve(found: Joined, spec: SweepSpec) -> None:
+    """BadInput where a split by donor has too few people, before an import of hours."""
+    from scaling_ray.census.donors import LEAST_DONORS, is_nobody
+
+    if spec.data.split_by != "donor_id":
+        return
+    people = {str(label) for frame in found.obs for label in frame["donor_id"].unique() if not is_nobody(str(label))}
+    if len(people) < LEAST_DONORS:
+        raise BadInput(
+            "V035",
+            "data.split_by",
+            "donor_id",
+            f"needs {LEAST_DONORS} donors and these cells have {len(people)} ({', '.join(sorted(people)) or 'none'}): "
+            "--donor COLUMN names the column of donors, --split cell does without (its held-out cells are of the same "
+            "people)",
+        )
 
 
 MEASURED_SECONDS = 1.5

@@ -5,15 +5,16 @@ Every default stands here, once. Unknown keys and wrong types are errors that na
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from scaling_ray.errors import BadInput
 from scaling_ray.execution import Precision
@@ -363,7 +364,9 @@ def _first_problem(error: ValidationError, source: str) -> BadInput:
         return cause
     where = _place(problem["loc"]) or source
     if problem["type"] == "extra_forbidden":
-        return BadInput("S031", where, problem["input"], "is no known key; remove it or correct its spelling")
+        near = difflib.get_close_matches(str(problem["loc"][-1]), sorted(_keys(SweepSpec)), n=1)
+        meant = f"did you mean {near[0]}?" if near else "remove it or correct its spelling"
+        return BadInput("S031", where, problem["input"], f"is no known key; {meant}")
     if problem["type"] == "missing":
         return BadInput("S032", where, None, "is missing; add it")
     # A field of several types yields one problem per type: the way out names them all.
@@ -371,6 +374,16 @@ def _first_problem(error: ValidationError, source: str) -> BadInput:
     return BadInput(
         "S033", where, problem["input"], ", or ".join(message[0].lower() + message[1:] for message in messages)
     )
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    """Every key of a table and of the tables below it."""
+    found = set(model.model_fields)
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= _keys(kind)
+    return found
 
 
 def _place(location: tuple[int | str, ...]) -> str:

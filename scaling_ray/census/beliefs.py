@@ -15,7 +15,7 @@ import pandas as pd
 from scaling_ray.census.columns import ObsColumns, batches_of_donors, map_obs
 from scaling_ray.census.counts import TOLERANCE
 from scaling_ray.census.donors import is_nobody
-from scaling_ray.census.features import Genes, resolve_genes
+from scaling_ray.census.features import Genes, resolve_genes, share_of_genes
 from scaling_ray.census.h5ad import CellFile
 from scaling_ray.census.matrices import FoundCounts, doubts_of_totals, genes_of
 from scaling_ray.errors import BadInput
@@ -83,9 +83,16 @@ def believe(
     Raises:
         BadInput: as ``resolve_genes`` and ``map_obs``; or counts that are cut to a panel.
     """
-    genes = resolve_genes(
-        cells.name, counts.var, known=known, organism=rules.organism, as_given=rules.gene_ids == "given"
-    )
+    try:
+        genes = resolve_genes(
+            cells.name, counts.var, known=known, organism=rules.organism, as_given=rules.gene_ids == "given"
+        )
+    except BadInput as error:
+        share = share_of_genes([str(name) for name in cells.obs.index[:2000]])
+        if error.code != "C006" or share < 0.5:
+            raise
+        remedy = f"but {share:.0%} of the cells' names are known genes: the matrix lies on its side; write adata.T"
+        raise BadInput("C087", error.field, error.value, remedy) from error
     columns = map_obs(cells.name, cells.obs, dataset_id, rules.donor)
     if len(genes.column) < counts.stats.genes:
         stats = genes_of(cells, counts.place, genes.column)
@@ -143,7 +150,7 @@ def _tell_genes(found: Belief) -> None:
 def _tell_donors(found: Belief, cells: CellFile) -> None:
     columns, labels = found.columns, found.obs["donor_id"].to_numpy()
     if "donor_id" not in columns.mapped:
-        text = "no donor_id: a split by donor has nothing to go by"
+        text = "no donor_id: a split by donor has nothing to go by (`run --cells ... --split cell` does without)"
         if columns.proposals:
             text += (
                 f"; these look like donors: {', '.join(f'--donor {_quoted(name)}' for name in columns.proposals[:3])}"
@@ -159,8 +166,13 @@ def _tell_donors(found: Belief, cells: CellFile) -> None:
         shown = ", ".join(f"{label!r} {count:,}" for label, count in list(columns.without_donor.items())[:5])
         total = sum(columns.without_donor.values())
         found.rows.append(("no donor", f"{total:,} cells ({shown}): a split by donor has them in training only"))
-    if len(people) == 1:
-        found.warnings.append("all cells are of one donor: a test on other people is not possible")
+    also = [column for column, name in columns.mapped.items() if name == columns.mapped["donor_id"]]
+    if len(also) > 1:
+        also.remove("donor_id")
+        found.warnings.append(
+            f"donors are from {columns.mapped['donor_id']}, which was read as {' and '.join(also)} too: are its values "
+            "people?"
+        )
     batch = batches_of_donors(cells.obs[found.kept], labels)
     if batch is not None and batch != columns.mapped["donor_id"]:
         found.warnings.append(

@@ -17,6 +17,9 @@ import pandas as pd
 UNKNOWN, POOLED = "unknown", "pooled"
 """Labels of cells without a donor: nothing is known of it, or several people were mixed."""
 
+LEAST_DONORS = 3
+"""Of a split by donor: one each to train, to choose by and to test on."""
+
 _NOBODY = frozenset(
     "unknown unk unkn unassigned unavailable unspecified undetermined undefined unidentified unmapped nan na n/a n.a. "
     "#n/a null nil none missing notavailable notapplicable notprovided notreported notcollected notspecified "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,6 +151,13 @@ def known_names(var: pd.DataFrame) -> dict[str, str]:
         if mapped.setdefault(name, feature_id[0]) != feature_id[0]:
             several.add(name)
     return {name: feature_id for name, feature_id in mapped.items() if name not in several}
+
+
+def share_of_genes(names: Sequence[str]) -> float:
+    """Share of names that are Ensembl ids, or names of genes in a table that is shipped; 0 of no names."""
+    tables = [ids_by_name(species) for species in SPECIES]
+    known = [_ensembl_in(name) is not None or any(name in table for table in tables) for name in names]
+    return sum(known) / max(len(known), 1)
 
 
 def resolve_genes(

@@ -43,6 +43,7 @@ def import_h5ad(
     layer: str | None = None,
     rules: Rules | None = None,
     progress: Say | None = None,
+    before: Callable[[Joined], None] | None = None,
 ) -> Path:
     """Writes a local Census at ``out`` from one or more files of cells (``census.readers`` names the formats).
 
@@ -53,6 +54,7 @@ def import_h5ad(
         layer: ``X``, ``raw.X`` or the name of a layer, where more than one place holds raw counts.
         rules: what the user asked for; ``layer`` is one of them.
         progress: called with one line of text now and then, and with the table of what was believed.
+        before: called with what was believed before anything is written; what it raises ends the import.
 
     Raises:
         BadInput: a file that cannot be read, no raw counts (with the reason for each place), differing candidates, gene
@@ -72,8 +74,12 @@ def import_h5ad(
         if {name: record["about"].get(name) for name in about} == about:
             say(f"{out}: already there")
             return out
-        raise BadInput("C012", "out", str(out), "holds another Census; remove it or name a new directory")
+        other = "of other files" if record["about"].get("files") != about["files"] else "by other flags"
+        made = f"holds a Census that was imported {other}" if "files" in record["about"] else "holds another Census"
+        raise BadInput("C012", "out", str(out), f"{made}; remove it or name a new directory")
     with _believed(files, names, asked, say) as found:
+        if before is not None and found is not None:
+            before(found)
         return _write(out, found, asked, about, say)
 
 

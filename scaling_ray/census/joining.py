@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from scaling_ray.census.beliefs import Belief, Row, Rules, lines_of
 from scaling_ray.census.counts import as_counts
-from scaling_ray.census.donors import is_nobody, one_spelling, respelled
+from scaling_ray.census.donors import LEAST_DONORS, is_nobody, one_spelling, respelled
 from scaling_ray.census.h5ad import CellFile
 from scaling_ray.census.matrices import genes_of
 from scaling_ray.census.twins import BANDS, fingerprints, repeats_within, shared_masks, twins
@@ -218,6 +218,14 @@ def _one_donor_each(joined: Joined, pairs: Pairs) -> None:
     linked = _linked(labels, pairs)
     for old, new in linked.items():
         joined.rows.append(("donors", f"{old!r} and {new!r} have cells in common: one person, {new!r}"))
+    for (_, belief), each in zip(joined.files, labels, strict=True):
+        became = Counter(linked.get(label, label) for label in set(each.tolist()))
+        joined.warnings += [
+            f"{count:,} donors of {belief.file} became one, {label!r}, since another file has cells of all of them "
+            "under one label: if that label is no person, name the column of donors there"
+            for label, count in became.items()
+            if count > 1
+        ]
     labels = [np.array([linked.get(label, label) for label in each], dtype=object) for each in labels]
     everywhere = Counter(label for each in labels for label in set(each.tolist()) if not is_nobody(label))
     both = sorted(label for label, count in everywhere.items() if count > 1)
@@ -233,6 +241,11 @@ def _one_donor_each(joined: Joined, pairs: Pairs) -> None:
         joined.rows.append(("donors", f"{len(everywhere):,} in all; none is in two files"))
     for frame, each in zip(joined.obs, labels, strict=True):
         frame["donor_id"] = each
+    if 0 < len(everywhere) < LEAST_DONORS:
+        joined.warnings.append(
+            f"{len(everywhere)} {'donor' if len(everywhere) == 1 else 'donors'} in all: a split by donor needs "
+            f"{LEAST_DONORS}; `run --cells ... --split cell` does without, its held-out cells are of the same people"
+        )
     people = [len({label for label in each if not is_nobody(label)}) for each in labels]
     if len(labels) > 1 and not both and set(people) == {1}:
         joined.warnings.append(

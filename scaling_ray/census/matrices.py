@@ -63,6 +63,10 @@ def find_counts(cells: CellFile, layer: str | None = None, *, trust_counts: bool
             good[place] = FoundCounts(place, reasons, var, kinds, stats)
     if not good:
         why = "; ".join(f"{place}: {reason}" for place, reason in reasons.items()) or "the file has no matrix"
+        others = [place for place in cells.places if layer not in (None, place) and _holds_counts(cells, place)]
+        if others:
+            remedy = f"{why}. Raw counts are in {' and '.join(others)}: name it, or leave --layer out"
+            raise BadInput("C085", "--layer", layer, remedy)
         raise BadInput("C025", cells.name, "no raw counts", f"{why}. Store raw counts in X, raw.X or a layer")
     first, *others = good
     differing = [place for place in others if not _same(cells, good[first], good[place])]
@@ -87,6 +91,12 @@ def genes_of(cells: CellFile, place: str, columns: np.ndarray) -> ValueStats:
     for _, block in cells.chunks(place):
         stats.add(block, columns)
     return stats
+
+
+def _holds_counts(cells: CellFile, place: str) -> bool:
+    """Whether a place of a file would pass for raw counts."""
+    _, reason = _looked_at(cells, place, np.flatnonzero(kinds_of(cells.var(place)) == ""))
+    return not reason
 
 
 def _looked_at(cells: CellFile, place: str, columns: np.ndarray) -> tuple[ValueStats, str]:

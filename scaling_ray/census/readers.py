@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import shutil
 import tempfile
 import warnings
@@ -106,6 +107,8 @@ def _opened(path: Path, stack: ExitStack) -> CellFile:
 
 
 def _refuse_known(path: Path, lower: str) -> None:
+    if re.search(r"(^|[._-])(barcodes|features|genes)\.tsv(\.gz)?$", Path(lower).name):
+        raise BadInput("C086", "file", str(path), "is a part of a 10x folder; name the folder, or its matrix.mtx")
     for ending, what_it_is_and_the_way_out in _CONVERT.items():
         if lower.endswith(ending):
             raise BadInput("C033", "file", str(path), f"{what_it_is_and_the_way_out}; read here: {READABLE}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,13 +44,41 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints are one line with a code, like those of the verbs."""
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(**{"formatter_class": HelpFormatter, **given})
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False, **given})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but what a verb does not know is its own complaint, with the nearest name."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            asked = getattr(options, "asked", "")
+            verb = self.verbs().get(asked, self)
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], verb._option_string_actions, n=1)
+            verb.error(f"unrecognized arguments: {' '.join(unknown)}{_did_you_mean(near)}")
+        return options
+
+    def verbs(self) -> dict[str, Parser]:
+        """All verbs below, by their words as typed after this parser's own."""
+        found: dict[str, Parser] = {}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, below in action.choices.items():
+                    found |= {f"{name} {words}".strip(): verb for words, verb in below.verbs().items()} or {name: below}
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Raise BadCall, where argparse would print the usage and exit."""
         asked = self.prog.removeprefix(PROGRAM).strip()
         before = f"{asked}: " if asked else ""
+        wrong = re.search(r"invalid choice: '([^']*)'", message)
+        if wrong is not None and (verbs := self.verbs()):
+            ends = [words for words in verbs if wrong[1] in words.split()]
+            near = ends or difflib.get_close_matches(wrong[1], verbs, n=1)
+            message += _did_you_mean([f"{asked} {words}".strip() for words in near[:2]])
         raise BadCall("V029", f"{before}{message}; `{self.prog} --help` shows an example")
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def add_verb(

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 CELL_FILES = ".h5ad, .zarr, .h5mu, .loom, 10x .h5, or a 10x folder of matrix.mtx (.gz of each too)"
 
+ENDINGS = (".h5ad", ".zarr", ".h5mu", ".loom", ".h5", ".mtx")
+"""Of names of such files, before a .gz."""
+
 READING: dict[str, Any] = {
     "layer": None,
     "donor": [],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from scaling_ray.cli.complete import specs
 from scaling_ray.cli.declare import CENSUS_HELP, CLUSTER_HELP, SPEC_HELP, Verbs, add_verb, completed, local, place
 from scaling_ray.cli.given import flag, spec_of
 from scaling_ray.cli.lines import say
-from scaling_ray.cli.reading import CELL_FILES, READING, add_reading_flags, reading_rules
+from scaling_ray.cli.reading import CELL_FILES, ENDINGS, READING, add_reading_flags, reading_rules
 from scaling_ray.errors import BadInput
 
 
@@ -67,6 +68,9 @@ def run(options: argparse.Namespace) -> int:
         raise BadInput("V013", "--split", options.split, "goes with --cells FILE; a spec says it as data.split_by")
     if options.spec is None:
         raise BadInput("V014", "SPEC.toml", None, "name a spec, or your own files of cells with --cells FILE")
+    named = Path(options.spec)
+    if named.is_dir() or named.name.lower().removesuffix(".gz").endswith(ENDINGS):
+        raise BadInput("V036", "SPEC.toml", str(named), "holds cells; put --cells before it")
     spec_of(options)
     from scaling_ray.pipeline import run_pipeline
 

@@ -101,16 +101,20 @@ def flagged_runs(rows: Rows, diverged: Rows) -> list[Flagged]:
             "still improving when their budget ended, so they are undertrained"
         )
         found.append(
-            Flagged(marked, reason, "a larger budget of cells seen for these runs, until validation stops them")
+            Flagged(
+                marked,
+                reason,
+                "a larger budget of cells seen (train.max_cells_seen), until validation stops these runs",
+            )
         )
     if "lr_at_edge" in rows and np.any(marked := _flags(rows["lr_at_edge"])):
         sizes = sorted({_size_name(rows, int(i)) for i in np.flatnonzero(marked)})
         reason = f"the learning rate of {listed(sizes)} is the lowest or highest of those tried"
-        found.append(Flagged(marked, reason, "further learning rates beyond the edge for these sizes"))
+        found.append(Flagged(marked, reason, "learning rates beyond those tried for these sizes (lr.rates)"))
     if count := len(next(iter(diverged.values()), [])):
         marked = np.isin(setting_of_run, _settings(diverged))
         reason = f"{counted(count, 'run')} diverged and {'is' if count == 1 else 'are'} missing from the fit"
-        settles = "these settings repeated at a lower learning rate"
+        settles = "these settings repeated at a lower learning rate (lr.rates)"
         found.append(Flagged(marked, reason, settles, "what is left of those settings"))
     return found
 

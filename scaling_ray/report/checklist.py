@@ -64,7 +64,8 @@ def checklist(report: dict[str, Any], fit: dict[str, Any]) -> list[dict[str, Any
         (
             "measured",
             "On which data?",
-            f"{card['splits']['test']['cells']:,} test cells of held-out {report['split_noun']}s",
+            f"{card['splits']['test']['cells']:,} test cells, "
+            + ("split cell by cell" if report["split_noun"] == "cell" else f"of held-out {report['split_noun']}s"),
         ),
         ("measured", "Which checkpoint?", "that of the best smoothed validation loss; final losses: a declared choice"),
         ("measured", "How many points per run?", "one: no intermediate checkpoint is a point of the law"),

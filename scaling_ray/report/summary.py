@@ -52,6 +52,7 @@ def summarise(sweep: Sweep, fits: Mapping[int, dict[str, Any]]) -> dict[str, Any
         "verdict": head["verdict"],
         "sentence": head["sentences"][0],
         "second_sentence": head["sentences"][1],
+        "linear_sentence": _against_linear(best),
         "headline": head,
         "genes": genes,
         "title": sweep.spec.data.title if sweep.spec else None,
@@ -126,7 +127,7 @@ def _definitions(sweep: Sweep, grid: Sequence[Row], loss: str) -> list[dict[str,
         ("D", "unique training cells"),
         ("T", "cells seen in training, each presentation counted; epochs are T / D"),
         ("V", f"genes of the panel ({genes}), chosen on training cells"),
-        ("L", f"loss: {loss}; test cells are of held-out {sweep.split_noun}s"),
+        ("L", f"loss: {loss}; test cells are {sweep.held_out}"),
         ("normalisation", normalised or "not recorded"),
         ("protocol", ", ".join(protocol)),
     ]
@@ -165,6 +166,16 @@ def _describe(row: Row) -> dict[str, Any]:
     }
 
 
+def _against_linear(best: Row | None) -> str | None:
+    """Where no model is better than a linear predictor, that is the first thing to know."""
+    if best is None or not best.test_loss or not best.gaussian_loss or best.test_loss < best.gaussian_loss:
+        return None
+    return (
+        f"No model here predicts better than a linear one: the shrunk Gaussian of the same cells has "
+        f"{best.gaussian_loss:.4g}, the model of the best validation loss ({best.size}) {best.test_loss:.4g}."
+    )
+
+
 def _counts(sweep: Sweep, grid: Sequence[Row]) -> dict[str, Any]:
     states = Counter({"done": 0})
     states.update(row.status for row in grid)
@@ -174,7 +185,10 @@ def _counts(sweep: Sweep, grid: Sequence[Row]) -> dict[str, Any]:
         "sizes": len({row.params for row in grid}),
         "data_sizes": len({(row.cells, row.cells_requested) for row in grid}),
         "seeds": len({row.seed for row in grid}),
-        "groups": {split: len(entry.groups) for split, entry in sweep.manifest.splits.items()},
+        "groups": {
+            split: entry.cells if sweep.manifest.split_by == "cell" else len(entry.groups)
+            for split, entry in sweep.manifest.splits.items()
+        },
         "epochs": {"low": min(epochs), "high": max(epochs)} if epochs else None,
     }
 

@@ -67,6 +67,13 @@ class Sweep:
         noun = self.manifest.split_by
         return {"donor_id": "donor", "dataset_id": "data set"}.get(noun, noun)
 
+    @property
+    def held_out(self) -> str:
+        """What test cells are."""
+        if self.manifest.split_by == "cell":
+            return "held out one by one: others of the same donors are in training"
+        return f"of held-out {self.split_noun}s"
+
 
 def read_sweep(source: Path | str | Place) -> Sweep:
     """Read all that a report needs of the sweep at a path or URI.

@@ -55,6 +55,7 @@ class SweepState:
         self._ended = {run.run_id for run in runs} - waiting
         self._before, self._began = frozenset(self._ended), time.monotonic()
         self._hours: dict[str, float] = {}
+        self._planned_hours = 0.0
 
     def row(self, run: RunSpec) -> Row:
         """What is known of a run."""
@@ -121,15 +122,24 @@ class SweepState:
         self.table.write()
 
     def _left(self) -> str:
-        """Such as ", about 12 min left": planned hours ahead, at the speed of those that this call has behind it."""
+        """Such as ", about 12 min left": planned hours ahead, at the speed of those that this call has behind it.
+
+        What the first runs took holds the start of everything, and of what trains beside them nothing is known yet;
+        so the plan counts beside them until a tenth of its hours is done.
+        """
         if not self._hours:
             plan = self.files.plan()
             self._hours = {} if plan is None else {one["run_id"]: one["hours"] for one in plan["settings"]}
+            self._planned_hours = 0.0 if plan is None else plan["totals"]["hours"]
         behind = sum(hours for run_id, hours in self._hours.items() if run_id in self._ended - self._before)
         ahead = sum(hours for run_id, hours in self._hours.items() if run_id not in self._ended)
         if not behind or not ahead:
             return ""
-        return f", about {span((time.monotonic() - self._began) * ahead / behind)} left"
+        measured = (time.monotonic() - self._began) * ahead / behind
+        total = sum(self._hours.values())
+        planned = 3600 * self._planned_hours * ahead / total
+        weight = min(1.0, behind / (0.1 * total))
+        return f", about {span(weight * measured + (1 - weight) * planned)} left"
 
     def failed(self) -> list[Row]:
         """Rows of the runs that are missing a required result."""
