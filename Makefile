@@ -30,6 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev,docs]'
 	@touch $(READY)
+	@echo "ready: source $(VENV)/bin/activate, then scaling-ray --help"
 
 demo: setup
 	@$(BIN)/scaling-ray run jobs/demo.toml --out '$(abspath $(DEMO))'

@@ -126,10 +126,12 @@ def run_cells(
     if not isinstance(place, LocalPlace):
         raise BadInput("V003", "--out", str(out), "is no local directory; census import to one, then run --census")
     text = Path(spec_path).read_text(encoding="utf-8")
-    title, files = load_spec(spec_path).data.title, [Path(file) for file in files]
-    if rules.title or not title:
-        title = rules.title or ", ".join(cell_file_name(file) for file in files)
-    text = with_data(text, {"title": title, "source": rules.source, "split_by": split_by}, str(spec_path))
+    given, files = load_spec(spec_path).data, [Path(file) for file in files]
+    own_words = {
+        "title": rules.title or given.title or ", ".join(cell_file_name(file) for file in files),
+        "source": rules.source or given.source or ", ".join(file.name for file in files),
+    }
+    text = with_data(text, own_words | {"split_by": split_by}, str(spec_path))
     own = output_directory(place.path) / "cells.toml"
     spec = parse_spec(text, str(own))
     census = import_h5ad(

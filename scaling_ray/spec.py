@@ -358,7 +358,8 @@ def load_spec(path: str | Path) -> SweepSpec:
 
 def _first_problem(error: ValidationError, source: str) -> BadInput:
     problems = error.errors(include_url=False)
-    problem = problems[0]
+    # a misspelt key is what its own table misses, so it comes first
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, BadInput):
         return cause

@@ -603,3 +603,64 @@ def test_the_pinned_tables_say_where_they_are_from_and_hold_each_id_once() -> No
     # on X and on Y: the id on X; of several genes: none
     assert ids_by_name("homo_sapiens")["CD99"] == "ENSG00000002586"
     assert "Y_RNA" not in ids_by_name("homo_sapiens")
+
+
+# Slips that people make.
+
+
+def test_a_column_that_names_no_people_is_doubted(tmp_path: Path) -> None:
+    found = Imported([write(cells(), tmp_path / "cells.h5ad")], tmp_path / "census", donor=("cell_type",))
+    assert "donors are from cell_type, which was read as cell_type too: are its values people?" in found.said
+
+
+def test_one_label_over_all_donors_of_another_file_is_doubted(tmp_path: Path) -> None:
+    adata = cells(donors=4)
+    files = [write(a, tmp_path / f"{n}.h5ad") for n, a in (("all", adata), ("again", adata[:60].copy()))]
+    found = Imported(files, tmp_path / "census", donor=("@file",))
+    assert found.donors != [] and "became one" not in found.said
+    del adata.obs["donor_id"]
+    again = write(adata[:60].copy(), tmp_path / "nobody.h5ad")
+    found = Imported([files[0], again], tmp_path / "two", donor=("donor_id", "@file"))
+    assert "4 donors of all.h5ad became one, 'D3'" in found.said
+    assert "1 donor in all: a split by donor needs 3" in found.said
+
+
+def test_a_layer_that_holds_no_counts_names_the_one_that_does(tmp_path: Path) -> None:
+    adata = cells()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X * 0.37
+    path = write(adata, tmp_path / "cells.h5ad")
+    assert "Raw counts are in counts: name it, or leave --layer out" in refusal([path], tmp_path / "c", layer="X")
+    np.testing.assert_array_equal(Imported([path], tmp_path / "census").counts, dense(cells()))
+
+
+def test_a_part_of_a_folder_and_a_matrix_on_its_side_are_told(tmp_path: Path) -> None:
+    folder = as_mtx(cells(), tmp_path)
+    assert "name the folder" in refusal([folder / "barcodes.tsv.gz"], tmp_path / "c")
+    adata = cells()
+    side = anndata.AnnData(
+        adata.X.T.tocsr(), obs=pd.DataFrame(index=adata.var_names), var=pd.DataFrame(index=adata.obs_names)
+    )
+    said = refusal([write(side, tmp_path / "side.h5ad")], tmp_path / "c")
+    assert "100% of the cells' names are known genes: the matrix lies on its side" in said
+
+
+def test_donors_are_counted_before_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = cells()
+    adata.obs = adata.obs.rename(columns={"donor_id": "batch"})
+    path, out = write(adata, tmp_path / "cells.h5ad"), tmp_path / "out"
+    assert main(["run", "--cells", str(path), "--out", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "needs 3 donors and these cells have 0 (none)" in said and "--split cell" in said and "--donor" in said
+    assert not (out / "census").exists()
+    assert not (out / "cells.toml").exists()
+
+
+def test_another_import_at_the_same_place_says_what_differs(tmp_path: Path) -> None:
+    path, other = (write(cells(seed), tmp_path / f"{seed}.h5ad") for seed in (0, 1))
+    out = tmp_path / "census"
+    import_h5ad([path], out, rules=Rules())
+    by_donor = Rules(donor=("cell_type",))
+    for file, rules, word in ((path, by_donor, "by other flags"), (other, Rules(), "of other files")):
+        with pytest.raises(BadInput, match=f"was imported {word}; remove it or name a new directory"):
+            import_h5ad([file], out, rules=rules)

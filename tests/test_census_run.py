@@ -108,7 +108,7 @@ def test_a_file_alone_becomes_a_report_by_the_spec_that_is_shipped(
     assert main(["run", "--cells", str(file), "--donor", "Patient", "--out", str(out)]) == 0
     told = capsys.readouterr()
     assert told.out.strip().splitlines()[-1] == str(out / "report" / "report.html")
-    assert "26 runs: 5 sizes" in told.err and "minutes on 2 CPUs" in told.err
+    assert "32 runs: 6 sizes" in told.err and "minutes on 2 CPUs" in told.err
     # the spec that was run lies beside its results, and is the shipped one with the file's own words
     ran = parse_spec((out / "cells.toml").read_text(), "spec")
     shipped = parse_spec(example_path("cells").read_text(), "cells")
@@ -117,4 +117,4 @@ def test_a_file_alone_becomes_a_report_by_the_spec_that_is_shipped(
     assert report["verdict"] in ("supported", "approximate", "refused")
     with (out / "sweep" / "results.csv").open(newline="") as table:
         done = [row for row in csv.DictReader(table) if row["status"] == "done"]
-    assert len(done) == 26 and {row["size"] for row in done} == {"XXS", "W8", "W16", "W24", "W32"}
+    assert len(done) == 32 and {row["size"] for row in done} == {"XXS", "W4", "W8", "W16", "W24", "W32"}

@@ -335,3 +335,30 @@ def test_the_installed_command_answers() -> None:
     command = Path(sys.executable).parent / "scaling-ray"
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("check cells.h5ad", "did you mean census check or track check?"),
+        ("census chek cells.h5ad", "did you mean census check?"),
+        ("swep spec.toml", "did you mean sweep?"),
+        (
+            "census check cells.h5ad --doner P",
+            "did you mean --donor?; `scaling-ray census check --help` shows an example",
+        ),
+        ("run --cell cells.h5ad --out out", "did you mean --cells?"),
+        ("run cells.h5ad --out out", "'cells.h5ad': holds cells; put --cells before it"),
+        ("run cells.h5ad.gz --out out", "holds cells; put --cells before it"),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(typed.split()) == 2
+    assert meant in one_line(capsys)
+
+
+def test_a_misspelt_key_is_answered_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong, right in (("max_cells_seen", "max_cell_seen"), ("rates", "rate"), ("[grid]", "[gird]")):
+        (tmp_path / "spec.toml").write_text(TINY_SWEEP.replace(wrong, right, 1))
+        assert main(["plan", str(tmp_path / "spec.toml")]) == 2
+        assert f"did you mean {wrong.strip('[]')}?" in one_line(capsys)

@@ -571,3 +571,27 @@ def test_losses_are_named_by_their_unit_and_only_an_mse_has_gaussian_bits(tmp_pa
     seen = text_of(page)
     assert "loss in nats per masked gene" in seen and "MSE" not in seen and "shared Gaussian" not in seen
     assert json.loads((page.parent / "fit.json").read_text())["loss_unit"] == "nats"
+
+
+def test_a_split_by_cell_is_told_in_cells(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "s", sizes=("XXS", "TINY", "XS"), cells=(2_000,))
+    changed = manifest() | {"split_by": "cell"}
+    changed["splits"] = {name: part | {"groups": []} for name, part in changed["splits"].items()}
+    (sweep / "shards_manifest.json").write_text(sealed_json(changed))
+    page = build(sweep, tmp_path / "r")
+    report = json.loads((page.parent / "report.json").read_text())
+    assert report["counts"]["groups"] == {"train": 10_000, "val": 1_300, "test": 1_500}
+    text = page.read_text()
+    assert "held out one by one: others of the same donors are in training" in text and "of held-out cells" not in text
+
+
+def test_where_no_model_beats_a_linear_one_the_first_lines_say_so(tmp_path: Path, built: tuple[Path, Path]) -> None:
+    sweep = write_sweep(tmp_path / "s", sizes=("XXS", "TINY", "XS"), cells=(2_000,))
+    write_rows(sweep, [replace(one, gaussian_loss=0.12) for one in rows_of(sweep)])
+    page = build(sweep, tmp_path / "r")
+    report = json.loads((page.parent / "report.json").read_text())
+    said, text = report["linear_sentence"], page.read_text()
+    assert "No model here predicts better than a linear one" in said and f"{report['best']['test_loss']:.4g}" in said
+    assert text.index(report["sentence"]) < text.index(said) < text.index("What each step bought")
+    better = json.loads((built[1].parent / "report.json").read_text())
+    assert better["best"]["test_loss"] < better["best"]["gaussian_loss"] and better["linear_sentence"] is None

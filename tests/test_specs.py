@@ -20,6 +20,7 @@ EXAMPLE_NAMES = [
     "cells",
     "corrected",
     "demo",
+    "first-look",
     "grid",
     "planted",
     "planted-law",
