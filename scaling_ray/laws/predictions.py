@@ -128,7 +128,7 @@ def _against(judged: Judged, held: list[HeldOut]) -> list[tuple[bool, str]]:
     if not held:
         return [(False, "the largest size cannot be held out: the others do not suffice to predict it")]
     if all(h.covered is None for h in held):
-        return [(False, "the others leave nothing over to judge a prediction of the largest by")]
+        return [(False, "too few sizes are left without the largest to test a prediction of it")]
     missed = [h for h in held if h.covered is not True]
     allowed = 0 if len(held) < 10 else int(0.1 * len(held))
     if len(missed) > allowed:

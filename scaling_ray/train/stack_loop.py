@@ -12,9 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from scaling_ray.errors import BadInput, Diverged
@@ -22,10 +20,10 @@ from scaling_ray.model.objectives import objective_named
 from scaling_ray.records import LossSums
 from scaling_ray.results.sweep_files import ATTEMPTS, AttemptName, RunFiles
 from scaling_ray.runs import MEMBERS_OWN, RunSpec
-from scaling_ray.shards.read import Cells, Feed, ResidentFeed, joined
+from scaling_ray.shards.read import Cells, Feed
 from scaling_ray.storage import Place
 from scaling_ray.train.attempt import LAST, Attempt
-from scaling_ray.train.batches import Batch, DeviceCells, evaluation_batches, make_batch
+from scaling_ray.train.batches import Batch, evaluation_batches
 from scaling_ray.train.checkpoint import KEPT, Checkpoints, Progress, copied, newest
 from scaling_ray.train.driver import Signals, finish, train
 from scaling_ray.train.evaluation import Evaluation, add_by_gene, autocast
@@ -33,9 +31,7 @@ from scaling_ray.train.first_cells import constant_loss, first_cells, is_judged,
 from scaling_ray.train.schedule import learning_rate
 from scaling_ray.train.sharded import generator_name
 from scaling_ray.train.stack import StackedAdamW, StackedTransformer
-
-BLOCK_UPDATES = 64
-"""Number of updates whose cells are looked up at once."""
+from scaling_ray.train.stack_batches import StackSource, columns, repeated
 
 
 def check_stack(runs: list[RunSpec]) -> None:
@@ -49,52 +45,6 @@ def check_stack(runs: list[RunSpec]) -> None:
     workers = runs[0].execution.workers
     if workers != 1:
         raise BadInput("M044", "stack.workers", workers, "trains in several processes; stack runs of one")
-
-
-class StackSource:
-    """Global batch k of every member, one member after the other.
-
-    Args:
-        runs: R of them.
-        feeds: the batches of each.
-        device: where batches are made; cells that all members share stay on a GPU.
-    """
-
-    def __init__(self, runs: list[RunSpec], feeds: list[Feed], device: torch.device) -> None:
-        self._train, self._feeds, self._device = runs[0].train, feeds, device
-        cells = self._train.cells_per_step
-        self._seeds = torch.tensor([run.seed for run in runs], device=device).repeat_interleave(cells)
-        self._held: DeviceCells | Cells | None = None
-        shared = feeds[0].cells if isinstance(feeds[0], ResidentFeed) else None
-        if shared is not None and all(isinstance(feed, ResidentFeed) and feed.cells is shared for feed in feeds):
-            self._held = DeviceCells.of(shared, device) if device.type == "cuda" else shared
-        self._block = -1
-        self._index: NDArray[np.int64] = np.empty(0, np.int64)
-        self._there: Tensor = torch.empty(0)
-
-    def batch(self, step: int) -> Batch:
-        """The batch of update number ``step``: R x B cells."""
-        cells = self._train.cells_per_step
-        if self._held is None:
-            parts = [feed.batch(step, cells) for feed in self._feeds]
-            epochs = np.concatenate([epoch for _, epoch in parts])
-            return make_batch(joined([part for part, _ in parts]), epochs, self._train, self._seeds, self._device)
-        block, within = divmod(step, BLOCK_UPDATES)
-        if block != self._block:
-            found = [
-                feed.indices(block, BLOCK_UPDATES * cells) for feed in self._feeds if isinstance(feed, ResidentFeed)
-            ]
-            # (2, R, updates, B): the cell, and its epoch
-            self._index = np.stack([np.stack(pair) for pair in found], axis=1).reshape(
-                2, len(found), BLOCK_UPDATES, cells
-            )
-            self._there = torch.from_numpy(self._index).to(self._device)
-            self._block = block
-        if isinstance(self._held, DeviceCells):
-            index, when = self._there[:, :, within].flatten(1)
-            return self._held.rows(index).batch(when, self._train, self._seeds)
-        rows, epochs = self._index[:, :, within].reshape(2, -1)
-        return make_batch(self._held.rows(rows), epochs, self._train, self._seeds, self._device)
 
 
 class StackedLoop:
@@ -180,7 +130,7 @@ class StackedLoop:
         summed = torch.zeros(models, dtype=torch.float64, device=self.device)
         for start in range(0, cells, micro_batch):
             stop = min(start + micro_batch, cells)
-            part = batch if stop - start == cells else _columns(batch, models, start, stop)
+            part = batch if stop - start == cells else columns(batch, models, start, stop)
             loss = self.forward(part, stop - start).sum((1, 2))
             (loss / share).sum().backward()
             summed += loss.detach().double()
@@ -430,20 +380,6 @@ class StackedLoop:
             break
         for attempt in self.attempts or []:
             attempt.note(notes, self.steps)
-
-
-def repeated(targets: Tensor, times: int) -> Tensor:
-    """Targets (B, K, ...) so many times, one after the other: (times x B, K, ...)."""
-    return targets.repeat(times, *(1 for _ in targets.shape[1:]))
-
-
-def _columns(batch: Batch, models: int, start: int, stop: int) -> Batch:
-    """Cells start..stop of every model."""
-
-    def cut(part: Tensor) -> Tensor:
-        return part.view(models, -1, *part.shape[1:])[:, start:stop].flatten(0, 1)
-
-    return Batch(cut(batch.values), batch.masks.through(cut), cut(batch.targets))
 
 
 def stack_to_results(
