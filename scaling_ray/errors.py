@@ -18,6 +18,7 @@ EXIT_CODES: Mapping[int, str] = {
     5: "another driver holds the directory",
     6: "cannot tell whether it agrees",
     75: "stopped on the way, everything saved: call again",
+    130: "stopped from the keyboard (Ctrl-C): the same command goes on",
 }
 """What every verb and job returns -> what it means."""
 

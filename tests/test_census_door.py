@@ -534,7 +534,7 @@ def test_a_file_can_be_a_donor_and_its_differences_then_are_no_proof(tmp_path: P
     files = [write(with_donors(["?"], "note", seed=seed), tmp_path / f"person{seed}.h5ad") for seed in range(3)]
     found = Imported(files, tmp_path / "census", donor=("@file",))
     assert found.donors == ["person0", "person1", "person2"]
-    assert "each of 3 files is one donor" in found.said and "all cells are of one donor" in found.said
+    assert "each of 3 files is one donor" in found.said and "a split by donor needs" not in found.said
 
 
 def test_donors_that_are_batches_are_warned_of(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_help_lists_every_verb_and_every_exit_code(capsys: pytest.CaptureFixture
         (["plan"], "plan: the following arguments are required: SPEC.toml"),
         (["plan", "demo", "--max-cost", "much"], "plan: argument --max-cost: invalid float value: 'much'"),
         (["census", "plnt", "--out", "x"], "census: argument VERB: invalid choice: 'plnt'"),
-        (["plan", "demo", "--colour"], "unrecognized arguments: --colour"),
+        (["plan", "demo", "--colour"], "plan: unrecognized arguments: --colour"),
     ],
 )
 def test_a_line_that_no_verb_takes_is_refused_in_one_line(

@@ -38,6 +38,7 @@ ELSEWHERE = {
     "make bench-gpu": "needs a GPU",
     "make bench-laws": "half an hour",
     "scaling-ray run --cells cells.h5ad --out results": "twenty minutes; smaller in test_the_tutorial, same flags",
+    "scaling-ray run first-look --cells cells.h5ad --out look": "minutes; smaller in test_the_tutorial, same flags",
     "scaling-ray run my-sweep.toml --census results/census --out my-results": "twenty minutes; tests/test_pipeline.py",
     "scaling-ray run planted --out results": "an hour; the kept report reports/planted is of it",
     "scaling-ray bench train --spec my-sweep.toml --out rates.json": "a minute; tests/test_bench_train.py",
@@ -55,6 +56,8 @@ RUN_HERE = (
     "scaling-ray doctor",
     "scaling-ray init --list",
     "scaling-ray init my-sweep --out my-sweep.toml",
+    "scaling-ray init cells --out mine.toml",
+    "scaling-ray plan mine.toml",
     "scaling-ray plan grid",
     "scaling-ray census check cells.h5ad",
     "scaling-ray audit",
@@ -167,7 +170,7 @@ def _complaint_about_verb(words: list[str]) -> str | None:
     except (SystemExit, ScalingRayError):
         return "the parser refuses it"
     spec = getattr(options, "spec", None)
-    known = (*example_names(), "SPEC.toml", "my-sweep.toml", "bone-marrow.toml", None)
+    known = (*example_names(), "SPEC.toml", "my-sweep.toml", "mine.toml", "bone-marrow.toml", None)
     return None if spec in known else f"{spec} is no shipped spec"
 
 

@@ -102,7 +102,7 @@ def test_every_entry_says_what_to_do() -> None:
 def test_every_class_has_a_listed_exit_code() -> None:
     classes = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, ScalingRayError)]
     assert len(classes) > 10 and all(each.exit_code in EXIT_CODES for each in classes)
-    assert sorted(EXIT_CODES) == [0, 1, 2, 3, 4, 5, 6, 75]
+    assert sorted(EXIT_CODES) == [0, 1, 2, 3, 4, 5, 6, 75, 130]
 
 
 @pytest.mark.parametrize(

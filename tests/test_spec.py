@@ -70,8 +70,8 @@ def ids(text: str) -> list[str]:
 
 REFUSED = [
     # what is wrong, (old, new) in BASE, field, value shown, a word of the way out
-    ("unknown key", ("cells_per_step", "cells_per_stop"), "train.cells_per_stop", "32", "spelling"),
-    ("unknown table", ("[resources]", "[resource]"), "resource", "cpus", "spelling"),
+    ("unknown key", ("cells_per_step", "cells_per_stop"), "train.cells_per_stop", "32", "cells_per_step?"),
+    ("unknown table", ("[resources]", "[resource]"), "resource", "cpus", "resources?"),
     ("missing key", ("seeds = [1, 2]", ""), "grid.seeds", "None", "add it"),
     ("text for a number", ("cpus = 2", 'cpus = "2"'), "resources.cpus", "'2'", "valid integer"),
     ("number for a list", ("genes = [64, 128]", "genes = 64"), "grid.genes", "64", "valid list"),

@@ -28,8 +28,6 @@ def page(found: Iterable[Refusal]) -> str:
         "| code | meaning |",
         "|---|---|",
         *(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()),
-        "",
-        "From the keyboard (Ctrl-C) a verb ends with 130, as in every shell; the same command goes on.",
     ]
     listed = list(found)
     for family, about in FAMILIES.items():
