@@ -78,8 +78,9 @@ class Judged:
 
     @property
     def settles(self) -> list[str]:
-        """Runs that would settle the reasons, each said once."""
-        return list(dict.fromkeys(refusal.settles for refusal in self.refusals or self.doubts))
+        """Runs that would settle the reasons, each said once: not where it is the begin of another."""
+        said = list(dict.fromkeys(refusal.settles for refusal in self.refusals or self.doubts))
+        return [text for text in said if not any(other != text and other.startswith(text) for other in said)]
 
     def of_axis(self, axis: str) -> Judged:
         """The same law, judged for the exponent of one axis alone."""
