@@ -154,7 +154,9 @@ def reached(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found = {}
     for size in dict.fromkeys(row["size"] for row in rows):
         here = [row for row in rows if row["size"] == size and "test_loss" in row]
-        drawn = min((row for row in here if row["start"] == "drawn"), key=lambda row: row["test_loss"])
+        drawn = min((r for r in here if r["start"] == "drawn"), key=lambda r: float(r["test_loss"]), default=None)
+        if drawn is None:
+            continue
         enough = [r["cells_seen"] for r in here if r["start"] == "cells" and r["test_loss"] <= drawn["test_loss"]]
         found[size] = {
             "drawn_test_loss": drawn["test_loss"],

@@ -50,6 +50,10 @@ def judged(sweep: Path) -> dict[str, Any]:
         runs.append({"run_id": row.run_id, "flagged": flagged, "gain": val[HALF] - result.val_loss, "drop": drop})
     repeated = [seeds for seeds in losses.values() if len(seeds) > 1]
     freedom = sum(len(seeds) - 1 for seeds in repeated)
+    if not freedom:
+        raise SystemExit(
+            f"{sweep}: no setting has two runs with branches at {QUARTER} and {HALF} that used their budget"
+        )
     noise = math.sqrt(sum((len(seeds) - 1) * statistics.variance(seeds) for seeds in repeated) / freedom)
     kinds = {}
     for name, flag in (("flagged", True), ("not flagged", False)):

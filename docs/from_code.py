@@ -216,7 +216,6 @@ def foreign_columns() -> Iterator[str]:
 def exit_codes() -> Iterator[str]:
     """Exit codes and what they mean, with the errors that a program meets behind each."""
     found = {number: [meaning] for number, meaning in errors.EXIT_CODES.items()}
-    found[130] = ["interrupted by Ctrl-C; the same command goes on"]
     for error in vars(errors).values():
         if inspect.isclass(error) and issubclass(error, errors.ScalingRayError) and error is not errors.ScalingRayError:
             line = " ".join(inspect.cleandoc(error.__doc__ or "").split("\n\n")[0].split())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,9 +41,6 @@ def run_pipeline(
 ) -> str:
     """Run a sweep from its cells to its report; results lie at ``out``/{census,shards,sweep,report}.
 
-    Before shards are made of a Census on this machine, it says what the grid can answer on these cells, and how long
-    it takes here, at rates measured for a moment.
-
     Args:
         spec_path: the sweep's TOML file.
         out: a directory or an ``s3://`` URI.
@@ -68,11 +66,6 @@ def run_pipeline(
         raise BadInput("V002", "--census", str(census), "is not read where --shards are given; name one of them")
     source = place.below("shards").uri if shards is None else str(shards)
     if shards is None:
-        # on a cluster other machines train, and what this one can do says nothing
-        here = census is not None and Path(census).is_dir() and not os.environ.get("RAY_ADDRESS")
-        if here and open_place(source).size(MANIFEST) is None:
-            for line in _foretold(spec, str(census), progress):
-                progress(line)
         make_shards(source, place, spec, census, progress)
     sweep = place.below("sweep").uri
     failed: RunsFailed | BudgetSpent | None = None
@@ -104,7 +97,8 @@ def run_cells(
 ) -> str:
     """Run a sweep on somebody's own cells: they are imported to ``out``/census, and the rest is ``run_pipeline``.
 
-    ``out``/cells.toml is the spec that is run: the given one with the title, source and split of this
+    Before the first run it says what the grid can answer on these cells, and how long it takes here, at rates measured
+    for a moment. ``out``/cells.toml is the spec that is run: the given one with the title, source and split of this
     call.
 
     Args:
@@ -127,11 +121,15 @@ def run_cells(
         raise BadInput("V003", "--out", str(out), "is no local directory; census import to one, then run --census")
     text = Path(spec_path).read_text(encoding="utf-8")
     given, files = load_spec(spec_path).data, [Path(file) for file in files]
-    own_words = {
-        "title": rules.title or given.title or ", ".join(cell_file_name(file) for file in files),
-        "source": rules.source or given.source or ", ".join(file.name for file in files),
+    asked = {"title": rules.title, "source": rules.source, "split_by": split_by}
+    names = {
+        "title": None if given.title else ", ".join(cell_file_name(file) for file in files),
+        "source": None if given.source else ", ".join(file.name for file in files),
     }
-    text = with_data(text, own_words | {"split_by": split_by}, str(spec_path))
+    try:
+        text = with_data(text, {key: value or names.get(key) for key, value in asked.items()}, str(spec_path))
+    except BadInput:  # a table [data] written in some other way: what nobody asked for may stay away
+        text = with_data(text, asked, str(spec_path))
     own = output_directory(place.path) / "cells.toml"
     spec = parse_spec(text, str(own))
     census = import_h5ad(
@@ -142,6 +140,10 @@ def run_cells(
         before=lambda found: _donors_serve(found, spec),
     )
     write_atomic(own, text)
+    # on a cluster other machines train, and what this one can do says nothing
+    if place.below("shards").size(MANIFEST) is None and not os.environ.get("RAY_ADDRESS"):
+        for line in _foretold(load_spec(own), str(census), progress):
+            progress(line)
     return run_pipeline(own, out, census=str(census), cluster=cluster, progress=progress)
 
 
@@ -150,27 +152,34 @@ def with_data(text: str, values: Mapping[str, str | None], where: str) -> str:
     given = {key: value for key, value in values.items() if value is not None}
     lines = text.splitlines()
     if given:
-        if "[data]" not in [line.strip() for line in lines]:
+        heads = [number for number, line in enumerate(lines) if re.match(r"\s*\[\s*data\s*\]\s*(#.*)?$", line)]
+        if not heads:
+            heads = [len(lines) + 1]
             lines += ["", "[data]"]
-        at = [line.strip() for line in lines].index("[data]") + 1
+        at = heads[0] + 1
         end = next((n for n in range(at, len(lines)) if lines[n].lstrip().startswith("[")), len(lines))
         kept = [line for line in lines[at:end] if line.partition("=")[0].strip() not in given]
         # json writes a text as TOML's basic strings do
         lines[at:end] = [*(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in given.items()), *kept]
     changed = "\n".join(lines) + "\n"
     found = parse_spec(changed, where).data
-    assert all(getattr(found, key) == value for key, value in given.items()), "the spec's text was not understood"
+    for key, value in given.items():
+        if getattr(found, key) != value:
+            raise BadInput(
+                "V037", f"{where}: data.{key}", getattr(found, key), f"write it as {key} = {json.dumps(value)}"
+            )
     return changed
 
 
 def _donors_serve(found: Joined, spec: SweepSpec) -> None:
     """BadInput where a split by donor has too few people, before an import of hours."""
-    from scaling_ray.census.donors import LEAST_DONORS, is_nobody
+    from scaling_ray.census.donors import LEAST_DONORS, is_nobody, serves_a_split
 
     if spec.data.split_by != "donor_id":
         return
-    people = {str(label) for frame in found.obs for label in frame["donor_id"].unique() if not is_nobody(str(label))}
-    if len(people) < LEAST_DONORS:
+    labels = {str(label) for frame in found.obs for label in frame["donor_id"].unique()}
+    people = {label for label in labels if not is_nobody(label)}
+    if not serves_a_split(labels):
         raise BadInput(
             "V035",
             "data.split_by",

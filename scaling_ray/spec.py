@@ -1,6 +1,7 @@
 """The language of a sweep: a TOML file in, frozen models out.
 
-Every default stands here, once. Unknown keys and wrong types are errors that name field, value and way out.
+Every default stands once: here, in ``rules`` and in ``resources``. Unknown keys and wrong types are errors that name
+field, value and way out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -365,9 +366,7 @@ def _first_problem(error: ValidationError, source: str) -> BadInput:
         return cause
     where = _place(problem["loc"]) or source
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), sorted(_keys(SweepSpec)), n=1)
-        meant = f"did you mean {near[0]}?" if near else "remove it or correct its spelling"
-        return BadInput("S031", where, problem["input"], f"is no known key; {meant}")
+        return BadInput("S031", where, problem["input"], f"is no known key; {_meant(str(problem['loc'][-1]))}")
     if problem["type"] == "missing":
         return BadInput("S032", where, None, "is missing; add it")
     # A field of several types yields one problem per type: the way out names them all.
@@ -377,14 +376,23 @@ def _first_problem(error: ValidationError, source: str) -> BadInput:
     )
 
 
-def _keys(model: type[BaseModel]) -> set[str]:
-    """Every key of a table and of the tables below it."""
-    found = set(model.model_fields)
-    for field in model.model_fields.values():
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found |= _keys(kind)
-    return found
+def _meant(key: str) -> str:
+    """The way out for a key that its table does not know: the table that has it, or the nearest name."""
+    there = [name for name, _ in _tables() if key in name.rpartition(".")[2:]]
+    if there:
+        return f"did you mean {' or '.join(there[:2])}?"
+    near = difflib.get_close_matches(key, sorted({name.rpartition(".")[2] for name, _ in _tables()}), n=1)
+    return f"did you mean {near[0]}?" if near else "remove it or correct its spelling"
+
+
+def _tables(model: type[BaseModel] | None = None, above: str = "") -> Iterator[tuple[str, type[BaseModel] | None]]:
+    """Every key of a spec with its tables before it, and the model of its value where it is a table."""
+    for name, field in (model or SweepSpec).model_fields.items():
+        kinds = [k for k in (field.annotation, *get_args(field.annotation)) if isinstance(k, type)]
+        below = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        yield above + name, below
+        if below is not None:
+            yield from _tables(below, f"{above}{name}.")
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -60,6 +60,35 @@ def test_a_spec_takes_title_source_and_split_and_keeps_the_rest() -> None:
         assert parse_spec(with_data(text, {"title": "T"}, name), name).data.title == "T"
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("[data]", "[data]  # mine"), ("[data]", "[ data ]"), ("genes = 32", 'title = "Mine"\ngenes = 32')],
+)
+def test_a_table_of_data_may_be_written_in_other_ways(before: str, after: str) -> None:
+    found = parse_spec(with_data(SPEC.replace(before, after, 1), {"title": "T", "split_by": "cell"}, "spec"), "spec")
+    assert found.data.title == "T" and found.data.split_by == "cell" and found.data.genes == 32
+
+
+def test_donors_whom_nobody_knows_may_train() -> None:
+    from scaling_ray.census.donors import serves_a_split
+
+    assert serves_a_split(["A", "B", "unknown"]) and serves_a_split(["A", "B", "C"])
+    assert not serves_a_split(["A", "B"]) and not serves_a_split(["A", "unknown", "pooled"])
+    assert not serves_a_split([])
+
+
+def test_a_folder_that_is_called_like_a_spec_is_no_folder_of_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert main(["run", "demo", "--out", "x", "--census", "nowhere", "--shards", "nowhere"]) == 2
+    assert "put --cells before it" not in capsys.readouterr().err
+    as_mtx(cells(), tmp_path)
+    assert main(["run", "filtered_feature_bc_matrix", "--out", "x"]) == 2
+    assert "put --cells before it" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_cells_that_no_donor_split_can_serve_name_both_ways_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

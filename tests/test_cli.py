@@ -343,6 +343,7 @@ def test_the_installed_command_answers() -> None:
         ("check cells.h5ad", "did you mean census check or track check?"),
         ("census chek cells.h5ad", "did you mean census check?"),
         ("swep spec.toml", "did you mean sweep?"),
+        ("cencus check cells.h5ad", "did you mean census?"),
         (
             "census check cells.h5ad --doner P",
             "did you mean --donor?; `scaling-ray census check --help` shows an example",
@@ -358,6 +359,9 @@ def test_a_slip_is_answered_with_what_was_meant(typed: str, meant: str, capsys: 
 
 
 def test_a_misspelt_key_is_answered_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "spec.toml").write_text(TINY_SWEEP.replace("[train]", "[train]\ngenes = 5", 1))
+    assert main(["plan", str(tmp_path / "spec.toml")]) == 2
+    assert "train.genes: 5: is no known key; did you mean data.genes or grid.genes?" in one_line(capsys)
     for wrong, right in (("max_cells_seen", "max_cell_seen"), ("rates", "rate"), ("[grid]", "[gird]")):
         (tmp_path / "spec.toml").write_text(TINY_SWEEP.replace(wrong, right, 1))
         assert main(["plan", str(tmp_path / "spec.toml")]) == 2

@@ -37,6 +37,13 @@ def is_nobody(label: str) -> bool:
     return not folded or folded in _NOBODY or letters in _NOBODY or is_pool(label)
 
 
+def serves_a_split(labels: Iterable[str]) -> bool:
+    """Whether these donors can be split: one each to train, choose by and test on. Nobody's cells may be the first."""
+    found = set(labels)
+    people = sum(not is_nobody(label) for label in found)
+    return people + (people < len(found)) >= LEAST_DONORS
+
+
 def is_pool(label: str) -> bool:
     """Whether a label names a mixture of people."""
     return bool(_POOL.fullmatch(_GAP.sub("", unicodedata.normalize("NFKC", label).casefold())))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from scipy.sparse.csgraph import connected_components
 
 from scaling_ray.census.beliefs import Belief, Row, Rules, lines_of
 from scaling_ray.census.counts import as_counts
-from scaling_ray.census.donors import LEAST_DONORS, is_nobody, one_spelling, respelled
+from scaling_ray.census.donors import LEAST_DONORS, is_nobody, one_spelling, respelled, serves_a_split
 from scaling_ray.census.h5ad import CellFile
 from scaling_ray.census.matrices import genes_of
 from scaling_ray.census.twins import BANDS, fingerprints, repeats_within, shared_masks, twins
@@ -219,13 +219,7 @@ def _one_donor_each(joined: Joined, pairs: Pairs) -> None:
     for old, new in linked.items():
         joined.rows.append(("donors", f"{old!r} and {new!r} have cells in common: one person, {new!r}"))
     for (_, belief), each in zip(joined.files, labels, strict=True):
-        became = Counter(linked.get(label, label) for label in set(each.tolist()))
-        joined.warnings += [
-            f"{count:,} donors of {belief.file} became one, {label!r}, since another file has cells of all of them "
-            "under one label: if that label is no person, name the column of donors there"
-            for label, count in became.items()
-            if count > 1
-        ]
+        joined.warnings += _many_in_one(belief.file, each, labels, linked)
     labels = [np.array([linked.get(label, label) for label in each], dtype=object) for each in labels]
     everywhere = Counter(label for each in labels for label in set(each.tolist()) if not is_nobody(label))
     both = sorted(label for label, count in everywhere.items() if count > 1)
@@ -241,7 +235,7 @@ def _one_donor_each(joined: Joined, pairs: Pairs) -> None:
         joined.rows.append(("donors", f"{len(everywhere):,} in all; none is in two files"))
     for frame, each in zip(joined.obs, labels, strict=True):
         frame["donor_id"] = each
-    if 0 < len(everywhere) < LEAST_DONORS:
+    if everywhere and not serves_a_split({label for each in labels for label in each.tolist()}):
         joined.warnings.append(
             f"{len(everywhere)} {'donor' if len(everywhere) == 1 else 'donors'} in all: a split by donor needs "
             f"{LEAST_DONORS}; `run --cells ... --split cell` does without, its held-out cells are of the same people"
@@ -252,6 +246,21 @@ def _one_donor_each(joined: Joined, pairs: Pairs) -> None:
             f"each of {len(labels):,} files is one donor: differences between donors and between files cannot be "
             "told apart"
         )
+
+
+def _many_in_one(file: str, own: np.ndarray, labels: list[np.ndarray], linked: Mapping[str, str]) -> list[str]:
+    """A warning where donors of one file became one person: some label of another file may be no person."""
+    mine, said = set(own.tolist()), []
+    for person, count in Counter(linked.get(label, label) for label in mine).items():
+        if count < 2:
+            continue
+        foreign = {label for each in labels for label in each.tolist() if linked.get(label, label) == person} - mine
+        shown = ", ".join(repr(label) for label in sorted(foreign)[:3])
+        said.append(
+            f"{count:,} donors of {file} became one, {person!r}, since they share cells with "
+            f"{shown or 'one another'} of another file: if that is no person, name the column of donors there"
+        )
+    return said
 
 
 def _take_over(labels: list[np.ndarray], pairs: Pairs) -> int:

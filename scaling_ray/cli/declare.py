@@ -71,10 +71,17 @@ class Parser(argparse.ArgumentParser):
         before = f"{asked}: " if asked else ""
         wrong = re.search(r"invalid choice: '([^']*)'", message)
         if wrong is not None and (verbs := self.verbs()):
-            ends = [words for words in verbs if wrong[1] in words.split()]
-            near = ends or difflib.get_close_matches(wrong[1], verbs, n=1)
-            message += _did_you_mean([f"{asked} {words}".strip() for words in near[:2]])
+            message += _did_you_mean([f"{asked} {words}".strip() for words in _nearest(wrong[1], list(verbs))])
         raise BadCall("V029", f"{before}{message}; `{self.prog} --help` shows an example")
+
+
+def _nearest(word: str, verbs: Sequence[str]) -> list[str]:
+    """Verbs, or the begin of several, one of whose words is nearest to ``word``."""
+    near = difflib.get_close_matches(word, {each for verb in verbs for each in verb.split()}, n=1)
+    if not near:
+        return []
+    begins = [near[0]] if any(verb.startswith(f"{near[0]} ") for verb in verbs) else []
+    return begins or [verb for verb in verbs if near[0] in verb.split()][:2]
 
 
 def _did_you_mean(near: Sequence[str]) -> str:

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     if options.spec is None:
         raise BadInput("V014", "SPEC.toml", None, "name a spec, or your own files of cells with --cells FILE")
     named = Path(options.spec)
-    if named.is_dir() or named.name.lower().removesuffix(".gz").endswith(ENDINGS):
+    if named.name.lower().removesuffix(".gz").endswith(ENDINGS) or any(named.glob("*matrix.mtx*")):
         raise BadInput("V036", "SPEC.toml", str(named), "holds cells; put --cells before it")
     spec_of(options)
     from scaling_ray.pipeline import run_pipeline

@@ -226,6 +226,8 @@ def limits_of(truth: PlantedTruth, *, cells: int = 600, n_genes: int | None = No
         truth, **looked_at, told=_ladder(states), rank=_ladder(min(4 * states if law else states, n_genes))
     )
     drop = float(found.told_excess[0])
+    if not drop > 1e-9:
+        raise BadInput("C088", "cells", cells, f"of {n_genes:,} genes leave nothing to predict; take more of either")
     return {
         "cells": cells,
         "genes": n_genes,

@@ -52,7 +52,7 @@ def summarise(sweep: Sweep, fits: Mapping[int, dict[str, Any]]) -> dict[str, Any
         "verdict": head["verdict"],
         "sentence": head["sentences"][0],
         "second_sentence": head["sentences"][1],
-        "linear_sentence": _against_linear(best),
+        "linear_sentence": _against_linear(grid),
         "headline": head,
         "genes": genes,
         "title": sweep.spec.data.title if sweep.spec else None,
@@ -166,13 +166,15 @@ def _describe(row: Row) -> dict[str, Any]:
     }
 
 
-def _against_linear(best: Row | None) -> str | None:
-    """Where no model is better than a linear predictor, that is the first thing to know."""
-    if best is None or not best.test_loss or not best.gaussian_loss or best.test_loss < best.gaussian_loss:
+def _against_linear(grid: Sequence[Row]) -> str | None:
+    """Where no run is better than the linear predictor of its own cells, that is the first thing to know."""
+    both = [(row, row.test_loss / row.gaussian_loss) for row in grid if row.test_loss and row.gaussian_loss]
+    if not both or min(ratio for _, ratio in both) < 1:
         return None
+    row, ratio = min(both, key=lambda one: one[1])
     return (
-        f"No model here predicts better than a linear one: the shrunk Gaussian of the same cells has "
-        f"{best.gaussian_loss:.4g}, the model of the best validation loss ({best.size}) {best.test_loss:.4g}."
+        f"No model here predicts better than a linear one: the best of them against it ({row.size}, "
+        f"{row.test_loss:.4g}) has {ratio:.3g} times the loss of the shrunk Gaussian of the same cells."
     )
 
 

@@ -186,8 +186,11 @@ def _plan(state: SweepState, capacity: Capacity, joined: bool) -> None:
 def _check_stop(state: SweepState) -> None:
     if state.stop_requested():
         left = len(state.waiting())
-        kind = Interrupted if state.stopping.from_keyboard else Preempted
-        raise kind("W048", f"{state.files}: stopped with {left} runs to go, all saved; the same command goes on")
+        if state.stopping.from_keyboard:
+            raise Interrupted(
+                "W054", f"{state.files}: stopped with {left} runs to go, all saved; the same command goes on"
+            )
+        raise Preempted("W048", f"{state.files}: stopped with {left} runs to go, all saved; the same command goes on")
 
 
 def _train_is_resident(state: SweepState, genes: int) -> bool:

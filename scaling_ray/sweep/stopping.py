@@ -51,7 +51,9 @@ def stop_on_signals(sweep: SweepFiles, stopping: Stopping) -> Iterator[None]:
         with contextlib.suppress(OSError, ScalingRayError):
             sweep.request_stop()
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    # a process in the background of a script inherits that SIGINT, meant for others, is ignored
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request) for number in heard}
     try:
         yield
     finally:
