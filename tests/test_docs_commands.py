@@ -37,7 +37,7 @@ ELSEWHERE = {
     "make errors": "tests/test_refusals.py writes the same list",
     "make bench-gpu": "needs a GPU",
     "make bench-laws": "half an hour",
-    "scaling-ray run --cells cells.h5ad --out results": "twenty minutes; smaller in test_the_tutorial, same flags",
+    "scaling-ray run --cells cells.h5ad --out results": "minutes; tests/test_census_run.py, slow",
     "scaling-ray run first-look --cells cells.h5ad --out look": "minutes; smaller in test_the_tutorial, same flags",
     "scaling-ray run my-sweep.toml --census results/census --out my-results": "twenty minutes; tests/test_pipeline.py",
     "scaling-ray run planted --out results": "an hour; the kept report reports/planted is of it",
@@ -69,6 +69,7 @@ RUN_HERE = (
 RUN_HERE_SLOWLY = (
     "scaling-ray census plant --out census",
     "scaling-ray census plant --out census-law --law",
+    "scaling-ray census limits census-law",
     "scaling-ray bench train --size S --genes 512",
 )
 
