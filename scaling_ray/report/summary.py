@@ -167,13 +167,18 @@ def _describe(row: Row) -> dict[str, Any]:
 
 
 def _against_linear(grid: Sequence[Row]) -> str | None:
-    """Where no run is better than the linear predictor of its own cells, that is the first thing to know."""
-    both = [(row, row.test_loss / row.gaussian_loss) for row in grid if row.test_loss and row.gaussian_loss]
+    """Where no run with the most cells is better than their linear predictor, that is the first thing to know."""
+    most = max((row.cells or 0 for row in grid), default=0)
+    both = [
+        (row, row.test_loss / row.gaussian_loss)
+        for row in grid
+        if row.test_loss and row.gaussian_loss and row.cells == most
+    ]
     if not both or min(ratio for _, ratio in both) < 1:
         return None
     row, ratio = min(both, key=lambda one: one[1])
     return (
-        f"No model here predicts better than a linear one: the best of them against it ({row.size}, "
+        f"With {most:,} cells no model here predicts better than a linear one: the best of them ({row.size}, "
         f"{row.test_loss:.4g}) has {ratio:.3g} times the loss of the shrunk Gaussian of the same cells."
     )
 
