@@ -78,9 +78,11 @@ class Judged:
 
     @property
     def settles(self) -> list[str]:
-        """Runs that would settle the reasons, each said once: not where it is the begin of another."""
-        said = list(dict.fromkeys(refusal.settles for refusal in self.refusals or self.doubts))
-        return [text for text in said if not any(other != text and other.startswith(text) for other in said)]
+        """Runs that would settle the reasons; of those that begin with the same sizes the first."""
+        said: dict[str, str] = {}
+        for refusal in self.refusals or self.doubts:
+            said.setdefault(refusal.settles.partition(", ")[0], refusal.settles)
+        return list(said.values())
 
     def of_axis(self, axis: str) -> Judged:
         """The same law, judged for the exponent of one axis alone."""
