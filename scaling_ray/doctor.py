@@ -39,7 +39,10 @@ LIGHT_PACKAGES = (
 USES = {
     "train": ("torch", "run, sweep, reproduce, export, embed, bench train, track models"),
     "cluster": ("ray", "run, sweep, reproduce, shards build, bench stream, node-watch"),
-    "census": ("tiledbsoma", "run, reproduce, census plant, census import, census check, shards build, embed"),
+    "census": (
+        "tiledbsoma",
+        "run, reproduce, census plant, census limits, census import, census check, shards build, embed",
+    ),
     "track": ("mlflow", "track replay, track check, track models"),
     "s3": ("boto3", "results and shards on S3"),
 }
