@@ -130,7 +130,7 @@ def test_a_matrix_folder_becomes_a_report(tmp_path: Path, capsys: pytest.Capture
 def test_a_file_alone_becomes_a_report_by_the_spec_that_is_shipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adata = cells(n=500, genes=600, donors=10)
+    adata = cells(n=900, genes=600, donors=10)
     adata.obs = adata.obs.rename(columns={"donor_id": "Patient"})
     out = tmp_path / "out"
     file = write(adata, tmp_path / "cells.h5ad")
