@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -123,27 +122,3 @@ def test_a_matrix_folder_becomes_a_report(tmp_path: Path, capsys: pytest.Capture
     assert json.loads((out / "shards" / "manifest.json").read_text())["split_by"] == "cell"
     assert main(["run", str(tmp_path / "own.toml"), "--cells", str(folder), *flags]) == 0
     assert "0 to go" in (again := capsys.readouterr().err) or "already there" in again
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_file_alone_becomes_a_report_by_the_spec_that_is_shipped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    adata = cells(n=900, genes=600, donors=10)
-    adata.obs = adata.obs.rename(columns={"donor_id": "Patient"})
-    out = tmp_path / "out"
-    file = write(adata, tmp_path / "cells.h5ad")
-    assert main(["run", "--cells", str(file), "--donor", "Patient", "--out", str(out)]) == 0
-    told = capsys.readouterr()
-    assert told.out.strip().splitlines()[-1] == str(out / "report" / "report.html")
-    assert "32 runs: 6 sizes" in told.err and "minutes on 2 CPUs" in told.err
-    # the spec that was run lies beside its results, and is the shipped one with the file's own words
-    ran = parse_spec((out / "cells.toml").read_text(), "spec")
-    shipped = parse_spec(example_path("cells").read_text(), "cells")
-    assert ran.model_copy(update={"data": shipped.data}) == shipped and ran.data.split_by == "donor_id"
-    report = json.loads((out / "report" / "report.json").read_text())
-    assert report["verdict"] in ("supported", "approximate", "refused")
-    with (out / "sweep" / "results.csv").open(newline="") as table:
-        done = [row for row in csv.DictReader(table) if row["status"] == "done"]
-    assert len(done) == 32 and {row["size"] for row in done} == {"XXS", "W4", "W8", "W16", "W24", "W32"}

@@ -37,7 +37,7 @@ ELSEWHERE = {
     "make errors": "tests/test_refusals.py writes the same list",
     "make bench-gpu": "needs a GPU",
     "make bench-laws": "half an hour",
-    "scaling-ray run --cells cells.h5ad --out results": "minutes; tests/test_census_run.py, slow",
+    "scaling-ray run --cells cells.h5ad --out results": "thirteen minutes; smaller in tests/test_census_run.py",
     "scaling-ray run first-look --cells cells.h5ad --out look": "minutes; smaller in test_the_tutorial, same flags",
     "scaling-ray run my-sweep.toml --census results/census --out my-results": "twenty minutes; tests/test_pipeline.py",
     "scaling-ray run planted --out results": "an hour; the kept report reports/planted is of it",
