@@ -88,8 +88,10 @@ def believe(
             cells.name, counts.var, known=known, organism=rules.organism, as_given=rules.gene_ids == "given"
         )
     except BadInput as error:
+        if error.code != "C006":
+            raise
         share = share_of_genes([str(name) for name in cells.obs.index[:2000]])
-        if error.code != "C006" or share < 0.5:
+        if share < 0.5:
             raise
         remedy = f"but {share:.0%} of the cells' names are known genes: the matrix lies on its side; write adata.T"
         raise BadInput("C087", error.field, error.value, remedy) from error

@@ -52,7 +52,8 @@ def stop_on_signals(sweep: SweepFiles, stopping: Stopping) -> Iterator[None]:
             sweep.request_stop()
 
     # a process in the background of a script inherits that SIGINT, meant for others, is ignored
-    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    heard = [signal.SIGTERM]
+    heard += [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
     before = {number: signal.signal(number, request) for number in heard}
     try:
         yield
