@@ -46,6 +46,7 @@ PARTS = (12, 6, 3)
 STARTS: dict[str, dict[str, Any]] = {
     "drawn": {"start": "drawn", "adam_beta2": 0.99},
     "cells": {"start": "cells", "adam_beta2": 0.95},
+    "linear": {"start": "linear", "adam_beta2": 0.95},
 }
 RATES = (0.005, 0.01, 0.02, 0.04)
 RATE_OF_STARTS = {"drawn": (0.01, 0.03), "cells": (0.02,)}

@@ -48,13 +48,14 @@ class TrainingRules(Frozen):
     place of ``warmup_fraction`` and ``evaluations``; other schedules leave it alone. ``held_out_in_training`` adds the
     validation and test cells to a run's training cells, as the study's released launchers do: results, verdict and
     report say so, and such losses are of no held-out cell. ``start`` says whether the first
-    weights know the run's cells (:mod:`scaling_ray.model.start`) or are drawn at random; "auto" is cells for
+    weights know the run's cells (:mod:`scaling_ray.model.start`), predict by a regression of them where a size has
+    room for it (:mod:`scaling_ray.model.linear_start`; else as cells) or are drawn at random; "auto" is cells for
     ``corrected``, and for ``published`` drawn.
     """
 
     recipe: Recipe = "corrected"
     objective: str = "mse"
-    start: Literal["auto", "cells", "drawn"] = "auto"
+    start: Literal["auto", "cells", "linear", "drawn"] = "auto"
     mask_fraction: Share = 0.15
     umi_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     held_out_in_training: bool = False
@@ -88,7 +89,7 @@ class TrainingRules(Frozen):
     @property
     def starts_from_cells(self) -> bool:
         """Whether the first weights are taken from the run's training cells."""
-        return self.start == "cells" or (self.start == "auto" and self.recipe == "corrected")
+        return self.start in ("cells", "linear") or (self.start == "auto" and self.recipe == "corrected")
 
     @property
     def total_steps(self) -> int:

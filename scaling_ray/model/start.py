@@ -62,8 +62,8 @@ def starting_weights(
     return weights
 
 
-def _turned_components(values_NG: Tensor, measured_NG: Tensor, width: int, seed: int) -> Tensor:
-    """(G, D) float64: loadings of the first D principal components, all of one length, in a random orthogonal turn.
+def components(values_NG: Tensor, measured_NG: Tensor) -> Tensor:
+    """(C, G) float64: loadings of the cells' principal components, strongest first, on the CPU.
 
     A component's sign is fixed by its largest loading, so that every machine finds the same.
     """
@@ -75,11 +75,15 @@ def _turned_components(values_NG: Tensor, measured_NG: Tensor, width: int, seed:
     else:
         strength, loadings_GC = torch.linalg.eigh(centred.T @ centred)
         strength, loadings_CG = strength.flip(0), loadings_GC.T.flip(0)
-    kept = min(width, int((strength > 1e-12 * strength.max().clamp(min=1e-30)).sum()))
-    loadings_CG = loadings_CG[:kept]
+    loadings_CG = loadings_CG[: int((strength > 1e-12 * strength.max().clamp(min=1e-30)).sum())]
     largest = loadings_CG.abs().argmax(dim=1, keepdim=True)
-    loadings_CG = loadings_CG * loadings_CG.gather(1, largest).sign()
+    return loadings_CG * loadings_CG.gather(1, largest).sign()
+
+
+def _turned_components(values_NG: Tensor, measured_NG: Tensor, width: int, seed: int) -> Tensor:
+    """(G, D) float64: loadings of the first D principal components, all of one length, in a random orthogonal turn."""
+    loadings_CG = components(values_NG, measured_NG)[:width]
     generator = torch.Generator().manual_seed(seed + _TURN_SEED)
     turn_DD, upper = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
     turn_DD = turn_DD * upper.diagonal().sign()
-    return loadings_CG.T @ turn_DD[:kept]
+    return loadings_CG.T @ turn_DD[: len(loadings_CG)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scaling_ray.model.linear_start import LINEAR_START_CELLS, fits, linear_weights
 from scaling_ray.model.masking import log_normalise
 from scaling_ray.model.objectives import Objective, objective_named
 from scaling_ray.model.start import START_CELLS, starting_weights
@@ -35,14 +36,33 @@ class FirstCells:
     measured: Tensor
     constants: Tensor
 
-    def starting_weights(self, drawn: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-        """The weights that a run of this seed starts from."""
-        return starting_weights(drawn, self.values, self.measured, self.constants, seed)
+    def starting_weights(self, drawn: Mapping[str, Tensor], run: RunSpec) -> dict[str, Tensor]:
+        """The weights that a run starts from."""
+        if _is_linear(run):
+            found = linear_weights(
+                drawn,
+                self.values,
+                self.measured,
+                self.constants,
+                heads=run.shape.heads,
+                mask_fraction=run.train.mask_fraction,
+                seed=run.seed,
+            )
+            if found is not None:
+                return found
+        first = slice(0, START_CELLS)
+        return starting_weights(drawn, self.values[first], self.measured[first], self.constants, run.seed)
+
+
+def _is_linear(run: RunSpec) -> bool:
+    """Whether a run asks for the regression and has room for it."""
+    return run.train.start == "linear" and fits(run.shape.width, run.shape.heads, run.outputs_per_gene)
 
 
 def first_cells(feed: Feed, run: RunSpec) -> FirstCells:
-    """Look at the first cells of a run's order, at most :data:`START_CELLS`, on the CPU."""
-    cells, _ = feed.batch(0, min(START_CELLS, len(feed.order.rows)))
+    """Look at the first cells of a run's order on the CPU: :data:`START_CELLS` of them, more for a regression."""
+    most = LINEAR_START_CELLS if _is_linear(run) else START_CELLS
+    cells, _ = feed.batch(0, min(most, len(feed.order.rows)))
     held = DeviceCells.of(cells, torch.device("cpu"))
     counts = held.counts.to(torch.int32) & 0xFFFF
     values, measured = log_normalise(counts, held.raw_sum, run.train.recipe), held.measured[held.dataset]

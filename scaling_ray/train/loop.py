@@ -194,7 +194,7 @@ class TrainingLoop:
             look = first_cells(self.feed, self.run)
             found["constants"] = look.constants
             if weights is not None:
-                started = look.starting_weights(weights, self.run.seed)
+                started = look.starting_weights(weights, self.run)
                 found |= {f"model.{name}": tensor for name, tensor in started.items()}
         _, found = self.engine.share(None, found)
         self._constants = found.pop("constants").to(self.engine.device)

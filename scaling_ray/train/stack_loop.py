@@ -232,7 +232,7 @@ class StackedLoop:
         if not (fresh and self.run.train.starts_from_cells):
             return
         for r, look in enumerate(looks):
-            started = look.starting_weights(self.model.named(self.model.flat, r), self.runs[r].seed)
+            started = look.starting_weights(self.model.named(self.model.flat, r), self.runs[r])
             with torch.no_grad():
                 for name, tensor in started.items():
                     self.model.parts[name][r].copy_(tensor)

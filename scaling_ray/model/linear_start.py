@@ -1,0 +1,286 @@
+"""Weights to start from that predict at once: a low-rank linear regression of the cells' genes, put into attention.
+
+Most of what can be told of a hidden gene is linear: its mean, and a regression on how far the others are above theirs.
+A network that starts from components of the cells alone spends most of a small budget on finding that regression. Here
+it is fitted in closed form to the run's own training cells and written into the first block, so that training begins
+near where the regression ends. Measured in ``benchmarks/learning.py``.
+
+The room of a token is cut into orthogonal directions: one for the head, one for a gene's value, one for its mean, one
+for the mask, and the rest for the loadings of the cells' principal components. What a head of attention does with small
+logits is linear in them: an average of what the keys' tokens carry, plus their covariance with the keys. Tokens carry
+how far a gene is above its mean, keys and queries its loadings, keys of hidden genes are pushed out of the softmax, and
+a last head that looks at all genes alike takes the averages away. What is left is a bilinear form of the asking gene's
+loadings and the cell's, of rank (heads - 1)(head width - 1), whose matrix is the solution of a ridge regression of the
+hidden genes; the ridge is chosen on the half of the cells that a fit has not seen.
+
+Other weights that write to the residual stream stay as drawn, but smaller: at zero nothing would reach what stands
+before them, and Adam makes updates out of rounding.
+
+Shape legend: N cells, G genes, D width, C components, J rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scaling_ray.model.masking import draw_masks
+from scaling_ray.model.start import EMBEDDING_SCALE, VALUE_SCALE, components, gene_means
+
+LINEAR_START_CELLS = 4096
+"""Most training cells that the regression is fitted to."""
+LOGIT_SCALE = 0.15
+"""Root mean square of a head's logits over pairs of genes. Smaller ones are closer to linear, and learn more slowly."""
+OTHERS_SCALE = 0.1
+"""What is left of drawn weights that would write noise to the prediction."""
+HIDDEN_LOGIT = -6.0
+"""Logit of a key whose gene is hidden."""
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Ridges tried, each times the mean variance of the cells' loadings."""
+_OWN_DIRECTIONS = 5
+_ROUNDS, _SOLVER_STEPS, _SMALL, _NORM_EPSILON = 5, 10, 1e-9, 1e-5
+_BASIS_SEED = 104_729
+
+
+def fits(width: int, heads: int, outputs_per_gene: int) -> bool:
+    """Whether a network has room for the regression: two heads of two, and one output for each gene."""
+    return heads >= 2 and width // heads >= 2 and width > _OWN_DIRECTIONS and outputs_per_gene == 1
+
+
+@dataclass(frozen=True)
+class _Directions:
+    """Orthonormal directions of a token's room, orthogonal to the ones that LayerNorm takes away."""
+
+    head: Tensor
+    value: Tensor
+    hidden: Tensor
+    mean: Tensor
+    loadings_DC: Tensor
+
+
+@dataclass(frozen=True)
+class _Regression:
+    """asking (G, C) what a hidden gene's token shows of its loadings; cells (N, C), less ``mean``; the form (C, C)."""
+
+    asking: Tensor
+    cells: Tensor
+    mean: Tensor
+    form: Tensor
+
+
+def linear_weights(
+    drawn: Mapping[str, Tensor],
+    values_NG: Tensor,
+    measured_NG: Tensor,
+    constants_GO: Tensor,
+    *,
+    heads: int,
+    mask_fraction: float,
+    seed: int,
+) -> dict[str, Tensor] | None:
+    """The weights of a ``MaskedGeneTransformer`` to start from, on the CPU; None where these cells vary in nothing.
+
+    Args:
+        drawn: its weights by name as ``initialise`` drew them.
+        values_NG: normalised values of training cells.
+        measured_NG: which of them were measured, bool.
+        constants_GO: (G, 1) best constant of each gene.
+        heads: of a block.
+        mask_fraction: of a cell's genes, in training.
+        seed: of the run.
+    """
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in drawn.items()}
+    genes, width = weights["gene_embedding"].shape
+    values, measured = values_NG.double().cpu(), measured_NG.cpu()
+    loadings_CG = components(values, measured)[: width - _OWN_DIRECTIONS]
+    if not len(loadings_CG):
+        return None
+    directions = _directions(width, len(loadings_CG), seed)
+    constants = constants_GO.double().cpu()[:, 0]
+    bias, head_size = float(constants.mean()), float(weights["head.weight"].double().norm())
+
+    unit = math.sqrt(width)
+    embedded_GC = loadings_CG.T * (EMBEDDING_SCALE * unit * math.sqrt(genes) / loadings_CG.norm())
+    slope, hidden = VALUE_SCALE * unit, EMBEDDING_SCALE * unit
+    means = gene_means(values, measured)
+    residuals = torch.where(measured, values - means, 0.0)
+    masks = draw_masks(
+        "corrected",
+        mask_fraction,
+        seed,
+        torch.zeros(len(values), dtype=torch.int64),
+        torch.arange(len(values)),
+        measured,
+    )
+    visible = (~masks.hidden).double()
+    target = (masks.hidden & measured).double()
+
+    said = (constants - bias) / head_size
+    rank = (heads - 1) * (width // heads - 1)
+    for turn in range(_ROUNDS):
+        fixed = embedded_GC.square().sum(1) + said.square() + (slope * means).square()
+        asking_GC = embedded_GC / _deviation(fixed + hidden**2, width)[:, None]
+        deviation_NG = _deviation(fixed + (slope * values).square(), width)
+        above_NG = slope * (values - means) / deviation_NG * visible
+        shown_NG = visible / deviation_NG
+        seen = visible.sum(1, keepdim=True).clamp(min=1)
+        cells = (above_NG / deviation_NG) @ embedded_GC / seen
+        cells = cells - (shown_NG @ embedded_GC / seen) * (above_NG.sum(1, keepdim=True) / seen)
+        regression = _fitted(asking_GC, cells, residuals, target, last=turn == _ROUNDS - 1)
+        asking_form, cells_form = _halves(regression, rank)
+        offset = (asking_GC @ asking_form) @ (cells_form @ regression.mean)
+        said = (constants - bias - offset) / head_size
+
+    weights["gene_embedding"] = (
+        embedded_GC @ directions.loadings_DC.T
+        + said[:, None] * directions.head
+        + slope * means[:, None] * directions.mean
+    ).float()
+    weights["mask_token"] = (hidden * directions.hidden).float()
+    weights["value_projection.weight"] = (slope * directions.value)[:, None].float()
+    weights["value_projection.bias"].zero_()
+    weights["head.weight"] = (head_size * directions.head)[None].float()
+    weights["head.bias"] = torch.full_like(weights["head.bias"], bias)
+    for name in weights:
+        if name.endswith(("attention_out.weight", "feedforward_out.weight")):
+            weights[name] *= OTHERS_SCALE
+    usual = embedded_GC / _deviation(fixed + (slope * means).square(), width)[:, None]
+    hidden_shown = hidden / float(_deviation(fixed + hidden**2, width).mean())
+    _write_heads(weights, directions, heads, asking_GC, usual, asking_form, cells_form, head_size, hidden_shown)
+    return weights
+
+
+def _deviation(squares: Tensor, width: int) -> Tensor:
+    """Standard deviation over a token's entries, as LayerNorm takes it, from the sum of their squares."""
+    return torch.sqrt(squares / width + _NORM_EPSILON)
+
+
+def _directions(width: int, count: int, seed: int) -> _Directions:
+    generator = torch.Generator().manual_seed(seed + _BASIS_SEED)
+    basis = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    basis[:, 0] = 1.0
+    basis, upper = torch.linalg.qr(basis)
+    basis = basis * upper.diagonal().sign()
+    return _Directions(basis[:, 1], basis[:, 2], basis[:, 3], basis[:, 4], basis[:, 5 : 5 + count])
+
+
+def _fitted(asking_GC: Tensor, cells_NC: Tensor, residuals_NG: Tensor, target_NG: Tensor, last: bool) -> _Regression:
+    """The bilinear form by least squares over hidden genes; the last time its ridge is chosen on other cells."""
+    mean = cells_NC.mean(0)
+    centred = cells_NC - mean
+    ridge = RIDGES[1]
+    if last and len(centred) >= 4:
+        losses = []
+        for tried in RIDGES:
+            form = _solved(asking_GC, centred[::2], residuals_NG[::2], target_NG[::2], tried)
+            missed = (residuals_NG[1::2] - (centred[1::2] @ form.T) @ asking_GC.T).square() * target_NG[1::2]
+            losses.append(float(missed.sum()))
+        ridge = RIDGES[losses.index(min(losses))]
+    return _Regression(asking_GC, centred, mean, _solved(asking_GC, centred, residuals_NG, target_NG, ridge))
+
+
+def _solved(asking_GC: Tensor, cells_NC: Tensor, residuals_NG: Tensor, target_NG: Tensor, ridge: float) -> Tensor:
+    """(C, C) form M of least sum over hidden genes of (residual - asking M cell)^2, by conjugate gradients.
+
+    Masks fall alike on all genes, so the solution for a full table is a good first guess and preconditioner.
+    """
+    square = cells_NC.T @ cells_NC
+    penalty = ridge * float(square.trace()) / len(square)
+    share = float(target_NG.mean())
+    identity = torch.eye(len(square), dtype=torch.float64)
+    asking_square = asking_GC.T @ asking_GC
+    small = _SMALL * float(asking_square.trace())
+    by_asking = torch.linalg.inv(asking_square + small * identity)
+    by_cells = torch.linalg.inv(square + (penalty + _SMALL * float(square.trace())) * identity)
+
+    def product(form: Tensor) -> Tensor:
+        said = (cells_NC @ form.T) @ asking_GC.T * target_NG
+        return asking_GC.T @ (said.T @ cells_NC) + share * penalty * asking_square @ form
+
+    wanted = asking_GC.T @ ((residuals_NG * target_NG).T @ cells_NC)
+    form = by_asking @ wanted @ by_cells / share
+    left = wanted - product(form)
+    turned = by_asking @ left @ by_cells / share
+    along, size = turned.clone(), float((left * turned).sum())
+    for _ in range(_SOLVER_STEPS):
+        if not size > 0:
+            break
+        moved = product(along)
+        step = size / float((along * moved).sum())
+        form, left = form + step * along, left - step * moved
+        turned = by_asking @ left @ by_cells / share
+        before, size = size, float((left * turned).sum())
+        along = turned + size / before * along
+    return form
+
+
+def _halves(regression: _Regression, rank: int) -> tuple[Tensor, Tensor]:
+    """(C, J), (J, C): the best form of a rank on these genes and cells, as a product; strongest first."""
+    sides = []
+    for table in (regression.asking, regression.cells):
+        square = table.T @ table
+        small = _SMALL * float(square.trace()) * torch.eye(len(square), dtype=torch.float64)
+        sides.append(torch.linalg.cholesky(square + small))
+    asking, cells = sides
+    left, strength, right = torch.linalg.svd(asking.T @ regression.form @ cells)
+    kept = min(rank, len(strength))
+    largest = left.abs().argmax(dim=0, keepdim=True)
+    sign = left.gather(0, largest).sign()
+    left, right, root = left * sign, right * sign.T, strength[:kept].sqrt()
+    return (
+        torch.linalg.solve_triangular(asking.T, left[:, :kept] * root, upper=True),
+        torch.linalg.solve_triangular(cells.T, (root[:, None] * right[:kept]).T, upper=True).T,
+    )
+
+
+def _write_heads(
+    weights: dict[str, Tensor],
+    directions: _Directions,
+    heads: int,
+    asking_GC: Tensor,
+    usual_GC: Tensor,
+    asking_form: Tensor,
+    cells_form: Tensor,
+    head_size: float,
+    hidden_shown: float,
+) -> None:
+    """Put the product of two forms into the first block: some of its rank in each head but the last.
+
+    ``usual_GC`` is what a visible token shows of its loadings at its mean value, ``hidden_shown`` what a hidden one
+    shows of being hidden; both only set scales.
+    """
+    width = len(directions.head)
+    each = width // heads
+    name = "blocks.0.query_key_value"
+    query, key, value = (part.double() for part in weights[f"{name}.weight"].split(width))
+    out = weights["blocks.0.attention_out.weight"].double()
+    query, key = torch.zeros_like(query), key * OTHERS_SCALE
+    query_bias = torch.zeros(width, dtype=torch.float64)
+    gains = 0.0
+    for head in range(heads):
+        first, last = head * each, head * each + each - 1
+        value[first] = directions.value - directions.mean
+        query[last], key[last] = 0.0, HIDDEN_LOGIT / hidden_shown * directions.hidden
+        query_bias[last] = math.sqrt(each)
+        part = slice(head * (each - 1), (head + 1) * (each - 1))
+        asks, tells = asking_GC @ asking_form[:, part], usual_GC @ cells_form[part].T
+        size = float((asks @ tells.T).square().mean().sqrt())
+        if head == heads - 1 or not size > 0:
+            out[:, first] = -gains / head_size * directions.head if head == heads - 1 else 0.0
+            continue
+        scale = LOGIT_SCALE / size
+        gains += 1 / scale
+        for row, (asked, told) in enumerate(zip(asks.norm(dim=0), tells.norm(dim=0), strict=True)):
+            balance = math.sqrt(float(told / asked)) if asked > 0 and told > 0 else 1.0
+            strength = math.sqrt(scale * math.sqrt(each))
+            index = part.start + row
+            query[first + row] = strength * balance * (directions.loadings_DC @ asking_form[:, index])
+            key[first + row] = strength / balance * (directions.loadings_DC @ cells_form[index])
+        out[:, first] = directions.head / (scale * head_size)
+    weights[f"{name}.weight"] = torch.cat([query, key, value]).float()
+    weights[f"{name}.bias"] = torch.cat([query_bias, torch.zeros(2 * width, dtype=torch.float64)]).float()
+    weights["blocks.0.attention_out.weight"] = out.float()
