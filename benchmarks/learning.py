@@ -5,9 +5,9 @@ start, size and rate the test loss of each seed, its share of the way from the g
 and CPU seconds. A run is *stuck* where its validation loss is above 0.9 of the gene mean's at half its budget. Sizes
 have heads of width 4 and one layer, XS as on the ladder; losses are those of the last update. Nothing here judges them.
 
-``--only starts`` compares the start from cells with the drawn one, ``--only rates`` tries rates at every size.
-``--only reach`` asks in how few cells seen the start from cells, at the rate that its rule gives a width, reaches what
-the drawn start has after all of them at the better of its rates: at parts of them, each a run that decays within it.
+``--only starts`` compares the starts, ``--only rates`` tries rates at every size. ``--only reach`` asks in how few
+cells seen a start that knows the cells, at the rate that its rule gives a width, reaches what the drawn start has after
+all of them at the better of its rates: at parts of them, each a run that decays within it.
 """
 
 from __future__ import annotations
@@ -125,14 +125,16 @@ def references(shards: str, genes: int) -> dict[str, float]:
     }
 
 
-def tasks_of(what: str, shards: str, genes: int, seen: int, sizes: list[str], seeds: int) -> Iterator[dict[str, Any]]:
-    """Every run of a comparison on one data set."""
-    stored = read_manifest(open_place(shards)).genes
-    for start, rules in STARTS.items():
-        parts = PARTS if what == "reach" and start == "cells" else (1,)
-        for size in sizes:
+def tasks_of(what: str, shards: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every run of a comparison on one data set, ``DIR:GENES``."""
+    shards, _, panel = shards.rpartition(":")
+    stored, genes, seen = read_manifest(open_place(shards)).genes, int(panel), options.seen
+    for start in options.starts:
+        rules = STARTS[start]
+        parts = PARTS if what == "reach" and start != "drawn" else (1,)
+        for size in options.sizes:
             for lr in rates_of(what, start, size):
-                for seed, part in itertools.product(SEEDS[:seeds], parts):
+                for seed, part in itertools.product(SEEDS[: options.seeds], parts):
                     yield (
                         {"shards": shards, "genes": genes, "stored": stored, "seen": seen // part, "size": size}
                         | {"lr": lr, "seed": seed, "from": start}
@@ -143,27 +145,30 @@ def tasks_of(what: str, shards: str, genes: int, seen: int, sizes: list[str], se
 def rates_of(what: str, start: str, size: str) -> tuple[float, ...]:
     """The rates at which a start is tried."""
     if what == "rates":
-        return RATES if start == "cells" else ()
-    if what == "starts" or start == "drawn":
+        return () if start == "drawn" else RATES
+    if start in RATE_OF_STARTS and (what == "starts" or start == "drawn"):
         return RATE_OF_STARTS[start]
     width = WIDTHS.get(size) or LADDER[size].width
     return (float(f"{RATE_OF_WIDTH_16 * (width / 16) ** WIDTH_EXPONENT:.3g}"),)
 
 
 def reached(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By size: the drawn start's loss at its better rate, and the fewest cells seen that reach it from cells."""
+    """By size: the drawn start's loss at its better rate, and after how many cells seen each other start reaches it."""
     found = {}
     for size in dict.fromkeys(row["size"] for row in rows):
         here = [row for row in rows if row["size"] == size and "test_loss" in row]
         drawn = min((r for r in here if r["start"] == "drawn"), key=lambda r: float(r["test_loss"]), default=None)
         if drawn is None:
             continue
-        enough = [r["cells_seen"] for r in here if r["start"] == "cells" and r["test_loss"] <= drawn["test_loss"]]
+        enough: dict[str, int] = {}
+        for row in here:
+            if row["start"] != "drawn" and row["test_loss"] <= drawn["test_loss"]:
+                enough[row["start"]] = min(row["cells_seen"], enough.get(row["start"], row["cells_seen"]))
         found[size] = {
             "drawn_test_loss": drawn["test_loss"],
             "drawn_lr": drawn["lr"],
             "drawn_cells_seen": drawn["cells_seen"],
-            "reached_after": min(enough, default=None),
+            "reached_after": {start: enough.get(start) for start in STARTS if start != "drawn"},
         }
     return found
 
@@ -196,6 +201,7 @@ def main() -> int:
     parser.add_argument("--shards", nargs="+", required=True, help="NAME=DIR:GENES, shards to train on")
     parser.add_argument("--only", nargs="*", default=["starts", "rates"], choices=["starts", "rates", "reach"])
     parser.add_argument("--sizes", nargs="*", default=[*WIDTHS, "XS"])
+    parser.add_argument("--starts", nargs="*", default=[*STARTS], choices=[*STARTS])
     parser.add_argument("--seen", type=int, default=CELLS_SEEN, help="cells seen by each run")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -205,7 +211,7 @@ def main() -> int:
             name, _, where = named.partition("=")
             shards, _, genes = where.rpartition(":")
             known = references(shards, int(genes))
-            tasks = list(tasks_of(what, shards, int(genes), options.seen, options.sizes, options.seeds))
+            tasks = list(tasks_of(what, where, options))
             say(f"{what} on {name}: {len(tasks)} runs")
             runs = []
             with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
