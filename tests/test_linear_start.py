@@ -89,6 +89,7 @@ def test_before_its_first_update_a_network_has_most_of_what_a_regression_has(
     assert share > 0.5
     monkeypatch.setattr(linear_start, "LOGIT_SCALE", 0.01)
     monkeypatch.setattr(linear_start, "OTHERS_SCALE", 0.0)
+    monkeypatch.setattr(linear_start, "VALUE_SCALE", 0.03)
     assert (constant - loss_of(started(shape, values), shape, unseen)) / (constant - best) > 5 / 6
 
 

@@ -22,7 +22,9 @@ from scaling_ray.planted.oracle import oracle, posteriors
 from scaling_ray.planted.plant import plant, plant_law
 from scaling_ray.planted.truth import PlantedTruth, PlantSpec, load_truth, parse_truth
 
-SMALL = LawSpec(n_genes=26, always_on=2, programs=4, depth_levels=4, dataset_share=(0.6, 0.4), counts_per_gene=10.0)
+SMALL = LawSpec(
+    n_genes=26, always_on=2, groups=2, switches=2, depth_levels=4, dataset_share=(0.6, 0.4), counts_per_gene=10.0
+)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_a_planted_law_comes_back_from_its_file(tmp_path: Path, capsys: pytest.C
     assert main(["census", "plant", "--law", "--out", str(out), "--cells", "300", "--seed", "4"]) == 0
     truth = load_truth(out)
     assert truth.spec == LawSpec(seed=4) and truth.n_cells == 300
-    assert json.loads((out / "plant.json").read_text())["design"] == "programs"
+    assert json.loads((out / "plant.json").read_text())["design"] == "switches"
     drawn = draw_range(truth, 0)
     with Census.open(out) as census:
         assert (census.counts(0, 300) != drawn.counts[:300]).nnz == 0
@@ -65,21 +67,21 @@ def test_a_planted_law_comes_back_from_its_file(tmp_path: Path, capsys: pytest.C
         plant(out, n_cells=300, seed=4)
     assert main(["census", "plant", "--law", "--out", str(tmp_path / "b"), "--genes", "9"]) == 2
     assert "genes: 9: choose 10 or more: 8 are always on" in capsys.readouterr().err
-    unknown = (out / "plant.json").read_text().replace('"programs"', '"ring"', 1)
-    with pytest.raises(BadInput, match="design: 'ring': choose tree or programs"):
+    unknown = (out / "plant.json").read_text().replace('"switches"', '"ring"', 1)
+    with pytest.raises(BadInput, match="design: 'ring': choose tree or switches"):
         parse_truth(unknown, "here")
 
 
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"programs": 0}, "programs"),
-        ({"programs": 13}, "programs"),
+        ({"groups": 0}, "groups"),
+        ({"switches": 0}, "switches"),
+        ({"switches": 5}, "switches"),
         ({"always_on": 0}, "always_on"),
-        ({"always_on": 167}, "n_genes"),
+        ({"always_on": 135}, "n_genes"),
         ({"strength": 0.0}, "strength"),
         ({"strength_exponent": -0.1}, "strength_exponent"),
-        ({"program_gene_fraction": 1.0}, "program_gene_fraction"),
         ({"always_on_share": 0.0}, "always_on_share"),
         ({"concentration_per_gene": math.nan}, "concentration_per_gene"),
         ({"counts_per_gene": math.inf}, "counts_per_gene"),
@@ -94,23 +96,26 @@ def test_a_law_that_cannot_be_names_the_field(change: dict[str, Any], field: str
         LawSpec(**change)
 
 
-def test_programs_are_on_by_even_odds_and_raise_their_own_genes() -> None:
-    truth = PlantedTruth(SMALL)
-    assert truth.state_prior == pytest.approx(np.full(16, 1 / 16))
+def test_programs_are_pairwise_uncorrelated_and_move_their_genes_by_a_falling_strength() -> None:
+    truth = PlantedTruth(LawSpec(n_genes=408, always_on=8))
+    spec = truth.spec
+    assert isinstance(spec, LawSpec) and spec.programs == 45 and truth.n_cells == 0
+    assert truth.state_prior == pytest.approx(np.full(4096, 1 / 4096), rel=1e-2)
+    signs = spec.signs(truth.state_path)
+    assert (np.abs(signs) == 1).all() and (signs.T @ signs == 4096 * np.eye(45)).all()
+    # the first three follow one switch each, the seventh the first two of its group together
+    path = truth.state_path.reshape(4096, 3, 4)
+    assert (signs[:, :3] == 1 - 2 * path[:, :, 0]).all()
+    assert (signs[:, 6] == 1 - 2 * ((path[:, 0, 0] + path[:, 0, 1]) % 2)).all()
     weight = truth.weights(0)
     assert weight.sum(axis=1) == pytest.approx(truth.concentration)
-    assert weight[:, 24:] == pytest.approx(np.full((16, 2), 0.15 * truth.concentration), rel=1e-5)
-    # against the state without programs, and but for what makes every library one whole
-    raised = np.log(weight[:, :24] / weight[0, :24])
-    raised -= raised.min(axis=1, keepdims=True)
-    alone = {program: raised[1 << (3 - program)] for program in range(4)}
-    for program, change in alone.items():
-        member = change > 1e-3
-        low, high = 0.5 * 1.5 * (program + 1) ** -0.7, 1.5 * 1.5 * (program + 1) ** -0.7
-        assert 0 < member.sum() < 24 and (change[member] > low - 1e-3).all() and (change[member] < high + 1e-3).all()
-    for state, path in enumerate(truth.state_path):
-        together = sum((alone[program] for program in np.flatnonzero(path).tolist()), np.zeros(24))
-        assert raised[state] == pytest.approx(together - together.min(), abs=1e-3)
+    assert weight[:, 400:] == pytest.approx(np.full((4096, 8), 0.3 / 8 * truth.concentration), rel=1e-5)
+    # what is left of the logarithms without what makes every library one whole is each program's own
+    logs = np.log(weight[:, :400])
+    moved = signs.T @ (logs - logs.mean(axis=1, keepdims=True)) / 4096
+    expected = 0.6 * (np.arange(45) + 1.0) ** -0.7
+    assert moved.std(axis=1) == pytest.approx(expected, rel=0.15)
+    assert np.polyfit(np.log(np.arange(1, 46)), np.log(moved.std(axis=1)), 1)[0] == pytest.approx(-0.7, abs=0.03)
     cells = draw_range(truth, 0)
     assert np.abs(truth.state_path[cells.state].mean(axis=0) - 0.5).max() < 0.05
 
@@ -162,7 +167,7 @@ def test_limited_predictors_agree_with_their_definition_written_out() -> None:
             table = means[batch["dataset"][i]]
             gap = np.zeros(24)
             for c, w in zip(kept, weight, strict=True):
-                told_of = [tuple(path[:n]) for path in truth.state_path]
+                told_of = [tuple(signs[:n]) for signs in truth.spec.signs(truth.state_path)]
                 alike = [s for s in range(16) if told_of[s] == told_of[c]]
                 gap += w * (table[c] - np.average(table[alike], axis=0, weights=prior[alike]))
             total += float((gap[batch["masked"][i]] ** 2).sum())
@@ -180,27 +185,27 @@ def test_all_states_told_apart_is_the_floor_and_more_is_never_worse(spec: PlantS
     states = 4 if isinstance(spec, LawSpec) else 12
     found = limited_excess(truth, **batch, told=range(states + 1))
     assert found.told_excess[states] == 0
-    # the last state of a tree shares its class with no other; the last program does tell something
+    # the last state of a tree shares its class with no other; the fourth program is the last switch
     assert (found.told_excess[states - 1] == 0) == isinstance(spec, PlantSpec)
     assert (np.diff(found.told_excess) <= 1e-9).all() or isinstance(spec, PlantSpec)
-    assert found.told_excess[0] > 3 * found.told_excess[states // 2] >= 0
+    assert found.told_excess[0] > 2 * found.told_excess[states // 2] >= 0
     of_all = class_of_component(truth, states)
     assert len(set(of_all)) == len(truth.component_prior)
 
 
 def test_with_nothing_told_apart_the_loss_is_the_gene_means() -> None:
     truth = PlantedTruth(LawSpec())
-    batch = _batch(truth, 300, 160)
+    batch = _batch(truth, 300, 128)
     floor = oracle(truth, **batch).variance_sum.sum() / batch["masked"].sum()
     found = limited_excess(truth, **batch, told=[0, 4, 8], rank=[0, 4, 8, 16, 32, 45])
     x = np.log1p(batch["counts"] * (1e4 / np.maximum(batch["raw_sum"], 1))[:, None])
     gene_mean = np.where(batch["masked"], (x - x.mean(axis=0)) ** 2, 0.0).sum() / batch["masked"].sum()
     assert floor + found.told_excess[0] == pytest.approx(gene_mean, rel=0.05)
     assert (np.diff(found.told_excess) < 0).all() and (np.diff(found.rank_excess) < 0).all()
-    # twelve programs: four of them leave more than a tenth of what can be had, eight more than a fiftieth
+    # forty-five programs: what the first four, eight, sixteen leave falls slowly
     for excess in (found.told_excess, found.rank_excess):
-        assert excess[1] > 0.1 * excess[0] and excess[2] > 0.02 * excess[0]
-    assert found.rank_excess[5] < 1e-3 * found.rank_excess[0]
+        assert excess[1] > 0.25 * excess[0] and excess[2] > 0.15 * excess[0]
+    assert found.rank_excess[3] > 0.05 * found.rank_excess[0] > 50 * found.rank_excess[5]
 
 
 def test_the_exponent_is_that_of_a_power() -> None:
@@ -225,10 +230,10 @@ def test_the_references_of_a_law_are_printed_and_kept(tmp_path: Path, capsys: py
     assert main(["census", "limits", str(census), "--cells", "100", "--out", str(kept)]) == 0
     printed, found = capsys.readouterr().out, json.loads(kept.read_text())
     told = found["told"]
-    assert told["n"] == [0, 1, 2, 3, 4, 6, 8, 12]
+    assert told["n"] == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 45]
     assert told["share_of_drop"][0] == 1 and told["share_of_drop"][-1] == 0
-    assert told["exponent"] == exponent(told["n"][1:7], told["share_of_drop"][1:7])
-    assert f"falls as n^-{told['exponent']:.2f} from 1 to 8" in printed
+    assert told["exponent"] == exponent(told["n"][1:9], told["share_of_drop"][1:9])
+    assert f"falls as n^-{told['exponent']:.2f} from 1 to 16" in printed
     # the same figures where the cells are given one by one
     truth = load_truth(census)
     assert found["genes"] == truth.spec.n_genes - 8

@@ -11,7 +11,9 @@ logits is linear in them: an average of what the keys' tokens carry, plus their 
 how far a gene is above its mean, keys and queries its loadings, keys of hidden genes are pushed out of the softmax, and
 a last head that looks at all genes alike takes the averages away. What is left is a bilinear form of the asking gene's
 loadings and the cell's, of rank (heads - 1)(head width - 1), whose matrix is the solution of a ridge regression of the
-hidden genes; the ridge is chosen on the half of the cells that a fit has not seen.
+hidden genes; the ridge is chosen on the half of the cells that a fit has not seen. Logits are not as small as that
+wants, since small ones are slow to learn: what this costs is taken out again by fitting the heads' gains, and each
+gene's constant, to what the heads really say.
 
 Other weights that write to the residual stream stay as drawn, but smaller: at zero nothing would reach what stands
 before them, and Adam makes updates out of rounding.
@@ -27,13 +29,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 
-from scaling_ray.model.masking import draw_masks
-from scaling_ray.model.start import EMBEDDING_SCALE, VALUE_SCALE, components, gene_means
+from scaling_ray.model.masking import Masks, draw_masks
+from scaling_ray.model.start import EMBEDDING_SCALE, components, gene_means
 
 LINEAR_START_CELLS = 4096
 """Most training cells that the regression is fitted to."""
-LOGIT_SCALE = 0.15
+CALIBRATION_CELLS = 1024
+"""Of these, most that a head's gain is fitted to."""
+VALUE_SCALE = 0.1
+"""Root mean square of what the cells' values write to a token's entry: LayerNorm divides by the whole, so that values
+which are small beside the embedding stay linear."""
+LOGIT_SCALE = 0.3
 """Root mean square of a head's logits over pairs of genes. Smaller ones are closer to linear, and learn more slowly."""
 OTHERS_SCALE = 0.1
 """What is left of drawn weights that would write noise to the prediction."""
@@ -42,7 +50,8 @@ HIDDEN_LOGIT = -6.0
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges tried, each times the mean variance of the cells' loadings."""
 _OWN_DIRECTIONS = 5
-_ROUNDS, _SOLVER_STEPS, _SMALL, _NORM_EPSILON = 5, 10, 1e-9, 1e-5
+_ROUNDS, _CALIBRATIONS, _SOLVER_STEPS, _SMALL, _NORM_EPSILON = 5, 2, 10, 1e-9, 1e-5
+_GAIN_RIDGE, _PRIOR_CELLS, _CHUNK_CELLS = 1e-3, 5, 64
 _BASIS_SEED = 104_729
 
 
@@ -105,7 +114,8 @@ def linear_weights(
 
     unit = math.sqrt(width)
     embedded_GC = loadings_CG.T * (EMBEDDING_SCALE * unit * math.sqrt(genes) / loadings_CG.norm())
-    slope, hidden = VALUE_SCALE * unit, EMBEDDING_SCALE * unit
+    slope = VALUE_SCALE * unit / float(values[measured].square().mean().sqrt())
+    hidden = EMBEDDING_SCALE * unit
     means = gene_means(values, measured)
     residuals = torch.where(measured, values - means, 0.0)
     masks = draw_masks(
@@ -148,10 +158,34 @@ def linear_weights(
     for name in weights:
         if name.endswith(("attention_out.weight", "feedforward_out.weight")):
             weights[name] *= OTHERS_SCALE
-    usual = embedded_GC / _deviation(fixed + (slope * means).square(), width)[:, None]
-    hidden_shown = hidden / float(_deviation(fixed + hidden**2, width).mean())
-    _write_heads(weights, directions, heads, asking_GC, usual, asking_form, cells_form, head_size, hidden_shown)
+    usual_GC = embedded_GC / _deviation(fixed + (slope * means).square(), width)[:, None]
+    scales = _Scales(
+        told=1 / float((above_NG.square().sum() / visible.sum().clamp(min=1)).sqrt().clamp(min=_SMALL)),
+        hidden=hidden / float(_deviation(fixed + hidden**2, width).mean()),
+        head=head_size,
+    )
+    _write_heads(
+        weights, directions, heads, asking_GC @ asking_form, usual_GC @ cells_form.T, asking_form, cells_form, scales
+    )
+    few = slice(0, CALIBRATION_CELLS)
+    for _ in range(_CALIBRATIONS):
+        _calibrate(weights, directions, heads, values[few], masks.rows(0, CALIBRATION_CELLS), constants, scales)
     return weights
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Sizes that a token does not have.
+
+    Attributes:
+        told: what makes how far visible genes are above their means 1 in the root mean square.
+        hidden: what a hidden token shows of being hidden.
+        head: length of the head's weights.
+    """
+
+    told: float
+    hidden: float
+    head: float
 
 
 def _deviation(squares: Tensor, width: int) -> Tensor:
@@ -241,17 +275,16 @@ def _write_heads(
     weights: dict[str, Tensor],
     directions: _Directions,
     heads: int,
-    asking_GC: Tensor,
-    usual_GC: Tensor,
+    asks_GJ: Tensor,
+    tells_GJ: Tensor,
     asking_form: Tensor,
     cells_form: Tensor,
-    head_size: float,
-    hidden_shown: float,
+    scales: _Scales,
 ) -> None:
     """Put the product of two forms into the first block: some of its rank in each head but the last.
 
-    ``usual_GC`` is what a visible token shows of its loadings at its mean value, ``hidden_shown`` what a hidden one
-    shows of being hidden; both only set scales.
+    ``asks_GJ`` is what hidden genes show of the forms, ``tells_GJ`` what visible ones do at their mean value; both only
+    set sizes.
     """
     width = len(directions.head)
     each = width // heads
@@ -263,24 +296,85 @@ def _write_heads(
     gains = 0.0
     for head in range(heads):
         first, last = head * each, head * each + each - 1
-        value[first] = directions.value - directions.mean
-        query[last], key[last] = 0.0, HIDDEN_LOGIT / hidden_shown * directions.hidden
+        value[first] = scales.told * (directions.value - directions.mean)
+        query[last], key[last] = 0.0, HIDDEN_LOGIT / scales.hidden * directions.hidden
         query_bias[last] = math.sqrt(each)
         part = slice(head * (each - 1), (head + 1) * (each - 1))
-        asks, tells = asking_GC @ asking_form[:, part], usual_GC @ cells_form[part].T
-        size = float((asks @ tells.T).square().mean().sqrt())
-        if head == heads - 1 or not size > 0:
-            out[:, first] = -gains / head_size * directions.head if head == heads - 1 else 0.0
+        asks, tells = asks_GJ[:, part], tells_GJ[:, part]
+        size = float((asks @ tells.T).square().mean().sqrt()) if head < heads - 1 else 0.0
+        gain = size / LOGIT_SCALE
+        gains += gain
+        out[:, first] = (gain if head < heads - 1 else -gains) / (scales.told * scales.head) * directions.head
+        if not size > 0:
             continue
-        scale = LOGIT_SCALE / size
-        gains += 1 / scale
         for row, (asked, told) in enumerate(zip(asks.norm(dim=0), tells.norm(dim=0), strict=True)):
             balance = math.sqrt(float(told / asked)) if asked > 0 and told > 0 else 1.0
-            strength = math.sqrt(scale * math.sqrt(each))
+            strength = math.sqrt(math.sqrt(each) / gain)
             index = part.start + row
             query[first + row] = strength * balance * (directions.loadings_DC @ asking_form[:, index])
             key[first + row] = strength / balance * (directions.loadings_DC @ cells_form[index])
-        out[:, first] = directions.head / (scale * head_size)
     weights[f"{name}.weight"] = torch.cat([query, key, value]).float()
     weights[f"{name}.bias"] = torch.cat([query_bias, torch.zeros(2 * width, dtype=torch.float64)]).float()
     weights["blocks.0.attention_out.weight"] = out.float()
+
+
+def _calibrate(
+    weights: dict[str, Tensor],
+    directions: _Directions,
+    heads: int,
+    values_NG: Tensor,
+    masks: Masks,
+    constants: Tensor,
+    scales: _Scales,
+) -> None:
+    """Fit the heads' gains, and what each gene's embedding says, to what the first block's attention really says."""
+    each = len(directions.head) // heads
+    mixed_NKD = _attended(weights, heads, values_NG, masks)
+    out = weights["blocks.0.attention_out.weight"].double()
+    says = (directions.head @ out) * scales.head
+    gained_NKH, gains = mixed_NKD[..., ::each], says[::each].clone()
+    says[::each] = 0.0
+    rest_NK1 = (mixed_NKD @ says)[..., None]
+    above_NK1 = (values_NG.gather(1, masks.positions) - constants[masks.positions])[..., None]
+    kept, gene = masks.weights.double().flatten()[:, None], masks.positions.flatten()
+    count = torch.zeros(len(constants), 1, dtype=torch.float64).index_add_(0, gene, kept) + _PRIOR_CELLS
+
+    def by_gene(table: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows without their gene's mean, the means)."""
+        flat = table.flatten(0, 1)
+        total = torch.zeros(len(constants), flat.shape[1], dtype=torch.float64).index_add_(0, gene, flat * kept)
+        return (flat - (total / count)[gene]) * kept, total / count
+
+    gained, gained_means = by_gene(gained_NKH)
+    wanted, _ = by_gene(above_NK1 - rest_NK1)
+    _, rest_means = by_gene(rest_NK1)
+    square = gained.T @ gained
+    ridge = torch.diag(_GAIN_RIDGE * square.diagonal() + _SMALL)
+    gains = gains + torch.linalg.solve(square + ridge, gained.T @ (wanted[:, 0] - gained @ gains))
+    says[::each] = gains
+    along = torch.outer(directions.head, says / scales.head - directions.head @ out)
+    weights["blocks.0.attention_out.weight"] = (out + along).float()
+    embedding = weights["gene_embedding"].double()
+    said = (constants - float(weights["head.bias"]) - gained_means @ gains - rest_means[:, 0]) / scales.head
+    embedding = embedding + torch.outer(said - embedding @ directions.head, directions.head)
+    weights["gene_embedding"] = embedding.float()
+
+
+def _attended(weights: Mapping[str, Tensor], heads: int, values_NG: Tensor, masks: Masks) -> Tensor:
+    """(N, K, D) float64: what the heads of the first block average at hidden genes, before its output map."""
+    name = "blocks.0.query_key_value"
+    matrix, bias = weights[f"{name}.weight"].double(), weights[f"{name}.bias"].double()
+    width = matrix.shape[1]
+    value, hidden = weights["value_projection.weight"][:, 0].double(), weights["mask_token"].double()
+    found = []
+    for start in range(0, len(values_NG), _CHUNK_CELLS):
+        part = slice(start, start + _CHUNK_CELLS)
+        told = torch.where(masks.hidden[part, :, None], hidden, values_NG[part, :, None] * value)
+        normed = layer_norm(weights["gene_embedding"].double() + told, (width,), eps=_NORM_EPSILON)
+        asking = normed.gather(1, masks.positions[part, :, None].expand(-1, -1, width))
+        query = linear(asking, matrix[:width], bias[:width])
+        key, carried = linear(normed, matrix[width:], bias[width:]).split(width, dim=2)
+        query, key, carried = (table.unflatten(2, (heads, -1)).transpose(1, 2) for table in (query, key, carried))
+        mixed = scaled_dot_product_attention(query, key, carried)
+        found.append(mixed.transpose(1, 2).flatten(2))
+    return torch.cat(found)

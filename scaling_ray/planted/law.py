@@ -1,10 +1,12 @@
 """A truth whose loss falls as a power of model size and of training cells: programs whose strengths fall as a power.
 
-A cell has each of a few *programs* switched on or off, independently and by even odds. A program raises the logarithm
-of its own genes, a fixed share of all, by about its strength; strengths fall as strength * k^-strength_exponent for
-program k = 1, 2, ... Genes belong to several programs at once. So there are as many things to know as programs, each
-worth about the square of its strength, and whoever follows the n strongest ones misses a sum that falls as
-n^(1 - 2 strength_exponent) while n is small beside their number (``planted/limits.py``).
+A cell has a few *switches*, each on or off, independently and by even odds. A *program* moves the logarithm of all
+genes up or down by about its strength: to one side where an even number of its switches is on, to the other where an
+odd number is. Switches come in groups, and every choice of switches of one group is a program: four make fifteen. So
+any two programs are uncorrelated over cells, which is all that a linear predictor sees of them, and there are as many
+directions to learn as programs, many more than switches. Strengths fall as strength * k^-strength_exponent for program
+k = 1, 2, ..., groups in turn, and whoever follows the n strongest misses a sum that falls as n^(1 - 2
+strength_exponent) while n is small beside their number (``planted/limits.py``).
 
 A few genes behind those of the programs are on in every cell, take their part of the library and say nothing.
 """
@@ -27,23 +29,24 @@ class LawSpec:
     ``PlantSpec``.
     """
 
-    n_genes: int = 168
+    n_genes: int = 136
     """Genes of programs, then those that are always on. A panel of the former alone, the first ``n_told`` genes, hides
     from everybody how many counts the masked ones share."""
     seed: int = 0
-    programs: int = 12
-    strength: float = 1.5
-    """Of the strongest program; a gene of it is raised by 0.5 to 1.5 times as much."""
+    groups: int = 3
+    switches: int = 4
+    """Of each group; 2^switches - 1 programs."""
+    strength: float = 0.6
+    """Of the strongest program: standard deviation over genes of the log change to either side."""
     strength_exponent: float = 0.7
-    program_gene_fraction: float = 0.35
-    base_sd: float = 1.0
+    base_sd: float = 0.5
     """Standard deviation of the genes' own log weights."""
     always_on: int = 8
     always_on_share: float = 0.3
     """Share of every library that the genes which are always on take."""
-    concentration_per_gene: float = 20.0
+    concentration_per_gene: float = 240.0
     """Sum of the Dirichlet weights divided by the number of genes: the larger, the less two cells of a state differ."""
-    counts_per_gene: float = 30.0
+    counts_per_gene: float = 240.0
     """Median library size divided by the number of genes."""
     dataset_share: tuple[float, ...] = (0.5, 0.3, 0.2)
     donors_per_dataset: int = 4
@@ -53,7 +56,13 @@ class LawSpec:
     copied_share: float = 0.03
 
     def __post_init__(self) -> None:
-        for name, low in (("programs", 1), ("always_on", 1), ("donors_per_dataset", 1), ("depth_levels", 1)):
+        for name, low in (
+            ("groups", 1),
+            ("switches", 1),
+            ("always_on", 1),
+            ("donors_per_dataset", 1),
+            ("depth_levels", 1),
+        ):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: {getattr(self, name)}: choose {low} or more")
         for name in ("strength", "concentration_per_gene", "counts_per_gene"):
@@ -62,13 +71,12 @@ class LawSpec:
         for name in ("strength_exponent", "base_sd", "depth_sd"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: {getattr(self, name)}: choose 0 or more")
-        for name in ("program_gene_fraction", "always_on_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}: choose a share between 0 and 1")
+        if not 0 < self.always_on_share < 1:
+            raise ValueError(f"always_on_share: {self.always_on_share}: choose a share between 0 and 1")
         if self.n_states > LARGEST_LAW_STATES:
             raise ValueError(
-                f"programs: {self.programs}: makes {self.n_states} states; the floor is computed for at most "
-                f"{LARGEST_LAW_STATES}"
+                f"switches: {self.switches}: makes {self.n_states} states of {self.groups} groups; the floor is "
+                f"computed for at most {LARGEST_LAW_STATES}"
             )
         if self.n_told < 2:
             raise ValueError(
@@ -82,13 +90,18 @@ class LawSpec:
 
     @property
     def branching(self) -> tuple[int, ...]:
-        """Off and on, for each program; a state of the truth is one of each."""
-        return (2,) * self.programs
+        """Off and on, for each switch, group by group; a state of the truth is one of each."""
+        return (2,) * (self.groups * self.switches)
 
     @property
     def n_states(self) -> int:
-        """Combinations of programs."""
-        return 2**self.programs
+        """Combinations of switches."""
+        return 2 ** (self.groups * self.switches)
+
+    @property
+    def programs(self) -> int:
+        """Of all groups."""
+        return int(self.groups * (2**self.switches - 1))
 
     @property
     def n_effects(self) -> int:
@@ -111,8 +124,19 @@ class LawSpec:
         return int(np.clip(2**22 // self.n_genes, 64, 2048))
 
     def strengths(self) -> np.ndarray:
-        """(programs,) mean log fold change of the genes of each program, falling."""
+        """(programs,) standard deviation over genes of the log change of each program, falling."""
         return self.strength * (np.arange(self.programs) + 1.0) ** -self.strength_exponent
+
+    def signs(self, state_path: np.ndarray) -> np.ndarray:
+        """(S, programs) 1 where a program moves its genes up in a state, -1 where down; strongest first.
+
+        Args:
+            state_path: (S, groups * switches) 1 where a switch is on.
+        """
+        by_group = state_path.reshape(-1, self.groups, self.switches)
+        chosen = (np.arange(1, 2**self.switches)[:, None] >> np.arange(self.switches)) & 1
+        odd = np.einsum("sgw,pw->spg", by_group, chosen) % 2
+        return (1 - 2 * odd).reshape(len(state_path), self.programs)
 
 
 class Stream(Protocol):
@@ -130,15 +154,12 @@ def law_tables(spec: LawSpec, state_path: np.ndarray, stream: Stream) -> tuple[n
 
     Args:
         spec: the law.
-        state_path: (S, programs) 1 where a program is on.
+        state_path: (S, groups * switches) 1 where a switch is on.
         stream: of random numbers.
     """
     base = spec.base_sd * stream.normal(spec.n_told)
-    raised = np.zeros((spec.programs, spec.n_told))
-    for program, strength in enumerate(spec.strengths()):
-        member = stream.uniform(spec.n_told) < spec.program_gene_fraction
-        raised[program] = np.where(member, strength * (0.5 + stream.uniform(spec.n_told)), 0.0)
-    log_share = base + state_path @ raised
+    moved = np.stack([strength * stream.normal(spec.n_told) for strength in spec.strengths()])
+    log_share = base + spec.signs(state_path) @ moved
     share = np.exp(log_share - log_share.max(axis=1, keepdims=True))
     share *= (1 - spec.always_on_share) / share.sum(axis=1, keepdims=True)
     behind = np.full((len(share), spec.always_on), spec.always_on_share / spec.always_on)

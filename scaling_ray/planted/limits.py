@@ -89,8 +89,7 @@ def class_of_component(truth: PlantedTruth, told: int) -> NDArray[np.int64]:
     if told < 0:
         raise BadInput("C062", "told", told, "choose 0 or more")
     if isinstance(truth.spec, LawSpec):
-        followed = np.where(np.arange(truth.spec.programs) < told, truth.state_path, 0)
-        of_state = np.ravel_multi_index(tuple(followed.T), truth.spec.branching)
+        of_state = np.unique(truth.spec.signs(truth.state_path)[:, :told], axis=0, return_inverse=True)[1].ravel()
     else:
         place = np.empty(len(truth.state_prior), np.int64)
         place[np.argsort(-truth.state_prior, kind="stable")] = np.arange(len(place))

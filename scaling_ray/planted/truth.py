@@ -1,7 +1,7 @@
 """The model that a planted Census was drawn from, derived again from ``plant.json`` alone.
 
 The model. A cell has a *state* (one leaf of a tree of gene programs, or in a plant of the law, ``planted/law.py``, one
-combination of programs that are on and off), an *effect* (its donor carries one of a few
+combination of switches that are on and off), an *effect* (its donor carries one of a few
 shifts of expression), a *depth* (one level of a grid that belongs to its dataset) and a dataset, which measured
 some of the genes. With alpha[s, e, g] the Dirichlet weights of the measured genes, scaled to the same sum A in
 every state and effect, the counts of gene g are independent negative binomials of shape alpha[s, e, g] and one
@@ -88,7 +88,7 @@ class PlantSpec:
 
 
 Spec = PlantSpec | LawSpec
-_SPECS: dict[str, type[PlantSpec] | type[LawSpec]] = {"tree": PlantSpec, "programs": LawSpec}
+_SPECS: dict[str, type[PlantSpec] | type[LawSpec]] = {"tree": PlantSpec, "switches": LawSpec}
 
 
 class PlantedTruth:
@@ -187,7 +187,7 @@ class PlantedTruth:
                 {
                     "truth_version": TRUTH_VERSION,
                     # a tree's file says no design, as before there were others
-                    **({"design": "programs"} if isinstance(self.spec, LawSpec) else {}),
+                    **({"design": "switches"} if isinstance(self.spec, LawSpec) else {}),
                     "n_cells": self.n_cells,
                     "spec": dataclasses.asdict(self.spec),
                     "table_sha256": self.table_sha256,
