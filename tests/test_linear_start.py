@@ -109,13 +109,15 @@ def test_a_start_follows_the_seed_and_not_the_order_of_a_call() -> None:
     assert not torch.allclose(one["gene_embedding"], other["gene_embedding"], atol=1e-2)
 
 
-def test_cells_without_any_spread_have_no_regression() -> None:
+def test_cells_without_spread_or_hidden_genes_have_no_regression() -> None:
     flat = torch.full((5, 12), 0.7)
     network = MaskedGeneTransformer(Shape(16, 1, 4, 1), 12)
     network.initialise(1)
     measured = torch.ones_like(flat, dtype=torch.bool)
     drawn = network.state_dict()
     assert linear_weights(drawn, flat, measured, flat[:1].T, heads=4, mask_fraction=0.15, seed=1) is None
+    spread = programs(5, genes=12)
+    assert linear_weights(drawn, spread, measured, flat[:1].T, heads=4, mask_fraction=0.01, seed=1) is None
 
 
 @pytest.mark.parametrize(

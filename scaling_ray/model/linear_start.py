@@ -91,7 +91,7 @@ def linear_weights(
     mask_fraction: float,
     seed: int,
 ) -> dict[str, Tensor] | None:
-    """The weights of a ``MaskedGeneTransformer`` to start from, on the CPU; None where these cells vary in nothing.
+    """The weights of a ``MaskedGeneTransformer`` to start from, on the CPU; None where cells vary, or hide, nothing.
 
     Args:
         drawn: its weights by name as ``initialise`` drew them.
@@ -118,16 +118,12 @@ def linear_weights(
     hidden = EMBEDDING_SCALE * unit
     means = gene_means(values, measured)
     residuals = torch.where(measured, values - means, 0.0)
-    masks = draw_masks(
-        "corrected",
-        mask_fraction,
-        seed,
-        torch.zeros(len(values), dtype=torch.int64),
-        torch.arange(len(values)),
-        measured,
-    )
+    order = torch.arange(len(values))
+    masks = draw_masks("corrected", mask_fraction, seed, torch.zeros_like(order), order, measured)
     visible = (~masks.hidden).double()
     target = (masks.hidden & measured).double()
+    if not bool(target.any()):
+        return None
 
     said = (constants - bias) / head_size
     rank = (heads - 1) * (width // heads - 1)
