@@ -47,9 +47,9 @@ class TrainingRules(Frozen):
     that share of a cell's molecules; targets keep full depth. With ``schedule = "wsd"`` the table ``trunk`` takes the
     place of ``warmup_fraction`` and ``evaluations``; other schedules leave it alone. ``held_out_in_training`` adds the
     validation and test cells to a run's training cells, as the study's released launchers do: results, verdict and
-    report say so, and such losses are of no held-out cell. ``start`` says whether the first
-    weights know the run's cells (:mod:`scaling_ray.model.start`), predict by a regression of them where a size has
-    room for it (:mod:`scaling_ray.model.linear_start`; else as cells) or are drawn at random; "auto" is cells for
+    report say so, and such losses are of no held-out cell. ``start`` says what the first weights
+    are: drawn at random, knowing the run's cells (:mod:`scaling_ray.model.start`), or predicting by a linear regression
+    of them (:mod:`scaling_ray.model.linear_start`), for which a size has to have room; "auto" is cells for
     ``corrected``, and for ``published`` drawn.
     """
 

@@ -48,6 +48,9 @@ def add_census(top: Verbs) -> None:
     limiting.add_argument(
         "--genes", type=int, metavar="GENES", default=None, help="the first so many genes (all that programs move)"
     )
+    limiting.add_argument(
+        "--mask-fraction", type=float, metavar="SHARE", default=0.15, help="share of the genes that is hidden (0.15)"
+    )
     limiting.add_argument("--out", type=local, metavar="FILE", default=None, help="keep the figures as JSON")
     importing = add_verb(
         census,
@@ -91,12 +94,13 @@ def limits(options: argparse.Namespace) -> int:
 
     if options.out is not None:
         output_directory(options.out.parent)
-    found = limits_of(load_truth(options.census), cells=options.cells, n_genes=options.genes)
+    found = limits_of(
+        load_truth(options.census), cells=options.cells, n_genes=options.genes, mask_fraction=options.mask_fraction
+    )
     print(f"attainable floor {found['attainable_floor']:.4f} mse, gene mean {found['drop']:.4f} above it")
-    for kind, what in (("told", "told apart"), ("rank", "directions")):
-        part = found[kind]
+    for part in (found["told"], found["rank"]):
         rows = [(str(n), f"{share:.4f}") for n, share in zip(part["n"], part["share_of_drop"], strict=True)]
-        print("\n".join(plain(table((what, "share of it left"), rows, right=(0, 1)))))
+        print("\n".join(plain(table((part["what"], "share of it left"), rows, right=(0, 1)))))
         if part["exponent"] is not None:
             low, high = part["exponent_n"][0], part["exponent_n"][-1]
             print(f"falls as n^-{part['exponent']:.2f} from {low} to {high}")

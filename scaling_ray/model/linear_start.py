@@ -18,7 +18,7 @@ gene's constant, to what the heads really say.
 Other weights that write to the residual stream stay as drawn, but smaller: at zero nothing would reach what stands
 before them, and Adam makes updates out of rounding.
 
-Shape legend: N cells, G genes, D width, C components, J rank.
+Shape legend: N cells, G genes, K hidden genes of a cell, D width, H heads, C components, J rank, O outputs per gene.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LINEAR_START_CELLS = 4096
 """Most training cells that the regression is fitted to."""
 CALIBRATION_CELLS = 1024
 """Of these, most that a head's gain is fitted to."""
-VALUE_SCALE = 0.1
+VALUES_SIZE = 0.1
 """Root mean square of what the cells' values write to a token's entry: LayerNorm divides by the whole, so that values
 which are small beside the embedding stay linear."""
 LOGIT_SCALE = 0.3
@@ -49,15 +49,28 @@ HIDDEN_LOGIT = -6.0
 """Logit of a key whose gene is hidden."""
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges tried, each times the mean variance of the cells' loadings."""
+FEWEST_VISIBLE_GENES = 4
+"""Mean number of visible genes of a cell below which nothing is regressed."""
 _OWN_DIRECTIONS = 5
-_ROUNDS, _CALIBRATIONS, _SOLVER_STEPS, _SMALL, _NORM_EPSILON = 5, 2, 10, 1e-9, 1e-5
-_GAIN_RIDGE, _PRIOR_CELLS, _CHUNK_CELLS = 1e-3, 5, 64
+"""The one that LayerNorm takes away, and those of head, value, mean and mask."""
+_ROUNDS = 5
+"""Turns in which embeddings and regression come to agree: what the former say changes what LayerNorm divides by."""
+_CALIBRATIONS = 2
+_SOLVER_STEPS = 10
+_GAIN_RIDGE = 1e-3
+"""Times the variance of what a head says."""
+_PRIOR_CELLS = 5
+"""Cells at 0 that a gene's mean of what heads say is shrunk by."""
+_CHUNK_CELLS = 64
+_SMALL = 1e-9
+_NORM_EPSILON = 1e-5
+"""Of torch's LayerNorm."""
 _BASIS_SEED = 104_729
 
 
-def fits(width: int, heads: int, outputs_per_gene: int) -> bool:
-    """Whether a network has room for the regression: two heads of two, and one output for each gene."""
-    return heads >= 2 and width // heads >= 2 and width > _OWN_DIRECTIONS and outputs_per_gene == 1
+def has_room(width: int, heads: int) -> bool:
+    """Whether a network has room for the regression: a width of six or more, and two heads of two or more."""
+    return heads >= 2 and width // heads >= 2 and width > _OWN_DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -71,16 +84,6 @@ class _Directions:
     loadings_DC: Tensor
 
 
-@dataclass(frozen=True)
-class _Regression:
-    """asking (G, C) what a hidden gene's token shows of its loadings; cells (N, C), less ``mean``; the form (C, C)."""
-
-    asking: Tensor
-    cells: Tensor
-    mean: Tensor
-    form: Tensor
-
-
 def linear_weights(
     drawn: Mapping[str, Tensor],
     values_NG: Tensor,
@@ -91,7 +94,7 @@ def linear_weights(
     mask_fraction: float,
     seed: int,
 ) -> dict[str, Tensor] | None:
-    """The weights of a ``MaskedGeneTransformer`` to start from, on the CPU; None where cells vary, or hide, nothing.
+    """The weights of a ``MaskedGeneTransformer`` to start from, on the CPU; None where cells tell nothing linear.
 
     Args:
         drawn: its weights by name as ``initialise`` drew them.
@@ -105,45 +108,29 @@ def linear_weights(
     weights = {name: tensor.detach().cpu().clone() for name, tensor in drawn.items()}
     genes, width = weights["gene_embedding"].shape
     values, measured = values_NG.double().cpu(), measured_NG.cpu()
+    order = torch.arange(len(values))
+    masks = draw_masks("corrected", mask_fraction, seed, torch.zeros_like(order), order, measured)
+    if float((~masks.hidden).sum(1).double().mean()) < FEWEST_VISIBLE_GENES:
+        return None
     loadings_CG = components(values, measured)[: width - _OWN_DIRECTIONS]
     if not len(loadings_CG):
         return None
     directions = _directions(width, len(loadings_CG), seed)
     constants = constants_GO.double().cpu()[:, 0]
     bias, head_size = float(constants.mean()), float(weights["head.weight"].double().norm())
-
     unit = math.sqrt(width)
     embedded_GC = loadings_CG.T * (EMBEDDING_SCALE * unit * math.sqrt(genes) / loadings_CG.norm())
-    slope = VALUE_SCALE * unit / float(values[measured].square().mean().sqrt())
+    slope = VALUES_SIZE * unit / float(values[measured].square().mean().sqrt())
     hidden = EMBEDDING_SCALE * unit
     means = gene_means(values, measured)
-    residuals = torch.where(measured, values - means, 0.0)
-    order = torch.arange(len(values))
-    masks = draw_masks("corrected", mask_fraction, seed, torch.zeros_like(order), order, measured)
-    visible = (~masks.hidden).double()
-    target = (masks.hidden & measured).double()
-    if not bool(target.any()):
+    table = _Table(values, measured, masks, means, constants - bias)
+    found = _agreed(table, embedded_GC, width, slope, hidden, head_size, (heads - 1) * (width // heads - 1))
+    if found is None:
         return None
-
-    said = (constants - bias) / head_size
-    rank = (heads - 1) * (width // heads - 1)
-    for turn in range(_ROUNDS):
-        fixed = embedded_GC.square().sum(1) + said.square() + (slope * means).square()
-        asking_GC = embedded_GC / _deviation(fixed + hidden**2, width)[:, None]
-        deviation_NG = _deviation(fixed + (slope * values).square(), width)
-        above_NG = slope * (values - means) / deviation_NG * visible
-        shown_NG = visible / deviation_NG
-        seen = visible.sum(1, keepdim=True).clamp(min=1)
-        cells = (above_NG / deviation_NG) @ embedded_GC / seen
-        cells = cells - (shown_NG @ embedded_GC / seen) * (above_NG.sum(1, keepdim=True) / seen)
-        regression = _fitted(asking_GC, cells, residuals, target, last=turn == _ROUNDS - 1)
-        asking_form, cells_form = _halves(regression, rank)
-        offset = (asking_GC @ asking_form) @ (cells_form @ regression.mean)
-        said = (constants - bias - offset) / head_size
 
     weights["gene_embedding"] = (
         embedded_GC @ directions.loadings_DC.T
-        + said[:, None] * directions.head
+        + found.said[:, None] * directions.head
         + slope * means[:, None] * directions.mean
     ).float()
     weights["mask_token"] = (hidden * directions.hidden).float()
@@ -154,15 +141,10 @@ def linear_weights(
     for name in weights:
         if name.endswith(("attention_out.weight", "feedforward_out.weight")):
             weights[name] *= OTHERS_SCALE
-    usual_GC = embedded_GC / _deviation(fixed + (slope * means).square(), width)[:, None]
     scales = _Scales(
-        told=1 / float((above_NG.square().sum() / visible.sum().clamp(min=1)).sqrt().clamp(min=_SMALL)),
-        hidden=hidden / float(_deviation(fixed + hidden**2, width).mean()),
-        head=head_size,
+        told=found.told, hidden=hidden / float(_deviation(found.fixed + hidden**2, width).mean()), head=head_size
     )
-    _write_heads(
-        weights, directions, heads, asking_GC @ asking_form, usual_GC @ cells_form.T, asking_form, cells_form, scales
-    )
+    _write_heads(weights, directions, heads, found, scales)
     few = slice(0, CALIBRATION_CELLS)
     for _ in range(_CALIBRATIONS):
         _calibrate(weights, directions, heads, values[few], masks.rows(0, CALIBRATION_CELLS), constants, scales)
@@ -170,11 +152,78 @@ def linear_weights(
 
 
 @dataclass(frozen=True)
+class _Table:
+    """Cells to fit to: values (N, G), measured, masks, the genes' means (G,) and their constants less the bias (G,)."""
+
+    values: Tensor
+    measured: Tensor
+    masks: Masks
+    means: Tensor
+    constants: Tensor
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A regression and the token that it was fitted with, which depends on it.
+
+    Attributes:
+        said: (G,) what an embedding writes along the head's direction.
+        fixed: (G,) sum of squares of a token's entries, but for those of its value or mask.
+        asks: (G, J) what hidden genes show of the forms.
+        tells: (G, J) what visible ones show of them at their mean value.
+        asking_form: (C, J).
+        cells_form: (J, C).
+        told: what makes how far visible genes are above their means 1 in the root mean square.
+    """
+
+    said: Tensor
+    fixed: Tensor
+    asks: Tensor
+    tells: Tensor
+    asking_form: Tensor
+    cells_form: Tensor
+    told: float
+
+
+def _agreed(
+    table: _Table, embedded_GC: Tensor, width: int, slope: float, hidden: float, head_size: float, rank: int
+) -> _Found | None:
+    """Fit, and let embeddings say what is left for them, in turns; None where other cells are not predicted."""
+    residuals = torch.where(table.measured, table.values - table.means, 0.0)
+    visible = (~table.masks.hidden).double()
+    target = (table.masks.hidden & table.measured).double()
+    if not bool(target.any()):
+        return None
+    seen = visible.sum(1, keepdim=True).clamp(min=1)
+    said = table.constants / head_size
+    for turn in range(_ROUNDS):
+        fixed = embedded_GC.square().sum(1) + said.square() + (slope * table.means).square()
+        asking_GC = embedded_GC / _deviation(fixed + hidden**2, width)[:, None]
+        deviation_NG = _deviation(fixed + (slope * table.values).square(), width)
+        above_NG = slope * (table.values - table.means) / deviation_NG * visible
+        shown_NG = visible / deviation_NG
+        cells = (above_NG / deviation_NG) @ embedded_GC / seen
+        cells = cells - (shown_NG @ embedded_GC / seen) * (above_NG.sum(1, keepdim=True) / seen)
+        mean = cells.mean(0)
+        cells = cells - mean
+        ridge = RIDGES[1] if turn < _ROUNDS - 1 else _ridge(asking_GC, cells, residuals, target)
+        if ridge is None:
+            return None
+        form = _solved(asking_GC, cells, residuals, target, ridge)
+        asking_form, cells_form = _halves(asking_GC, cells, form, rank)
+        offset = (asking_GC @ asking_form) @ (cells_form @ mean)
+        said = (table.constants - offset) / head_size
+    usual_GC = embedded_GC / _deviation(fixed + (slope * table.means).square(), width)[:, None]
+    told = 1 / float((above_NG.square().sum() / visible.sum().clamp(min=1)).sqrt().clamp(min=_SMALL))
+    return _Found(said, fixed, asking_GC @ asking_form, usual_GC @ cells_form.T, asking_form, cells_form, told)
+
+
+@dataclass(frozen=True)
 class _Scales:
     """Sizes that a token does not have.
 
     Attributes:
-        told: what makes how far visible genes are above their means 1 in the root mean square.
+        told: as in ``_Found``.
         hidden: what a hidden token shows of being hidden.
         head: length of the head's weights.
     """
@@ -198,19 +247,24 @@ def _directions(width: int, count: int, seed: int) -> _Directions:
     return _Directions(basis[:, 1], basis[:, 2], basis[:, 3], basis[:, 4], basis[:, 5 : 5 + count])
 
 
-def _fitted(asking_GC: Tensor, cells_NC: Tensor, residuals_NG: Tensor, target_NG: Tensor, last: bool) -> _Regression:
-    """The bilinear form by least squares over hidden genes; the last time its ridge is chosen on other cells."""
-    mean = cells_NC.mean(0)
-    centred = cells_NC - mean
-    ridge = RIDGES[1]
-    if last and len(centred) >= 4:
-        losses = []
-        for tried in RIDGES:
-            form = _solved(asking_GC, centred[::2], residuals_NG[::2], target_NG[::2], tried)
-            missed = (residuals_NG[1::2] - (centred[1::2] @ form.T) @ asking_GC.T).square() * target_NG[1::2]
-            losses.append(float(missed.sum()))
-        ridge = RIDGES[losses.index(min(losses))]
-    return _Regression(asking_GC, centred, mean, _solved(asking_GC, centred, residuals_NG, target_NG, ridge))
+def _ridge(asking_GC: Tensor, cells_NC: Tensor, residuals_NG: Tensor, target_NG: Tensor) -> float | None:
+    """The ridge that predicts every second cell best from the others.
+
+    None where it is not better than the gene mean by more than two standard errors over those cells.
+    """
+    fitted, other = slice(0, None, 2), slice(1, None, 2)
+    if not (float(target_NG[fitted].sum()) > 0 and float(target_NG[other].sum()) > 0):
+        return None
+    nothing = (residuals_NG[other].square() * target_NG[other]).sum(1)
+    losses = []
+    for ridge in RIDGES:
+        form = _solved(asking_GC, cells_NC[fitted], residuals_NG[fitted], target_NG[fitted], ridge)
+        missed = (residuals_NG[other] - (cells_NC[other] @ form.T) @ asking_GC.T).square() * target_NG[other]
+        losses.append(missed.sum(1))
+    best = min(range(len(RIDGES)), key=lambda tried: float(losses[tried].sum()))
+    gained = nothing - losses[best]
+    error = float(gained.std()) / math.sqrt(len(gained)) if len(gained) > 1 else math.inf
+    return RIDGES[best] if float(gained.mean()) > 2 * error else None
 
 
 def _solved(asking_GC: Tensor, cells_NC: Tensor, residuals_NG: Tensor, target_NG: Tensor, ridge: float) -> Tensor:
@@ -248,15 +302,15 @@ def _solved(asking_GC: Tensor, cells_NC: Tensor, residuals_NG: Tensor, target_NG
     return form
 
 
-def _halves(regression: _Regression, rank: int) -> tuple[Tensor, Tensor]:
+def _halves(asking_GC: Tensor, cells_NC: Tensor, form_CC: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(C, J), (J, C): the best form of a rank on these genes and cells, as a product; strongest first."""
     sides = []
-    for table in (regression.asking, regression.cells):
+    for table in (asking_GC, cells_NC):
         square = table.T @ table
         small = _SMALL * float(square.trace()) * torch.eye(len(square), dtype=torch.float64)
         sides.append(torch.linalg.cholesky(square + small))
     asking, cells = sides
-    left, strength, right = torch.linalg.svd(asking.T @ regression.form @ cells)
+    left, strength, right = torch.linalg.svd(asking.T @ form_CC @ cells)
     kept = min(rank, len(strength))
     largest = left.abs().argmax(dim=0, keepdim=True)
     sign = left.gather(0, largest).sign()
@@ -268,20 +322,9 @@ def _halves(regression: _Regression, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _write_heads(
-    weights: dict[str, Tensor],
-    directions: _Directions,
-    heads: int,
-    asks_GJ: Tensor,
-    tells_GJ: Tensor,
-    asking_form: Tensor,
-    cells_form: Tensor,
-    scales: _Scales,
+    weights: dict[str, Tensor], directions: _Directions, heads: int, found: _Found, scales: _Scales
 ) -> None:
-    """Put the product of two forms into the first block: some of its rank in each head but the last.
-
-    ``asks_GJ`` is what hidden genes show of the forms, ``tells_GJ`` what visible ones do at their mean value; both only
-    set sizes.
-    """
+    """Put the product of the two forms into the first block: some of its rank in each head but the last."""
     width = len(directions.head)
     each = width // heads
     name = "blocks.0.query_key_value"
@@ -296,7 +339,7 @@ def _write_heads(
         query[last], key[last] = 0.0, HIDDEN_LOGIT / scales.hidden * directions.hidden
         query_bias[last] = math.sqrt(each)
         part = slice(head * (each - 1), (head + 1) * (each - 1))
-        asks, tells = asks_GJ[:, part], tells_GJ[:, part]
+        asks, tells = found.asks[:, part], found.tells[:, part]
         size = float((asks @ tells.T).square().mean().sqrt()) if head < heads - 1 else 0.0
         gain = size / LOGIT_SCALE
         gains += gain
@@ -307,8 +350,8 @@ def _write_heads(
             balance = math.sqrt(float(told / asked)) if asked > 0 and told > 0 else 1.0
             strength = math.sqrt(math.sqrt(each) / gain)
             index = part.start + row
-            query[first + row] = strength * balance * (directions.loadings_DC @ asking_form[:, index])
-            key[first + row] = strength / balance * (directions.loadings_DC @ cells_form[index])
+            query[first + row] = strength * balance * (directions.loadings_DC @ found.asking_form[:, index])
+            key[first + row] = strength / balance * (directions.loadings_DC @ found.cells_form[index])
     weights[f"{name}.weight"] = torch.cat([query, key, value]).float()
     weights[f"{name}.bias"] = torch.cat([query_bias, torch.zeros(2 * width, dtype=torch.float64)]).float()
     weights["blocks.0.attention_out.weight"] = out.float()

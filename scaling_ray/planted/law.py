@@ -1,12 +1,12 @@
 """A truth whose loss falls as a power of model size and of training cells: programs whose strengths fall as a power.
 
-A cell has a few *switches*, each on or off, independently and by even odds. A *program* moves the logarithm of all
-genes up or down by about its strength: to one side where an even number of its switches is on, to the other where an
-odd number is. Switches come in groups, and every choice of switches of one group is a program: four make fifteen. So
-any two programs are uncorrelated over cells, which is all that a linear predictor sees of them, and there are as many
-directions to learn as programs, many more than switches. Strengths fall as strength * k^-strength_exponent for program
-k = 1, 2, ..., groups in turn, and whoever follows the n strongest misses a sum that falls as n^(1 - 2
-strength_exponent) while n is small beside their number (``planted/limits.py``).
+A cell has a few *switches*, each on or off, independently and by even odds. A *program* adds a log change of its own,
+of either sign, to every gene where an even number of its switches is on, and takes it away where an odd number is.
+Switches come in groups, and every choice of switches of one group is a program: four make fifteen. So the signs of any
+two programs are uncorrelated over cells, and there are as many directions to learn as programs, many more than
+switches. Strengths fall as strength * k^-strength_exponent for program k = 1, 2, ..., groups in turn, and whoever
+follows the n strongest misses a sum that falls about as n^(1 - 2 strength_exponent) while n is small beside their
+number (``planted/limits.py``).
 
 A few genes behind those of the programs are on in every cell, take their part of the library and say nothing.
 """
@@ -37,7 +37,7 @@ class LawSpec:
     switches: int = 4
     """Of each group; 2^switches - 1 programs."""
     strength: float = 0.6
-    """Of the strongest program: standard deviation over genes of the log change to either side."""
+    """Of the strongest program: standard deviation over genes of its log changes."""
     strength_exponent: float = 0.7
     base_sd: float = 0.5
     """Standard deviation of the genes' own log weights."""
@@ -128,7 +128,7 @@ class LawSpec:
         return self.strength * (np.arange(self.programs) + 1.0) ** -self.strength_exponent
 
     def signs(self, state_path: np.ndarray) -> np.ndarray:
-        """(S, programs) 1 where a program moves its genes up in a state, -1 where down; strongest first.
+        """(S, programs) the sign that each program's log changes take in a state; strongest first.
 
         Args:
             state_path: (S, groups * switches) 1 where a switch is on.

@@ -5,9 +5,11 @@ same posterior, but answers for a component with less than what is known of it: 
 component in its data set, and e'_c what is left of it under the limit, it predicts m + sum_c w_c (e'_c - e_c). Two
 limits:
 
-``told``: the n most frequent states keep their own mean, all others share one, their average. In a plant of the law,
-the n strongest programs are told apart, and of all others the average is known. With all told apart nothing is lost;
-with one class left the answer is the gene mean's.
+``told``: the n most frequent states keep their own mean, all others share one, their average. With all told apart
+nothing is lost; with one class left the answer is the gene mean's. In a plant of the law e'_c is the average of all
+states and what the n strongest programs, each by itself, move it by; with all of them followed, what is left is what
+programs do together.
+
 ``rank``: e' is the best approximation of rank n to the table of means about its average, weighted by frequency.
 
 m is a conditional expectation, so for any predictor that is a function of the visible part, expected loss = floor +
@@ -41,7 +43,7 @@ from scaling_ray.planted.truth import PlantedTruth
 Floats = NDArray[np.float64]
 
 MASK_FRACTION = 0.15
-"""Share of the genes that is hidden, as in training."""
+"""Share of the genes that is hidden unless said, as in training unless a spec says another."""
 
 INTERPOLATION_POINTS = 200
 """Weights at which the mean of a gene's value is summed exactly; it is interpolated between them."""
@@ -52,8 +54,8 @@ class LimitedExcess:
     """Excess over the attainable floor, squared error per masked gene, by limit.
 
     Attributes:
-        told: (N,) states told apart (programs, in a plant of the law).
-        told_excess: (N,) excess where so many are told apart.
+        told: (N,) states told apart (programs followed, in a plant of the law).
+        told_excess: (N,) excess where so many are.
         rank: (M,) directions.
         rank_excess: (M,) excess of so many directions.
     """
@@ -84,16 +86,13 @@ def state_means(truth: PlantedTruth, dataset: int, panel: NDArray[np.integer]) -
 def class_of_component(truth: PlantedTruth, told: int) -> NDArray[np.int64]:
     """(C,) class of each component where ``told`` states are told apart and the rarer ones are one class.
 
-    In a plant of the law the ``told`` strongest programs are told apart. Effects stay apart.
+    Effects stay apart.
     """
     if told < 0:
         raise BadInput("C062", "told", told, "choose 0 or more")
-    if isinstance(truth.spec, LawSpec):
-        of_state = np.unique(truth.spec.signs(truth.state_path)[:, :told], axis=0, return_inverse=True)[1].ravel()
-    else:
-        place = np.empty(len(truth.state_prior), np.int64)
-        place[np.argsort(-truth.state_prior, kind="stable")] = np.arange(len(place))
-        of_state = np.minimum(place, told)
+    place = np.empty(len(truth.state_prior), np.int64)
+    place[np.argsort(-truth.state_prior, kind="stable")] = np.arange(len(place))
+    of_state = np.minimum(place, told)
     effects = truth.spec.n_effects
     both = (of_state[:, None] * effects + np.arange(effects)).ravel()
     return np.unique(both, return_inverse=True)[1].astype(np.int64)
@@ -123,7 +122,7 @@ def limited_excess(
         masked: (B, V) bool.
         measured: (B, V) bool.
         dataset: (B,) rows of ``truth.measured``.
-        told: numbers of states (of programs) told apart.
+        told: numbers of states told apart, or of programs followed.
         rank: numbers of directions.
 
     Raises:
@@ -151,13 +150,24 @@ def limited_excess(
             total += float(np.sum((weight @ lost[int(dataset[i])][kept])[masked[i]] ** 2))
         return total / masked_genes
 
-    told_excess = [excess({t: _by_class(means[t], prior, class_of_component(truth, n)) for t in there}) for n in told]
+    told_excess = [excess({t: _untold(truth, means[t], n) for t in there}) for n in told]
     rank_excess = [
         excess({t: centred[t] - (centred[t] @ directions[:, :n]) @ directions[:, :n].T for t in there}) for n in rank
     ]
     return LimitedExcess(
         np.array(told, np.int64), np.array(told_excess), np.array(rank, np.int64), np.array(rank_excess)
     )
+
+
+def _untold(truth: PlantedTruth, means_CV: Floats, told: int) -> Floats:
+    """(C, V) distance of each component's mean to what is told of it."""
+    prior = truth.component_prior
+    if not isinstance(truth.spec, LawSpec):
+        return _by_class(means_CV, prior, class_of_component(truth, told))
+    # all states are equally frequent and programs uncorrelated, so each one's part stands by itself
+    signs = truth.spec.signs(truth.state_path)[:, :told].astype(float)
+    centred = means_CV - prior @ means_CV
+    return np.asarray(centred - signs @ (signs.T @ (prior[:, None] * centred)))
 
 
 def _by_class(means_CV: Floats, prior: Floats, of_component: NDArray[np.int64]) -> Floats:
@@ -183,18 +193,21 @@ def exponent(n: Sequence[float] | NDArray[np.number], excess: Sequence[float] | 
     return -float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def limits_of(truth: PlantedTruth, *, cells: int = 600, n_genes: int | None = None) -> dict[str, Any]:
+def limits_of(
+    truth: PlantedTruth, *, cells: int = 600, n_genes: int | None = None, mask_fraction: float = MASK_FRACTION
+) -> dict[str, Any]:
     """How the loss falls with what a predictor may tell apart, on cells of a plant: the references of a size law.
 
     Args:
         truth: from ``load_truth``.
         cells: originals of the plant's first range that are looked at.
         n_genes: the panel is the first so many genes; None: those that programs move, or all of a tree.
+        mask_fraction: share of the genes that is hidden.
 
     Returns:
         ``attainable_floor``, squared error per masked gene; ``drop``, what the gene mean's loss lies above it;
-        ``told`` and ``rank``: ``n``, ``share_of_drop`` that is left, and ``exponent`` of n over ``exponent_n`` (two
-        thirds of the programs at most, where the end is far).
+        ``told`` and ``rank``: ``n`` of ``what``, ``share_of_drop`` that is left, and ``exponent`` of n over
+        ``exponent_n`` (two thirds of the programs at most, where the end is far).
 
     Raises:
         BadInput: more cells or genes than there are, or fewer than one.
@@ -210,6 +223,8 @@ def limits_of(truth: PlantedTruth, *, cells: int = 600, n_genes: int | None = No
         raise BadInput("C083", "cells", cells, f"choose 1 to {len(rows):,}")
     if not 1 <= n_genes <= most:
         raise BadInput("C084", "genes", n_genes, f"choose 1 to {most:,}")
+    if not 0 < mask_fraction < 1:
+        raise BadInput("C089", "mask_fraction", mask_fraction, "choose a share between 0 and 1")
     rows, panel = rows[:cells], np.arange(n_genes)
     measured = truth.measured[drawn.dataset[rows]][:, panel]
     rng = np.random.default_rng([truth.spec.seed, 0x11417])
@@ -217,7 +232,7 @@ def limits_of(truth: PlantedTruth, *, cells: int = 600, n_genes: int | None = No
         "counts": counts[rows][:, panel],
         "panel": panel,
         "raw_sum": counts[rows].sum(axis=1),
-        "masked": measured & (rng.random(measured.shape) < MASK_FRACTION),
+        "masked": measured & (rng.random(measured.shape) < mask_fraction),
         "measured": measured,
         "dataset": drawn.dataset[rows],
     }
@@ -230,10 +245,12 @@ def limits_of(truth: PlantedTruth, *, cells: int = 600, n_genes: int | None = No
     return {
         "cells": cells,
         "genes": n_genes,
+        "mask_fraction": mask_fraction,
         "attainable_floor": float(oracle(truth, **looked_at).variance_sum.sum() / looked_at["masked"].sum()),
         "drop": drop,
-        "told": _reference(found.told, found.told_excess / drop, 2 * states / 3),
-        "rank": _reference(found.rank, found.rank_excess / drop, 2 * states / 3),
+        "told": {"what": "programs followed" if law else "states told apart"}
+        | _reference(found.told, found.told_excess / drop, 2 * states / 3),
+        "rank": {"what": "directions"} | _reference(found.rank, found.rank_excess / drop, 2 * states / 3),
     }
 
 

@@ -265,7 +265,7 @@ def parse_truth(plant_json: str, source: str) -> PlantedTruth:
         design = text.get("design", "tree")
         if design not in _SPECS:
             raise BadInput(
-                "C080", "design", design, f"choose {' or '.join(_SPECS)}; this version of the program plants no other"
+                "C080", "design", design, f"this version reads {' or '.join(_SPECS)}; plant the Census again"
             )
         spec = _SPECS[design](**fields)
         n_cells, expected = int(text["n_cells"]), text["table_sha256"]

@@ -64,7 +64,7 @@ ABOUT_KEYS: dict[str, dict[str, str]] = {
     },
     "train": {
         "recipe": "corrected (normalised by the library), or published (by the panel's sum)",
-        "start": "first weights: from cells, linear (by a regression of them), drawn, or auto",
+        "start": "first weights: cells, linear (a regression of them), drawn, or auto (by recipe)",
         "objective": "what is minimised",
         "mask_fraction": "share of a cell's measured genes that are hidden and predicted",
         "umi_fraction": "share of a cell's molecules that the network sees; targets keep all",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scaling_ray.model.linear_start import LINEAR_START_CELLS, fits, linear_weights
+from scaling_ray.model.linear_start import LINEAR_START_CELLS, has_room, linear_weights
 from scaling_ray.model.masking import log_normalise
 from scaling_ray.model.objectives import Objective, objective_named
 from scaling_ray.model.start import START_CELLS, starting_weights
@@ -55,8 +55,10 @@ class FirstCells:
 
 
 def _is_linear(run: RunSpec) -> bool:
-    """Whether a run asks for the regression and has room for it."""
-    return run.train.start == "linear" and fits(run.shape.width, run.shape.heads, run.outputs_per_gene)
+    """Whether a run asks for the regression and has room for it; its outputs are values, and seen at full depth."""
+    rules = run.train
+    are_values = rules.objective == "mse" and rules.umi_fraction == 1.0
+    return rules.start == "linear" and are_values and has_room(run.shape.width, run.shape.heads)
 
 
 def first_cells(feed: Feed, run: RunSpec) -> FirstCells:
