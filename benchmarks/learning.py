@@ -50,7 +50,7 @@ STARTS: dict[str, dict[str, Any]] = {
 }
 RATES = (0.005, 0.01, 0.02, 0.04)
 RATE_OF_STARTS = {"drawn": (0.01, 0.03), "cells": (0.02,)}
-RATE_OF_WIDTH_16, WIDTH_EXPONENT = 0.014, -0.5
+RATE_OF_WIDTH_16, WIDTH_EXPONENT = {"cells": 0.014, "linear": 0.006}, -0.5
 SPEC = """
 name = "learning"
 [data]
@@ -149,7 +149,7 @@ def rates_of(what: str, start: str, size: str) -> tuple[float, ...]:
     if start in RATE_OF_STARTS and (what == "starts" or start == "drawn"):
         return RATE_OF_STARTS[start]
     width = WIDTHS.get(size) or LADDER[size].width
-    return (float(f"{RATE_OF_WIDTH_16 * (width / 16) ** WIDTH_EXPONENT:.3g}"),)
+    return (float(f"{RATE_OF_WIDTH_16[start] * (width / 16) ** WIDTH_EXPONENT:.3g}"),)
 
 
 def reached(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import scaling_ray.model.linear_start as linear_start
 from scaling_ray.errors import BadInput
 from scaling_ray.execution import GPU_CONTEXT_BYTES, SHARES_OF_A_GPU, Device, choose_gpu_share
 from scaling_ray.runs import RunSpec, runs_of
@@ -16,6 +17,8 @@ from scaling_ray.sizes import LADDER, Shape, parameters, training_bytes, trainin
 from scaling_ray.spec import parse_spec
 from scaling_ray.sweep.cost import (
     EVALUATED_SHARE,
+    LINEAR_START_CELLS,
+    LINEAR_START_SECONDS,
     MEASURED,
     RUN_SECONDS,
     SCATTER,
@@ -146,6 +149,14 @@ def test_evaluations_and_branches_count() -> None:
     per_cell = Speeds().cell_seconds(trunk, 1, None)[0]
     trained = 64_000 * (1 + 0.5 * 0.3) + EVALUATED_SHARE * evaluated_cells(trunk, 2000, 1000)
     assert run_seconds(trunk, 1, Speeds(), None, 2000, 1000)[0] == pytest.approx(RUN_SECONDS + per_cell * trained)
+
+
+def test_a_linear_start_takes_its_time_in_each_member() -> None:
+    plain, linear = (run_of("TINY", f'start = "{start}"') for start in ("cells", "linear"))
+    assert LINEAR_START_CELLS == linear_start.LINEAR_START_CELLS
+    for members in (1, 4):
+        before, after = (run_seconds(run, members, Speeds(), None, 0, 0)[0] for run in (plain, linear))
+        assert after - before == pytest.approx(LINEAR_START_SECONDS * 4096 * linear.genes * 16)
 
 
 def test_a_stack_shares_its_starts() -> None:

@@ -30,6 +30,11 @@ EVALUATED_SHARE = 0.3
 
 RUN_SECONDS = 0.5
 """A run's own start and end inside its trial: first weights from cells, checkpoints, tables of losses."""
+LINEAR_START_SECONDS = 5e-8
+"""Further seconds of a linear start per cell that it is fitted to, gene and unit of width: 1.7 s for W64 at V = 128,
+about 5 s for W48 at V = 512, on one core. A stack's members start one after another."""
+LINEAR_START_CELLS = 4096
+"""Those of ``model/linear_start.py``, which a plan does without, as it needs torch."""
 TRIAL_SECONDS, GROUP_SECONDS = 3.0, 25.0
 """Start of a trial (a process that imports torch, shared by some) and of a worker group, outside a run's own clock."""
 
@@ -186,4 +191,6 @@ def run_seconds(
     trained = run.train.total_steps * run.train.cells_per_step * (1 + run.train.branched_share)
     cells = trained + EVALUATED_SHARE * evaluated_cells(run, val_cells, test_cells)
     seconds = RUN_SECONDS / members + per_cell * cells
+    if run.train.start == "linear":
+        seconds += LINEAR_START_SECONDS * LINEAR_START_CELLS * run.genes * run.shape.width
     return seconds, seconds / factor, seconds * factor, source
