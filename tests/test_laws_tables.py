@@ -152,7 +152,7 @@ def numbers(value: Any, path: str = "") -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["planted", "real-bone-marrow"])
+@pytest.mark.parametrize("kept", ["planted", "real-bone-marrow", "real-bone-marrow-512"])
 def test_the_kept_fits_follow_from_the_kept_results(kept: str) -> None:
     folder = REPORTS / kept
     found, there = fit_place(folder / "results.csv"), json.loads((folder / "fit.json").read_text())

@@ -166,7 +166,7 @@ def test_parts_of_a_table_are_fits_of_their_own() -> None:
         scaling_ray.fit_table({**both, "set": ["a", "b"] * 15})
 
 
-@pytest.mark.parametrize("name", ["planted", "real-bone-marrow", "planted-law"])
+@pytest.mark.parametrize("name", ["planted", "real-bone-marrow", "real-bone-marrow-512", "planted-law"])
 def test_kept_results_are_read_and_fitted(name: str) -> None:
     results = scaling_ray.read_results(REPORTS / name / "results.csv")
     kept = pyarrow.csv.read_csv(REPORTS / name / "results.csv")

@@ -26,6 +26,7 @@ EXAMPLE_NAMES = [
     "planted-law",
     "published",
     "real-bone-marrow",
+    "real-bone-marrow-512",
 ]
 COMMENTED_KEY = re.compile(r"^# (\w+) = ", re.MULTILINE)
 
