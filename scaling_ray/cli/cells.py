@@ -32,7 +32,7 @@ def add_census(top: Verbs) -> None:
         type=int,
         metavar="GENES",
         default=None,
-        help="number of genes (2,000; with --law 136, 8 always on)",
+        help="number of genes (2,000; with --law 264, 8 always on)",
     )
     planting.add_argument("--seed", type=int, metavar="SEED", default=0, help="seed of model and cells")
     limiting = add_verb(

@@ -2,7 +2,7 @@
 
 A cell has a few *switches*, each on or off, independently and by even odds. A *program* adds a log change of its own,
 of either sign, to every gene where an even number of its switches is on, and takes it away where an odd number is.
-Switches come in groups, and every choice of switches of one group is a program: four make fifteen. So the signs of any
+Switches come in groups, and every choice of switches of one group is a program: five make thirty-one. So the signs of any
 two programs are uncorrelated over cells, and there are as many directions to learn as programs, many more than
 switches. Strengths fall as strength * k^-strength_exponent for program k = 1, 2, ..., groups in turn, and whoever
 follows the n strongest misses a sum that falls about as n^(1 - 2 strength_exponent) while n is small beside their
@@ -29,16 +29,16 @@ class LawSpec:
     ``PlantSpec``.
     """
 
-    n_genes: int = 136
+    n_genes: int = 264
     """Genes of programs, then those that are always on. A panel of the former alone, the first ``n_told`` genes, hides
     from everybody how many counts the masked ones share."""
     seed: int = 0
-    groups: int = 3
-    switches: int = 4
+    groups: int = 2
+    switches: int = 5
     """Of each group; 2^switches - 1 programs."""
     strength: float = 0.6
     """Of the strongest program: standard deviation over genes of its log changes."""
-    strength_exponent: float = 0.7
+    strength_exponent: float = 0.8
     base_sd: float = 0.5
     """Standard deviation of the genes' own log weights."""
     always_on: int = 8
