@@ -2,8 +2,8 @@
 
 A cell has a few *switches*, each on or off, independently and by even odds. A *program* adds a log change of its own,
 of either sign, to every gene where an even number of its switches is on, and takes it away where an odd number is.
-Switches come in groups, and every choice of switches of one group is a program: five make thirty-one. So the signs of any
-two programs are uncorrelated over cells, and there are as many directions to learn as programs, many more than
+Switches come in groups, and every choice of switches of one group is a program: five make thirty-one. So the signs of
+any two programs are uncorrelated over cells, and there are as many directions to learn as programs, many more than
 switches. Strengths fall as strength * k^-strength_exponent for program k = 1, 2, ..., groups in turn, and whoever
 follows the n strongest misses a sum that falls about as n^(1 - 2 strength_exponent) while n is small beside their
 number (``planted/limits.py``).
