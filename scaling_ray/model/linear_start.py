@@ -13,7 +13,8 @@ a last head that looks at all genes alike takes the averages away. What is left 
 loadings and the cell's, of rank (heads - 1)(head width - 1), whose matrix is the solution of a ridge regression of the
 hidden genes; the ridge is chosen on the half of the cells that a fit has not seen. Logits are not as small as that
 wants, since small ones are slow to learn: what this costs is taken out again by fitting the heads' gains, and each
-gene's constant, to what the heads really say.
+gene's constant, to what the heads really say. Where few genes of a cell are hidden, each cell is looked at several
+times, with others hidden: a regression has thousands of numbers and needs more targets than that.
 
 Other weights that write to the residual stream stay as drawn, but smaller: at zero nothing would reach what stands
 before them, and Adam makes updates out of rounding.
@@ -37,7 +38,10 @@ from scaling_ray.model.start import EMBEDDING_SCALE, components, gene_means
 LINEAR_START_CELLS = 4096
 """Most training cells that the regression is fitted to."""
 CALIBRATION_CELLS = 1024
-"""Of these, most that a head's gain is fitted to."""
+"""Of these, most that a head's gain is fitted to, for each turn that they are looked at in."""
+TARGETS_PER_CELL = 16
+"""Hidden genes of a cell that are looked at: of fewer at once, in several turns."""
+MOST_TURNS = 8
 VALUES_SIZE = 0.1
 """Root mean square of what the cells' values write to a token's entry: LayerNorm divides by the whole, so that values
 which are small beside the embedding stay linear."""
@@ -54,7 +58,7 @@ FEWEST_VISIBLE_GENES = 4
 _OWN_DIRECTIONS = 5
 """The one that LayerNorm takes away, and those of head, value, mean and mask."""
 _ROUNDS = 5
-"""Turns in which embeddings and regression come to agree: what the former say changes what LayerNorm divides by."""
+"""Rounds in which embeddings and regression come to agree: what the former say changes what LayerNorm divides by."""
 _CALIBRATIONS = 2
 _SOLVER_STEPS = 10
 _GAIN_RIDGE = 1e-3
@@ -108,8 +112,9 @@ def linear_weights(
     weights = {name: tensor.detach().cpu().clone() for name, tensor in drawn.items()}
     genes, width = weights["gene_embedding"].shape
     values, measured = values_NG.double().cpu(), measured_NG.cpu()
-    order = torch.arange(len(values))
-    masks = draw_masks("corrected", mask_fraction, seed, torch.zeros_like(order), order, measured)
+    turns = min(MOST_TURNS, math.ceil(TARGETS_PER_CELL / max(1, round(genes * mask_fraction))))
+    cells, turn = torch.arange(len(values)).repeat(turns), torch.arange(turns).repeat_interleave(len(values))
+    masks = draw_masks("corrected", mask_fraction, seed, turn, cells, measured[cells])
     if float((~masks.hidden).sum(1).double().mean()) < FEWEST_VISIBLE_GENES:
         return None
     loadings_CG = components(values, measured)[: width - _OWN_DIRECTIONS]
@@ -123,8 +128,9 @@ def linear_weights(
     slope = VALUES_SIZE * unit / float(values[measured].square().mean().sqrt())
     hidden = EMBEDDING_SCALE * unit
     means = gene_means(values, measured)
-    table = _Table(values, measured, masks, means, constants - bias)
-    found = _agreed(table, embedded_GC, width, slope, hidden, head_size, (heads - 1) * (width // heads - 1))
+    table = _Table(values[cells], measured[cells], masks, cells, means, constants - bias)
+    first = _Table(values, measured, masks.rows(0, len(values)), cells[: len(values)], means, constants - bias)
+    found = _agreed(first, table, embedded_GC, width, slope, hidden, head_size, (heads - 1) * (width // heads - 1))
     if found is None:
         return None
 
@@ -145,19 +151,22 @@ def linear_weights(
         told=found.told, hidden=hidden / float(_deviation(found.fixed + hidden**2, width).mean()), head=head_size
     )
     _write_heads(weights, directions, heads, found, scales)
-    few = slice(0, CALIBRATION_CELLS)
+    few = cells < CALIBRATION_CELLS * turns
+    fitted, hidden_there = table.values[few], masks.through(lambda part: part[few])
     for _ in range(_CALIBRATIONS):
-        _calibrate(weights, directions, heads, values[few], masks.rows(0, CALIBRATION_CELLS), constants, scales)
+        _calibrate(weights, directions, heads, fitted, hidden_there, constants, scales)
     return weights
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Cells to fit to: values (N, G), measured, masks, the genes' means (G,) and their constants less the bias (G,)."""
+    """What to fit to: values (N, G) of cells looked at, measured, masks, which cell each row is (N,), the genes' means
+    (G,) and their constants less the bias (G,)."""
 
     values: Tensor
     measured: Tensor
     masks: Masks
+    cells: Tensor
     means: Tensor
     constants: Tensor
 
@@ -186,27 +195,37 @@ class _Found:
 
 
 def _agreed(
-    table: _Table, embedded_GC: Tensor, width: int, slope: float, hidden: float, head_size: float, rank: int
+    first: _Table,
+    table: _Table,
+    embedded_GC: Tensor,
+    width: int,
+    slope: float,
+    hidden: float,
+    head_size: float,
+    rank: int,
 ) -> _Found | None:
-    """Fit, and let embeddings say what is left for them, in turns; None where other cells are not predicted."""
-    residuals = torch.where(table.measured, table.values - table.means, 0.0)
-    visible = (~table.masks.hidden).double()
-    target = (table.masks.hidden & table.measured).double()
-    if not bool(target.any()):
-        return None
-    seen = visible.sum(1, keepdim=True).clamp(min=1)
+    """Fit, and let embeddings say what is left for them, in rounds; None where other cells are not predicted.
+
+    Only the last round looks at the whole table; the others, at each cell once.
+    """
     said = table.constants / head_size
-    for turn in range(_ROUNDS):
+    for table_now in [first] * (_ROUNDS - 1) + [table]:
+        residuals = torch.where(table_now.measured, table_now.values - table.means, 0.0)
+        visible = (~table_now.masks.hidden).double()
+        target = (table_now.masks.hidden & table_now.measured).double()
+        if not bool(target.any()):
+            return None
+        seen = visible.sum(1, keepdim=True).clamp(min=1)
         fixed = embedded_GC.square().sum(1) + said.square() + (slope * table.means).square()
         asking_GC = embedded_GC / _deviation(fixed + hidden**2, width)[:, None]
-        deviation_NG = _deviation(fixed + (slope * table.values).square(), width)
-        above_NG = slope * (table.values - table.means) / deviation_NG * visible
+        deviation_NG = _deviation(fixed + (slope * table_now.values).square(), width)
+        above_NG = slope * (table_now.values - table.means) / deviation_NG * visible
         shown_NG = visible / deviation_NG
         cells = (above_NG / deviation_NG) @ embedded_GC / seen
         cells = cells - (shown_NG @ embedded_GC / seen) * (above_NG.sum(1, keepdim=True) / seen)
         mean = cells.mean(0)
         cells = cells - mean
-        ridge = RIDGES[1] if turn < _ROUNDS - 1 else _ridge(asking_GC, cells, residuals, target)
+        ridge = RIDGES[1] if table_now is first else _ridge(asking_GC, cells, residuals, target, table_now.cells)
         if ridge is None:
             return None
         form = _solved(asking_GC, cells, residuals, target, ridge)
@@ -247,12 +266,14 @@ def _directions(width: int, count: int, seed: int) -> _Directions:
     return _Directions(basis[:, 1], basis[:, 2], basis[:, 3], basis[:, 4], basis[:, 5 : 5 + count])
 
 
-def _ridge(asking_GC: Tensor, cells_NC: Tensor, residuals_NG: Tensor, target_NG: Tensor) -> float | None:
-    """The ridge that predicts every second cell best from the others.
+def _ridge(
+    asking_GC: Tensor, cells_NC: Tensor, residuals_NG: Tensor, target_NG: Tensor, cells_N: Tensor
+) -> float | None:
+    """The ridge that predicts every second cell best from the others. ``cells_N``: which cell a row is of.
 
     None where it is not better than the gene mean by more than two standard errors over those cells.
     """
-    fitted, other = slice(0, None, 2), slice(1, None, 2)
+    fitted, other = cells_N % 2 == 0, cells_N % 2 == 1
     if not (float(target_NG[fitted].sum()) > 0 and float(target_NG[other].sum()) > 0):
         return None
     nothing = (residuals_NG[other].square() * target_NG[other]).sum(1)
@@ -400,20 +421,24 @@ def _calibrate(
 
 
 def _attended(weights: Mapping[str, Tensor], heads: int, values_NG: Tensor, masks: Masks) -> Tensor:
-    """(N, K, D) float64: what the heads of the first block average at hidden genes, before its output map."""
+    """(N, K, D) float64: what the heads of the first block average at hidden genes, before its output map.
+
+    Attention itself is computed at the network's own precision: at twice that it would take most of a start's time.
+    """
     name = "blocks.0.query_key_value"
-    matrix, bias = weights[f"{name}.weight"].double(), weights[f"{name}.bias"].double()
+    matrix, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
     width = matrix.shape[1]
-    value, hidden = weights["value_projection.weight"][:, 0].double(), weights["mask_token"].double()
+    value, hidden, embedding = weights["value_projection.weight"][:, 0], weights["mask_token"], weights["gene_embedding"]
+    values_NG = values_NG.float()
     found = []
     for start in range(0, len(values_NG), _CHUNK_CELLS):
         part = slice(start, start + _CHUNK_CELLS)
         told = torch.where(masks.hidden[part, :, None], hidden, values_NG[part, :, None] * value)
-        normed = layer_norm(weights["gene_embedding"].double() + told, (width,), eps=_NORM_EPSILON)
+        normed = layer_norm(embedding + told, (width,), eps=_NORM_EPSILON)
         asking = normed.gather(1, masks.positions[part, :, None].expand(-1, -1, width))
         query = linear(asking, matrix[:width], bias[:width])
         key, carried = linear(normed, matrix[width:], bias[width:]).split(width, dim=2)
         query, key, carried = (table.unflatten(2, (heads, -1)).transpose(1, 2) for table in (query, key, carried))
         mixed = scaled_dot_product_attention(query, key, carried)
-        found.append(mixed.transpose(1, 2).flatten(2))
+        found.append(mixed.transpose(1, 2).flatten(2).double())
     return torch.cat(found)

@@ -38,16 +38,17 @@ class LawSpec:
     """Of each group; 2^switches - 1 programs."""
     strength: float = 0.6
     """Of the strongest program: standard deviation over genes of its log changes."""
-    strength_exponent: float = 0.8
+    strength_exponent: float = 0.9
     base_sd: float = 0.5
     """Standard deviation of the genes' own log weights."""
     always_on: int = 8
     always_on_share: float = 0.3
     """Share of every library that the genes which are always on take."""
-    concentration_per_gene: float = 240.0
+    concentration_per_gene: float = 960.0
     """Sum of the Dirichlet weights divided by the number of genes: the larger, the less two cells of a state differ."""
-    counts_per_gene: float = 240.0
-    """Median library size divided by the number of genes."""
+    counts_per_gene: float = 960.0
+    """Median library size divided by the number of genes: so many that what a cell's own chance adds stays far below what
+    programs say."""
     dataset_share: tuple[float, ...] = (0.5, 0.3, 0.2)
     donors_per_dataset: int = 4
     depth_sd: float = 0.3
