@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,6 +12,9 @@ from scaling_ray.recipe import OBJECTIVES, Recipe
 
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+_HIDDEN_GENES_WANTED, _MOST_TURNS = 16, 8
+"""Of each cell that a linear start looks at, and the turns that it may take to hide as many."""
 
 
 class Frozen(BaseModel):
@@ -90,6 +94,10 @@ class TrainingRules(Frozen):
     def starts_from_cells(self) -> bool:
         """Whether the first weights are taken from the run's training cells."""
         return self.start in ("cells", "linear") or (self.start == "auto" and self.recipe == "corrected")
+
+    def linear_start_turns(self, genes: int) -> int:
+        """Times that a linear start looks at each cell, so that it has enough hidden ones of a panel's genes."""
+        return min(_MOST_TURNS, math.ceil(_HIDDEN_GENES_WANTED / max(1, int(genes * self.mask_fraction + 0.5))))
 
     @property
     def total_steps(self) -> int:

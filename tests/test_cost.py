@@ -151,12 +151,14 @@ def test_evaluations_and_branches_count() -> None:
     assert run_seconds(trunk, 1, Speeds(), None, 2000, 1000)[0] == pytest.approx(RUN_SECONDS + per_cell * trained)
 
 
-def test_a_linear_start_takes_its_time_in_each_member() -> None:
-    plain, linear = (run_of("TINY", f'start = "{start}"') for start in ("cells", "linear"))
+@pytest.mark.parametrize(("fraction", "turns"), [(0.15, 1), (0.0125, 3)])
+def test_a_linear_start_takes_its_time_in_each_member(fraction: float, turns: int) -> None:
+    rules = f"mask_fraction = {fraction}"
+    plain, linear = (run_of("TINY", f'start = "{start}"\n{rules}') for start in ("cells", "linear"))
     assert LINEAR_START_CELLS == linear_start.LINEAR_START_CELLS
     for members in (1, 4):
         before, after = (run_seconds(run, members, Speeds(), None, 0, 0)[0] for run in (plain, linear))
-        assert after - before == pytest.approx(LINEAR_START_SECONDS * 4096 * linear.genes * 16)
+        assert after - before == pytest.approx(LINEAR_START_SECONDS * 4096 * linear.genes * 16 * turns)
 
 
 def test_a_stack_shares_its_starts() -> None:

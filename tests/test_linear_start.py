@@ -44,7 +44,12 @@ def loss_of(weights: dict[str, torch.Tensor], shape: Shape, values: torch.Tensor
 
 
 def offered(
-    shape: Shape, values: torch.Tensor, seed: int = 1, fraction: float = 0.15, measured: torch.Tensor | None = None
+    shape: Shape,
+    values: torch.Tensor,
+    seed: int = 1,
+    fraction: float = 0.15,
+    measured: torch.Tensor | None = None,
+    turns: int = 1,
 ) -> dict[str, torch.Tensor] | None:
     network = MaskedGeneTransformer(shape, values.shape[1])
     network.initialise(seed)
@@ -58,6 +63,7 @@ def offered(
         heads=shape.heads,
         mask_fraction=fraction,
         seed=seed,
+        turns=turns,
     )
 
 
@@ -124,6 +130,26 @@ def test_where_nothing_is_linear_there_is_no_regression(cells: int) -> None:
 @pytest.mark.parametrize(("fraction", "genes"), [(0.97, 48), (0.99, 48), (0.5, 2), (0.5, 3), (0.01, 12)])
 def test_too_few_visible_or_hidden_genes_have_no_regression(fraction: float, genes: int) -> None:
     assert offered(Shape(16, 1, 4, 1), programs(200, genes=genes), fraction=fraction) is None
+
+
+def test_where_few_genes_are_hidden_every_turn_tells_more() -> None:
+    """One gene in 48 hidden: a look at each of 600 cells says little, eight looks at each nearly what all genes say."""
+    shape, values, unseen = Shape(32, 1, 4, 1), programs(600), programs(400, draw=1)
+    constant, best = float((unseen - values.mean(0)).square().mean()), regression_loss(values, unseen)
+    shares = []
+    for fraction, turns in ((1 / 48, 1), (1 / 48, 8), (1 / 6, 1)):
+        found = offered(shape, values, fraction=fraction, turns=turns)
+        assert found is not None
+        shares.append((constant - loss_of(found, shape, unseen)) / (constant - best))
+    assert shares[1] > shares[0] + 0.1
+    assert shares[1] > shares[2] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("genes", "fraction", "turns"), [(512, 0.15, 1), (107, 0.15, 1), (100, 0.15, 2), (256, 0.0125, 6), (40, 0.01, 8)]
+)
+def test_a_start_looks_again_until_sixteen_genes_of_a_cell_were_hidden(genes: int, fraction: float, turns: int) -> None:
+    assert small_run(f"mask_fraction = {fraction}").train.linear_start_turns(genes) == turns
 
 
 def test_unmeasured_genes_are_neither_zeros_nor_targets() -> None:

@@ -39,9 +39,6 @@ LINEAR_START_CELLS = 4096
 """Most training cells that the regression is fitted to."""
 CALIBRATION_CELLS = 1024
 """Of these, most that a head's gain is fitted to, for each turn that they are looked at in."""
-TARGETS_PER_CELL = 16
-"""Hidden genes of a cell that are looked at: of fewer at once, in several turns."""
-MOST_TURNS = 8
 VALUES_SIZE = 0.1
 """Root mean square of what the cells' values write to a token's entry: LayerNorm divides by the whole, so that values
 which are small beside the embedding stay linear."""
@@ -97,6 +94,7 @@ def linear_weights(
     heads: int,
     mask_fraction: float,
     seed: int,
+    turns: int = 1,
 ) -> dict[str, Tensor] | None:
     """The weights of a ``MaskedGeneTransformer`` to start from, on the CPU; None where cells tell nothing linear.
 
@@ -108,11 +106,11 @@ def linear_weights(
         heads: of a block.
         mask_fraction: of a cell's genes, in training.
         seed: of the run.
+        turns: in which each cell is looked at, with other genes hidden.
     """
     weights = {name: tensor.detach().cpu().clone() for name, tensor in drawn.items()}
     genes, width = weights["gene_embedding"].shape
     values, measured = values_NG.double().cpu(), measured_NG.cpu()
-    turns = min(MOST_TURNS, math.ceil(TARGETS_PER_CELL / max(1, round(genes * mask_fraction))))
     cells, turn = torch.arange(len(values)).repeat(turns), torch.arange(turns).repeat_interleave(len(values))
     masks = draw_masks("corrected", mask_fraction, seed, turn, cells, measured[cells])
     if float((~masks.hidden).sum(1).double().mean()) < FEWEST_VISIBLE_GENES:
@@ -160,8 +158,10 @@ def linear_weights(
 
 @dataclass(frozen=True)
 class _Table:
-    """What to fit to: values (N, G) of cells looked at, measured, masks, which cell each row is (N,), the genes' means
-    (G,) and their constants less the bias (G,)."""
+    """What to fit to, a row for each look at a cell.
+
+    values (N, G), measured and masks; cells (N,) that rows are of; genes' means (G,), constants less the bias (G,).
+    """
 
     values: Tensor
     measured: Tensor
@@ -428,13 +428,13 @@ def _attended(weights: Mapping[str, Tensor], heads: int, values_NG: Tensor, mask
     name = "blocks.0.query_key_value"
     matrix, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
     width = matrix.shape[1]
-    value, hidden, embedding = weights["value_projection.weight"][:, 0], weights["mask_token"], weights["gene_embedding"]
+    value, hidden = weights["value_projection.weight"][:, 0], weights["mask_token"]
     values_NG = values_NG.float()
     found = []
     for start in range(0, len(values_NG), _CHUNK_CELLS):
         part = slice(start, start + _CHUNK_CELLS)
         told = torch.where(masks.hidden[part, :, None], hidden, values_NG[part, :, None] * value)
-        normed = layer_norm(embedding + told, (width,), eps=_NORM_EPSILON)
+        normed = layer_norm(weights["gene_embedding"] + told, (width,), eps=_NORM_EPSILON)
         asking = normed.gather(1, masks.positions[part, :, None].expand(-1, -1, width))
         query = linear(asking, matrix[:width], bias[:width])
         key, carried = linear(normed, matrix[width:], bias[width:]).split(width, dim=2)

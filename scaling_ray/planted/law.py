@@ -47,8 +47,7 @@ class LawSpec:
     concentration_per_gene: float = 960.0
     """Sum of the Dirichlet weights divided by the number of genes: the larger, the less two cells of a state differ."""
     counts_per_gene: float = 960.0
-    """Median library size divided by the number of genes: so many that what a cell's own chance adds stays far below what
-    programs say."""
+    """Median library size divided by the number of genes: so many that chance stays far below what programs say."""
     dataset_share: tuple[float, ...] = (0.5, 0.3, 0.2)
     donors_per_dataset: int = 4
     depth_sd: float = 0.3

@@ -31,8 +31,8 @@ EVALUATED_SHARE = 0.3
 RUN_SECONDS = 0.5
 """A run's own start and end inside its trial: first weights from cells, checkpoints, tables of losses."""
 LINEAR_START_SECONDS = 5e-8
-"""Further seconds of a linear start per cell that it is fitted to, gene and unit of width: 1.7 s for W64 at V = 128,
-about 5 s for W48 at V = 512, on one core. A stack's members start one after another."""
+"""Further seconds of a linear start per look at a cell, gene and unit of width: 1.7 s for W64 at V = 128, 3 to 4 s for
+W48 at V = 512; in six turns at V = 256, 5 s for W16 and 12 s for W80, on one core. Members of a stack start in turn."""
 LINEAR_START_CELLS = 4096
 """Those of ``model/linear_start.py``, which a plan does without, as it needs torch."""
 TRIAL_SECONDS, GROUP_SECONDS = 3.0, 25.0
@@ -192,5 +192,6 @@ def run_seconds(
     cells = trained + EVALUATED_SHARE * evaluated_cells(run, val_cells, test_cells)
     seconds = RUN_SECONDS / members + per_cell * cells
     if run.train.start == "linear":
-        seconds += LINEAR_START_SECONDS * LINEAR_START_CELLS * run.genes * run.shape.width
+        turns = run.train.linear_start_turns(run.genes)
+        seconds += LINEAR_START_SECONDS * LINEAR_START_CELLS * turns * run.genes * run.shape.width
     return seconds, seconds / factor, seconds * factor, source

@@ -47,6 +47,7 @@ class FirstCells:
                 heads=run.shape.heads,
                 mask_fraction=run.train.mask_fraction,
                 seed=run.seed,
+                turns=run.train.linear_start_turns(run.genes),
             )
             if found is not None:
                 return found
