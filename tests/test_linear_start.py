@@ -106,25 +106,27 @@ def test_before_its_first_update_a_network_has_most_of_what_a_regression_has(
     assert (constant - loss_of(started(shape, values), shape, unseen)) / (constant - best) > 5 / 6
 
 
-def test_few_cells_do_not_make_a_wild_start() -> None:
+@pytest.mark.parametrize(("fraction", "turns"), [(0.15, 1), (1 / 48, 8)])
+def test_few_cells_do_not_make_a_wild_start(fraction: float, turns: int) -> None:
     """The ridge is chosen on other cells: where a start is offered, it is no worse than a fifth above the gene mean."""
     shape, unseen = Shape(32, 1, 8, 1), programs(400, draw=1)
-    assert offered(shape, programs(1)) is None
+    assert offered(shape, programs(1), fraction=fraction, turns=turns) is None
     for cells in (2, 5, 10, 40, 160):
         values = programs(cells)
         constant = float((unseen - values.mean(0)).square().mean())
-        found = offered(shape, values)
+        found = offered(shape, values, fraction=fraction, turns=turns)
         assert found is not None or cells <= 10
         assert found is None or loss_of(found, shape, unseen) < 1.2 * constant
 
 
 @pytest.mark.parametrize("cells", [12, 50, 200, 1000])
-def test_where_nothing_is_linear_there_is_no_regression(cells: int) -> None:
+@pytest.mark.parametrize(("fraction", "turns"), [(0.15, 1), (1 / 48, 8)])
+def test_where_nothing_is_linear_there_is_no_regression(cells: int, fraction: float, turns: int) -> None:
     rng = np.random.default_rng(cells)
     noise = torch.from_numpy(rng.normal(2, 1, (cells, 48)).clip(0)).float()
     sparse = torch.from_numpy(np.log1p(rng.poisson(0.05, (cells, 48)) * 200.0)).float()
-    assert offered(Shape(32, 1, 8, 1), noise) is None
-    assert offered(Shape(64, 1, 16, 1), sparse) is None
+    assert offered(Shape(32, 1, 8, 1), noise, fraction=fraction, turns=turns) is None
+    assert offered(Shape(64, 1, 16, 1), sparse, fraction=fraction, turns=turns) is None
 
 
 @pytest.mark.parametrize(("fraction", "genes"), [(0.97, 48), (0.99, 48), (0.5, 2), (0.5, 3), (0.01, 12)])
@@ -143,6 +145,22 @@ def test_where_few_genes_are_hidden_every_turn_tells_more() -> None:
         shares.append((constant - loss_of(found, shape, unseen)) / (constant - best))
     assert shares[1] > shares[0] + 0.1
     assert shares[1] > shares[2] - 0.1
+
+
+def test_looks_at_one_cell_are_no_cells_of_their_own() -> None:
+    """Whether a weak regression is taken does not change where every row is there eight times."""
+    taken = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        asking, cells = (torch.from_numpy(rng.normal(0, 1, (n, 3))) for n in (20, 24))
+        residuals = 0.3 * cells @ asking.T + torch.from_numpy(rng.normal(0, 1, (24, 20)))
+        target = torch.from_numpy((rng.random((24, 20)) < 0.3).astype(float))
+        table = (cells, residuals, target, torch.arange(24))
+        once = linear_start._ridge(asking, *table)
+        often = linear_start._ridge(asking, *(rows.repeat(8, *[1] * (rows.ndim - 1)) for rows in table))
+        assert once == often
+        taken.append(once is not None)
+    assert 5 < sum(taken) < 55
 
 
 @pytest.mark.parametrize(

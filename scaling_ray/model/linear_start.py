@@ -126,8 +126,10 @@ def linear_weights(
     slope = VALUES_SIZE * unit / float(values[measured].square().mean().sqrt())
     hidden = EMBEDDING_SCALE * unit
     means = gene_means(values, measured)
-    table = _Table(values[cells], measured[cells], masks, cells, means, constants - bias)
     first = _Table(values, measured, masks.rows(0, len(values)), cells[: len(values)], means, constants - bias)
+    table = first
+    if turns > 1:
+        table = _Table(values[cells], measured[cells], masks, cells, means, constants - bias)
     found = _agreed(first, table, embedded_GC, width, slope, hidden, head_size, (heads - 1) * (width // heads - 1))
     if found is None:
         return None
@@ -209,7 +211,9 @@ def _agreed(
     Only the last round looks at the whole table; the others, at each cell once.
     """
     said = table.constants / head_size
-    for table_now in [first] * (_ROUNDS - 1) + [table]:
+    for number in range(_ROUNDS):
+        is_last = number == _ROUNDS - 1
+        table_now = table if is_last else first
         residuals = torch.where(table_now.measured, table_now.values - table.means, 0.0)
         visible = (~table_now.masks.hidden).double()
         target = (table_now.masks.hidden & table_now.measured).double()
@@ -225,7 +229,7 @@ def _agreed(
         cells = cells - (shown_NG @ embedded_GC / seen) * (above_NG.sum(1, keepdim=True) / seen)
         mean = cells.mean(0)
         cells = cells - mean
-        ridge = RIDGES[1] if table_now is first else _ridge(asking_GC, cells, residuals, target, table_now.cells)
+        ridge = _ridge(asking_GC, cells, residuals, target, table.cells) if is_last else RIDGES[1]
         if ridge is None:
             return None
         form = _solved(asking_GC, cells, residuals, target, ridge)
@@ -271,7 +275,8 @@ def _ridge(
 ) -> float | None:
     """The ridge that predicts every second cell best from the others. ``cells_N``: which cell a row is of.
 
-    None where it is not better than the gene mean by more than two standard errors over those cells.
+    None where it is not better than the gene mean by more than two standard errors over those cells; looks at one cell
+    are no cells of their own.
     """
     fitted, other = cells_N % 2 == 0, cells_N % 2 == 1
     if not (float(target_NG[fitted].sum()) > 0 and float(target_NG[other].sum()) > 0):
@@ -283,7 +288,8 @@ def _ridge(
         missed = (residuals_NG[other] - (cells_NC[other] @ form.T) @ asking_GC.T).square() * target_NG[other]
         losses.append(missed.sum(1))
     best = min(range(len(RIDGES)), key=lambda tried: float(losses[tried].sum()))
-    gained = nothing - losses[best]
+    _, cell = cells_N[other].unique(return_inverse=True)
+    gained = torch.zeros(int(cell.max()) + 1, dtype=torch.float64).index_add_(0, cell, nothing - losses[best])
     error = float(gained.std()) / math.sqrt(len(gained)) if len(gained) > 1 else math.inf
     return RIDGES[best] if float(gained.mean()) > 2 * error else None
 
