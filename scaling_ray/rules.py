@@ -13,8 +13,11 @@ from scaling_ray.recipe import OBJECTIVES, Recipe
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
-_HIDDEN_GENES_WANTED, _MOST_TURNS = 16, 8
-"""Of each cell that a linear start looks at, and the turns that it may take to hide as many."""
+LINEAR_START_CELLS = 4096
+"""Most training cells that a linear start is fitted to."""
+_HIDDEN_GENES_WANTED, _MOST_TURNS, _MOST_TIMES_HIDDEN = 16, 8, 2
+"""Of each of as many cells as that; the turns that it may take to hide as many; and, where there are fewer cells, how
+often a gene of a cell is hidden at most, on average over its turns."""
 
 
 class Frozen(BaseModel):
@@ -95,9 +98,18 @@ class TrainingRules(Frozen):
         """Whether the first weights are taken from the run's training cells."""
         return self.start in ("cells", "linear") or (self.start == "auto" and self.recipe == "corrected")
 
-    def linear_start_turns(self, genes: int) -> int:
-        """Times that a linear start looks at each cell, so that it has enough hidden ones of a panel's genes."""
-        return min(_MOST_TURNS, math.ceil(_HIDDEN_GENES_WANTED / max(1, int(genes * self.mask_fraction + 0.5))))
+    def linear_start_turns(self, genes: int, cells: int) -> int:
+        """Times that a linear start looks at each of a run's cells, so that enough of a panel's genes were hidden.
+
+        Where a mask hides sixteen genes or more, once: there, looking at few cells again was no better.
+        """
+        hidden = max(1, int(genes * self.mask_fraction + 0.5))
+        if hidden >= _HIDDEN_GENES_WANTED:
+            return 1
+        turns = min(_MOST_TURNS, math.ceil(_HIDDEN_GENES_WANTED / hidden))
+        if cells >= LINEAR_START_CELLS:
+            return turns
+        return min(math.ceil(turns * LINEAR_START_CELLS / cells), math.ceil(_MOST_TIMES_HIDDEN * genes / hidden))
 
     @property
     def total_steps(self) -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import scaling_ray.model.linear_start as linear_start
 from scaling_ray.errors import BadInput
 from scaling_ray.execution import GPU_CONTEXT_BYTES, SHARES_OF_A_GPU, Device, choose_gpu_share
 from scaling_ray.runs import RunSpec, runs_of
@@ -17,7 +16,6 @@ from scaling_ray.sizes import LADDER, Shape, parameters, training_bytes, trainin
 from scaling_ray.spec import parse_spec
 from scaling_ray.sweep.cost import (
     EVALUATED_SHARE,
-    LINEAR_START_CELLS,
     LINEAR_START_SECONDS,
     MEASURED,
     RUN_SECONDS,
@@ -155,7 +153,6 @@ def test_evaluations_and_branches_count() -> None:
 def test_a_linear_start_takes_its_time_in_each_member(fraction: float, turns: int) -> None:
     rules = f"mask_fraction = {fraction}"
     plain, linear = (run_of("TINY", f'start = "{start}"\n{rules}') for start in ("cells", "linear"))
-    assert LINEAR_START_CELLS == linear_start.LINEAR_START_CELLS
     for members in (1, 4):
         before, after = (run_seconds(run, members, Speeds(), None, 0, 0)[0] for run in (plain, linear))
         assert after - before == pytest.approx(LINEAR_START_SECONDS * 4096 * linear.genes * 16 * turns)

@@ -106,7 +106,7 @@ def test_before_its_first_update_a_network_has_most_of_what_a_regression_has(
     assert (constant - loss_of(started(shape, values), shape, unseen)) / (constant - best) > 5 / 6
 
 
-@pytest.mark.parametrize(("fraction", "turns"), [(0.15, 1), (1 / 48, 8)])
+@pytest.mark.parametrize(("fraction", "turns"), [(0.15, 1), (1 / 48, 8), (1 / 48, 96)])
 def test_few_cells_do_not_make_a_wild_start(fraction: float, turns: int) -> None:
     """The ridge is chosen on other cells: where a start is offered, it is no worse than a fifth above the gene mean."""
     shape, unseen = Shape(32, 1, 8, 1), programs(400, draw=1)
@@ -120,7 +120,7 @@ def test_few_cells_do_not_make_a_wild_start(fraction: float, turns: int) -> None
 
 
 @pytest.mark.parametrize("cells", [12, 50, 200, 1000])
-@pytest.mark.parametrize(("fraction", "turns"), [(0.15, 1), (1 / 48, 8)])
+@pytest.mark.parametrize(("fraction", "turns"), [(0.15, 1), (1 / 48, 8), (1 / 48, 96)])
 def test_where_nothing_is_linear_there_is_no_regression(cells: int, fraction: float, turns: int) -> None:
     rng = np.random.default_rng(cells)
     noise = torch.from_numpy(rng.normal(2, 1, (cells, 48)).clip(0)).float()
@@ -147,6 +147,19 @@ def test_where_few_genes_are_hidden_every_turn_tells_more() -> None:
     assert shares[1] > shares[2] - 0.1
 
 
+def test_few_cells_tell_more_where_each_gene_of_them_was_hidden() -> None:
+    """Eighty cells with one gene in 48 hidden: ninety-six looks at each are worth more than eight, as all genes say."""
+    shape, values, unseen = Shape(32, 1, 4, 1), programs(80), programs(400, draw=1)
+    constant, best = float((unseen - values.mean(0)).square().mean()), regression_loss(values, unseen)
+    shares = []
+    for turns in (8, 96):
+        found = offered(shape, values, fraction=1 / 48, turns=turns)
+        assert found is not None
+        shares.append((constant - loss_of(found, shape, unseen)) / (constant - best))
+    assert shares[1] > shares[0] + 0.1
+    assert shares[1] > 0.9
+
+
 def test_looks_at_one_cell_are_no_cells_of_their_own() -> None:
     """Whether a weak regression is taken does not change where every row is there eight times."""
     taken = []
@@ -167,7 +180,17 @@ def test_looks_at_one_cell_are_no_cells_of_their_own() -> None:
     ("genes", "fraction", "turns"), [(512, 0.15, 1), (107, 0.15, 1), (100, 0.15, 2), (256, 0.0125, 6), (40, 0.01, 8)]
 )
 def test_a_start_looks_again_until_sixteen_genes_of_a_cell_were_hidden(genes: int, fraction: float, turns: int) -> None:
-    assert small_run(f"mask_fraction = {fraction}").train.linear_start_turns(genes) == turns
+    rules = small_run(f"mask_fraction = {fraction}").train
+    assert rules.linear_start_turns(genes, 4096) == rules.linear_start_turns(genes, 30_000) == turns
+
+
+@pytest.mark.parametrize(
+    ("genes", "fraction", "cells", "turns"),
+    [(512, 0.15, 300, 1), (256, 0.0125, 2048, 12), (256, 0.0125, 500, 50), (256, 0.0125, 125, 171), (40, 0.01, 9, 80)],
+)
+def test_few_cells_are_looked_at_more_often(genes: int, fraction: float, cells: int, turns: int) -> None:
+    """As many looks as at 4,096 cells, but none hides a gene of a cell more than twice on average."""
+    assert small_run(f"mask_fraction = {fraction}").train.linear_start_turns(genes, cells) == turns
 
 
 def test_unmeasured_genes_are_neither_zeros_nor_targets() -> None:

@@ -14,7 +14,8 @@ loadings and the cell's, of rank (heads - 1)(head width - 1), whose matrix is th
 hidden genes; the ridge is chosen on the half of the cells that a fit has not seen. Logits are not as small as that
 wants, since small ones are slow to learn: what this costs is taken out again by fitting the heads' gains, and each
 gene's constant, to what the heads really say. Where few genes of a cell are hidden, each cell is looked at several
-times, with others hidden: a regression has thousands of numbers and needs more targets than that.
+times, with others hidden, and the more often the fewer cells there are: a regression has thousands of numbers and needs
+more targets than that.
 
 Other weights that write to the residual stream stay as drawn, but smaller: at zero nothing would reach what stands
 before them, and Adam makes updates out of rounding.
@@ -35,10 +36,8 @@ from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention
 from scaling_ray.model.masking import Masks, draw_masks
 from scaling_ray.model.start import EMBEDDING_SCALE, components, gene_means
 
-LINEAR_START_CELLS = 4096
-"""Most training cells that the regression is fitted to."""
 CALIBRATION_CELLS = 1024
-"""Of these, most that a head's gain is fitted to, for each turn that they are looked at in."""
+"""Of a run's cells, most that a head's gain is fitted to, for each turn that they are looked at in."""
 VALUES_SIZE = 0.1
 """Root mean square of what the cells' values write to a token's entry: LayerNorm divides by the whole, so that values
 which are small beside the embedding stay linear."""

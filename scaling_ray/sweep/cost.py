@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scaling_ray.errors import BadInput
 from scaling_ray.execution import Device
+from scaling_ray.rules import LINEAR_START_CELLS
 from scaling_ray.runs import RunSpec
 from scaling_ray.sweep.speed import ASSUMED_GPU, CALIBRATED_GFLOPS, CPU, Terms, gpu_terms, seconds_of, work_of_update
 
@@ -33,8 +34,6 @@ RUN_SECONDS = 0.5
 LINEAR_START_SECONDS = 5e-8
 """Further seconds of a linear start per look at a cell, gene and unit of width: 1.7 s for W64 at V = 128, 3 to 4 s for
 W48 at V = 512; in six turns at V = 256, 5 s for W16 and 12 s for W80, on one core. Members of a stack start in turn."""
-LINEAR_START_CELLS = 4096
-"""Those of ``model/linear_start.py``, which a plan does without, as it needs torch."""
 TRIAL_SECONDS, GROUP_SECONDS = 3.0, 25.0
 """Start of a trial (a process that imports torch, shared by some) and of a worker group, outside a run's own clock."""
 
@@ -192,6 +191,7 @@ def run_seconds(
     cells = trained + EVALUATED_SHARE * evaluated_cells(run, val_cells, test_cells)
     seconds = RUN_SECONDS / members + per_cell * cells
     if run.train.start == "linear":
-        turns = run.train.linear_start_turns(run.genes)
-        seconds += LINEAR_START_SECONDS * LINEAR_START_CELLS * turns * run.genes * run.shape.width
+        cells = min(run.cells or LINEAR_START_CELLS, LINEAR_START_CELLS)
+        looks = cells * run.train.linear_start_turns(run.genes, cells)
+        seconds += LINEAR_START_SECONDS * looks * run.genes * run.shape.width
     return seconds, seconds / factor, seconds * factor, source

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scaling_ray.model.linear_start import LINEAR_START_CELLS, has_room, linear_weights
+from scaling_ray.model.linear_start import has_room, linear_weights
 from scaling_ray.model.masking import log_normalise
 from scaling_ray.model.objectives import Objective, objective_named
 from scaling_ray.model.start import START_CELLS, starting_weights
 from scaling_ray.records import LossSums
+from scaling_ray.rules import LINEAR_START_CELLS
 from scaling_ray.runs import RunSpec
 from scaling_ray.shards.read import Feed
 from scaling_ray.train.batches import Batch, DeviceCells
@@ -47,7 +48,7 @@ class FirstCells:
                 heads=run.shape.heads,
                 mask_fraction=run.train.mask_fraction,
                 seed=run.seed,
-                turns=run.train.linear_start_turns(run.genes),
+                turns=run.train.linear_start_turns(run.genes, len(self.values)),
             )
             if found is not None:
                 return found
