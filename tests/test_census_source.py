@@ -224,6 +224,24 @@ def test_the_public_buckets_are_read_anonymously_from_their_region(monkeypatch: 
     assert own == {"vfs.s3.region": "eu-central-1", "vfs.s3.no_sign_request": "false"}
 
 
+def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
+    """A script's command in the background inherits SIGINT ignored; to write or read a Census does not change that."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from scaling_ray.census.source import Census\n"
+        "from scaling_ray.planted.plant import plant\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "planted = plant(Path(sys.argv[1]), n_cells=2000, n_genes=120)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "with Census.open(planted) as census:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print(census.n_cells)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "census")], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "2000\n"), ended.stderr
+
+
 def test_an_unreachable_or_unknown_release_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is asked of the network is asked of a closed port of this machine."""
     for name in ("https_proxy", "HTTPS_PROXY"):

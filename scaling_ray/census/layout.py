@@ -12,6 +12,7 @@ import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,9 +34,13 @@ ORGANISMS: dict[str, tuple[str, str]] = {
 }
 """Name of an organism's experiment -> its label and its term."""
 RECORD_NAME = "census.json"
-SAFE_READS: dict[str, Any] = {"sm.query.sparse_global_order.preprocess_tile_merge": 0}
-"""TileDB's merge of tile orders before a read races with itself and now and then ends the process with SIGSEGV (in
-SparseGlobalOrderReader: 8 of 30 loops of 15 openings; without it none of 30)."""
+TILEDB_SAFE: dict[str, Any] = {
+    "sm.query.sparse_global_order.preprocess_tile_merge": 0,
+    "sm.enable_signal_handlers": "false",
+}
+"""What keeps TileDB from ending the process with SIGSEGV. Its merge of tile orders before a read races with itself (in
+SparseGlobalOrderReader: 8 of 30 loops of 15 openings; without it none of 30). Its handler of SIGINT calls the one
+before it, even where that is "ignore" (a command in the background of a script), which is no function."""
 X_TILE_CELLS = 2048
 """Row extent of X's tiles: reads that start and stop at multiples of it touch no tile twice."""
 _X_TILE_GENES = 2048
@@ -222,7 +227,7 @@ class CensusWriter:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.partial = self.out.parent / f".{self.out.name}.partial-{uuid.uuid4().hex[:8]}"
         uri = str(self.partial)
-        root: Any = soma.Collection.create(uri)
+        root: Any = soma.Collection.create(uri, context=_context())
         with root as census:
             census.add_new_collection("census_info")
             data = census.add_new_collection("census_data")
@@ -241,8 +246,8 @@ class CensusWriter:
         # Handles are opened anew for writing: a dictionary column written through the handle that created
         # its frame loses its categories, and value filters then match nothing.
         base = f"{uri}/census_data/{self._organism}"
-        self._obs = soma.DataFrame.open(f"{base}/obs", "w")
-        self._x = soma.SparseNDArray.open(f"{base}/ms/RNA/X/raw", "w")
+        self._obs = soma.DataFrame.open(f"{base}/obs", "w", context=_context())
+        self._x = soma.SparseNDArray.open(f"{base}/ms/RNA/X/raw", "w", context=_context())
         return self
 
     def __exit__(
@@ -339,9 +344,9 @@ class CensusWriter:
         root = str(self.partial)
         base = f"{root}/census_data/{self._organism}"
         self._write_presence(f"{base}/ms/RNA/feature_dataset_presence_matrix")
-        with soma.Measurement.open(f"{base}/ms/RNA", "w") as rna:
+        with soma.Measurement.open(f"{base}/ms/RNA", "w", context=_context()) as rna:
             _write_frame(rna, "var", self._var_table())
-        tables: Any = soma.Collection.open(f"{root}/census_info", "w")
+        tables: Any = soma.Collection.open(f"{root}/census_info", "w", context=_context())
         with tables as info:
             for name, table in self._info_tables().items():
                 _write_frame(info, name, table)
@@ -358,7 +363,7 @@ class CensusWriter:
 
     def _write_presence(self, uri: str) -> None:
         dataset, gene = np.nonzero(self._presence)
-        with soma.SparseNDArray.open(uri, "w") as presence:
+        with soma.SparseNDArray.open(uri, "w", context=_context()) as presence:
             presence.write(
                 pa.table(
                     {
@@ -425,10 +430,15 @@ class CensusWriter:
         if not self._n_cells:
             return
         largest = self._datasets[int(self._dataset_cells.argmax())].dataset_id
-        with soma.DataFrame.open(uri, context=soma.SOMATileDBContext(tiledb_config=SAFE_READS)) as obs:
+        with soma.DataFrame.open(uri, context=_context()) as obs:
             found = len(obs.read(value_filter=f"dataset_id == '{largest}'", column_names=["soma_joinid"]).concat())
         if found != self._dataset_cells.max():
             raise RuntimeError(f"obs filter finds {found} cells of {largest}: {self._dataset_cells.max()} were written")
+
+
+@cache
+def _context() -> soma.SOMATileDBContext:
+    return soma.SOMATileDBContext(tiledb_config=TILEDB_SAFE)
 
 
 def _cell_counts_by_label(
@@ -452,5 +462,5 @@ def _write_frame(parent: Any, name: str, table: pa.Table) -> None:
     frame = parent.add_new_dataframe(name, schema=table.schema, domain=[(0, max(len(table) - 1, 0))])
     uri = frame.uri
     frame.close()
-    with soma.DataFrame.open(uri, "w") as writable:
+    with soma.DataFrame.open(uri, "w", context=_context()) as writable:
         writable.write(table)

@@ -25,7 +25,7 @@ import requests
 import scipy.sparse as sp
 import tiledbsoma as soma
 
-from scaling_ray.census.layout import ORGANISM, RECORD_NAME, SAFE_READS, TWIN_OF, check_whole
+from scaling_ray.census.layout import ORGANISM, RECORD_NAME, TILEDB_SAFE, TWIN_OF, check_whole
 from scaling_ray.errors import BadInput
 from scaling_ray.storage import patiently
 
@@ -111,7 +111,7 @@ class Census:
         where = str(uri_or_version)
         remote = "://" in where or _RELEASE.fullmatch(where) is not None
         config: dict[str, Any] = {
-            **SAFE_READS,
+            **TILEDB_SAFE,
             "soma.init_buffer_bytes": buffer_bytes,
             "py.init_buffer_bytes": buffer_bytes,
             "sm.compute_concurrency_level": threads,
